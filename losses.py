@@ -1,0 +1,290 @@
+"""Log-probs in, one loss per group out: the objectives, each one short function. Imports torch only.
+
+    SPO     Sharifnassab et al., "Soft Preference Optimization: Aligning Language Models to Expert Distributions"
+    DPO     Rafailov et al. 2023, "Direct Preference Optimization"; its Appendix A.3 for rankings
+
+Every loss takes `policy_logps (B, n)`: for B groups of n responses, best first, the log-prob of the whole
+response (a sum over its tokens, terminator included, in nats). It returns (B,) in the dtype of
+policy_logps; the loss of a batch is the mean over all groups of all processes. What else a function reads is
+in its signature, and nowhere else: `reference_logps (B, n)`, `lengths (B, n)` (scored tokens), its numbers, and
+the statistics of the GLOBAL batch (`weight_mean`, `mean_length`), which default to those of this batch.
+
+Sequence probabilities underflow (exp(-104) is 0 in float32, and a story has -200 nats), so none is ever formed.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LOSSES: dict[str, Callable[..., Tensor]] = {}
+REGULARIZERS: dict[str, Callable[..., Tensor]] = {}
+
+
+def objective(data: str, regularizer: str = "none"):
+    """Enter a loss into LOSSES and note what it needs to know about the data.
+
+    data         "text": any responses; "best": column 0 is the best one; "pair": n = 2; "ranking": a full order
+    regularizer  the default of --regularizer
+    """
+
+    def register(function):
+        function.data, function.regularizer = data, regularizer
+        LOSSES[function.__name__] = function
+        return function
+
+    return register
+
+
+def check(policy_logps: Tensor, others: dict[str, Tensor] | None = None, least: int = 2, most: int | None = None):
+    """ValueError, in words, for a shape that broadcasting would hide."""
+    shape = tuple(policy_logps.shape)
+    if len(shape) != 2:
+        raise ValueError(f"policy_logps has shape {shape}, expected (groups, responses)")
+    if shape[1] < least or (most is not None and shape[1] > most):
+        expected = f"exactly {least}" if most == least else f"at least {least}"
+        raise ValueError(f"policy_logps has {shape[1]} responses a group, this loss needs {expected}")
+    for name, tensor in (others or {}).items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, policy_logps has {shape}")
+
+
+# --- from logits to log-probs ------------------------------------------------------------------------------------
+
+
+def check_logits(logits: Tensor, mask: Tensor) -> None:
+    if logits.dim() != 3 or mask.shape != logits.shape[:2]:
+        raise ValueError(f"logits {tuple(logits.shape)} and mask {tuple(mask.shape)}, expected (N, T, V) and (N, T)")
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    return F.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+def sum_scored(values: Tensor, scored: Tensor) -> Tensor:
+    """One value per True of scored (N, T), in reading order -> its sum per row, (N,)."""
+    return torch.zeros(scored.shape, dtype=values.dtype, device=values.device).masked_scatter(scored, values).sum(1)
+
+
+def sequence_logps(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+    """Log-prob of each sequence's scored tokens: sum_t log softmax(logits[:, t - 1])[tokens[:, t]], in nats.
+
+    logits   (N, T, V), any dtype: logits[:, t] predicts tokens[:, t + 1]; the last position predicts nothing
+    tokens   (N, T) ids
+    mask     (N, T) bool, True on scored tokens; the first token has no prediction and is never scored
+    returns  (N,), float32 (float64 for float64 logits)
+    """
+    check_logits(logits, mask)
+    if tokens.shape != mask.shape:
+        raise ValueError(f"tokens {tuple(tokens.shape)} and mask {tuple(mask.shape)} differ in shape")
+    scored = mask[:, 1:].bool()
+    logps = log_softmax(logits[:, :-1][scored])  # (scored tokens, V): padding costs nothing
+    return sum_scored(logps.gather(1, tokens[:, 1:][scored].unsqueeze(1)).squeeze(1), scored)
+
+
+def token_kl(policy_logits: Tensor, reference_logits: Tensor, mask: Tensor) -> Tensor:
+    """Token-wise KL(policy || reference) along each sequence, SPO Eq. 15: full vocabulary, SUMMED over scored tokens.
+
+        KL = sum_t sum_s p_t(s) [log p_t(s) - log ref_t(s)]
+
+    Each token counts the distribution it was drawn from, so the last step counted predicts the terminator.
+    The gradient flows through p and log p, never into the reference; the sampled ids stay fixed (no
+    score-function term). On fresh samples of the policy the value is unbiased for the sequence KL.
+
+    policy_logits, reference_logits  (N, T, V);  mask (N, T) bool as in sequence_logps
+    returns  (N,) nats, float32 (float64 for float64 logits); mean over sequences is the regularizer
+    """
+    check_logits(policy_logits, mask)
+    if policy_logits.shape != reference_logits.shape:
+        raise ValueError(f"policy logits {tuple(policy_logits.shape)}, reference {tuple(reference_logits.shape)}")
+    scored = mask[:, 1:].bool()
+    policy = log_softmax(policy_logits[:, :-1][scored])
+    reference = log_softmax(reference_logits[:, :-1][scored].detach())
+    return sum_scored((policy.exp() * (policy - reference)).sum(-1), scored)
+
+
+def stage_logsumexp(values: Tensor) -> Tensor:
+    """logsumexp over columns k..n for the stages k = 1..n-1: (B, n) -> (B, n-1).
+
+    Not logcumsumexp: its gradient loses digits once the gaps reach thousands of nats.
+    """
+    return torch.stack([values[:, k:].logsumexp(1) for k in range(values.shape[1] - 1)], dim=1)
+
+
+# --- Soft Preference Optimization ----------------------------------------------------------------------------------
+
+
+def weight_statistic(policy_logps: Tensor, gamma: float) -> Tensor:
+    """What SPO's weight compares with its batch mean, Eq. 13: t_k = (sum of pi over columns k..n)^gamma.
+
+    policy_logps  (B, n)
+    returns  (B, n-1), detached: column k-1 belongs to stage k. Stage 1 spans the whole group, and is all
+             that spo and spo_bon use. Its mean over the global batch, `.mean(0)`, is their `weight_mean`.
+    """
+    return torch.exp(gamma * stage_logsumexp(policy_logps.detach()))
+
+
+def weights(policy_logps: Tensor, gamma: float, weight_mean: Tensor | None) -> Tensor:
+    """mu_k = 2 sigmoid(t_k - batch mean of t_k), Eq. 13, (B, n-1); no gradient flows through it."""
+    statistic = weight_statistic(policy_logps, gamma)
+    mean = statistic.mean(0) if weight_mean is None else torch.as_tensor(weight_mean).to(statistic)
+    if mean.dim() > 1 or mean.numel() not in (1, statistic.shape[1]):
+        raise ValueError(f"weight_mean has shape {tuple(mean.shape)}, expected ({statistic.shape[1]},)")
+    return 2 * torch.sigmoid(statistic - mean)
+
+
+def soft_choice(policy_logps: Tensor, alpha: float, centered: bool) -> Tensor:
+    """-(1/alpha) log( p_1^alpha / (p_1^alpha + ... + p_n^alpha) ), p = exp(policy_logps): column 0 against all, (B,).
+
+    At alpha = 0 the part that depends on the policy: mean_i logp_i - logp_1. centered: less log(n)/alpha,
+    the value at equal log-probs, which says nothing and hides the rest (693 nats at alpha = 0.001, n = 2).
+    """
+    gaps = policy_logps - policy_logps[:, :1]  # (B, n)
+    if alpha == 0:
+        return gaps.mean(1)
+    offset = math.log(gaps.shape[1]) if centered else 0.0
+    return (torch.logsumexp(alpha * gaps, dim=1) - offset) / alpha
+
+
+@objective(data="pair", regularizer="global_kl")
+def spo_basic(policy_logps: Tensor, *, alpha: float = 0.001, centered: bool = False) -> Tensor:
+    """SPO for pairs without weights, Eq. 9; its limit Eq. 10, -1/2 (logp_0 - logp_1), at alpha = 0.
+
+        L = -(1/alpha) log( p0^alpha / (p0^alpha + p1^alpha) ) = softplus(-alpha (logp_0 - logp_1)) / alpha
+
+    policy_logps  (B, 2), column 0 chosen
+    alpha         softmax exponent, >= 0: the minimiser is softmax(r / alpha), so smaller is harder
+    centered      less log(2)/alpha: same gradient, 0 at equal log-probs
+    at step 0     whatever the reference says of its data; the loss reads no reference
+    """
+    check(policy_logps, most=2)
+    return soft_choice(policy_logps, alpha, centered)
+
+
+@objective(data="pair", regularizer="global_kl")
+def spo(
+    policy_logps: Tensor, *, alpha: float = 0.001, gamma: float = 0.01,
+    weight_mean: Tensor | None = None, centered: bool = False,
+) -> Tensor:
+    """Weighted SPO for pairs, Eq. 11 with the weight of Eq. 13; Eq. 12 at alpha = 0.
+
+        L = mu * softplus(-alpha (logp_0 - logp_1)) / alpha,   mu = 2 sigmoid(t - mean t),  t = (p0 + p1)^gamma
+
+    policy_logps  (B, 2), column 0 chosen
+    gamma         0: every weight is 1. The weight lies in (0.538, 1.462) and carries no gradient
+    weight_mean   mean of weight_statistic over the global batch (scalar, or its (n-1,) vector)
+    """
+    check(policy_logps, most=2)
+    return spo_bon(policy_logps, alpha=alpha, gamma=gamma, weight_mean=weight_mean, centered=centered)
+
+
+@objective(data="best", regularizer="global_kl")
+def spo_bon(
+    policy_logps: Tensor, *, alpha: float = 0.001, gamma: float = 0.01,
+    weight_mean: Tensor | None = None, centered: bool = False,
+) -> Tensor:
+    """Best-of-n SPO, Eq. 16: the best against all n; columns 1..n-1 are unordered.
+
+        L = -mu/alpha log( p_best^alpha / sum_i p_i^alpha ),   mu as in spo with t = (sum_i p_i)^gamma
+
+    The paper asks for some symmetric mu; Eq. 13 over all n columns is our reading. policy_logps (B, n), n >= 2.
+    """
+    check(policy_logps)
+    first = None if weight_mean is None else torch.as_tensor(weight_mean).reshape(-1)[0]
+    mu = weights(policy_logps, gamma, first)[:, 0]
+    return mu * soft_choice(policy_logps, alpha, centered)
+
+
+@objective(data="ranking", regularizer="global_kl")
+def spo_rank(
+    policy_logps: Tensor, *, alpha: float = 0.001, gamma: float = 0.01, eta: float = 1.0,
+    weight_mean: Tensor | None = None, centered: bool = False,
+) -> Tensor:
+    """Ranking SPO, Eq. 17: stage k picks rank k out of ranks k..n.
+
+        L = sum_{k=1}^{n-1} -(eta^k mu_k / alpha) log( p_k^alpha / sum_{j>=k} p_j^alpha )
+
+    policy_logps  (B, n), best first, n >= 2
+    eta           stage k weighs eta^k, k from 1 (the paper's D.2): eta < 1 also weakens the loss against the KL
+    weight_mean   (n-1,): mean of weight_statistic over the global batch, one per stage
+    """
+    check(policy_logps)
+    n = policy_logps.shape[1]
+    mu = weights(policy_logps, gamma, weight_mean)  # (B, n-1)
+    stages = [soft_choice(policy_logps[:, k:], alpha, centered) for k in range(n - 1)]
+    decay = eta ** torch.arange(1, n, dtype=mu.dtype, device=mu.device)
+    return (decay * mu * torch.stack(stages, dim=1)).sum(1)
+
+
+# --- baselines -----------------------------------------------------------------------------------------------------
+
+
+@objective(data="text")
+def sft(policy_logps: Tensor, lengths: Tensor, *, mean_length: Tensor | None = None) -> Tensor:
+    """Supervised fine-tuning on every response given: total NLL / total tokens, nats per token (as llama2.c's).
+
+    policy_logps, lengths  (B, n), n >= 1
+    mean_length            mean of lengths over the global batch; a mean of micro-batch means is another loss
+    """
+    check(policy_logps, {"lengths": lengths}, least=1)
+    mean_length = lengths.to(policy_logps).mean() if mean_length is None else mean_length
+    return -policy_logps.mean(1) / mean_length
+
+
+@objective(data="best")
+def best_sft(policy_logps: Tensor, lengths: Tensor, *, mean_length: Tensor | None = None) -> Tensor:
+    """Best-response SFT: sft on column 0 alone.
+
+    policy_logps, lengths  (B, n), n >= 1;  mean_length: mean of lengths[:, 0] over the global batch
+    """
+    check(policy_logps, {"lengths": lengths}, least=1)
+    return sft(policy_logps[:, :1], lengths[:, :1], mean_length=mean_length)
+
+
+@objective(data="pair")
+def dpo(policy_logps: Tensor, reference_logps: Tensor, *, beta: float = 0.1) -> Tensor:
+    """Direct Preference Optimization, DPO Eq. 7: softplus(-beta h), h = logratio_0 - logratio_1; log 2 at step 0.
+
+    policy_logps, reference_logps  (B, 2), column 0 chosen;  beta: strength of the implied KL
+    """
+    check(policy_logps, {"reference_logps": reference_logps}, most=2)
+    return dpo_rank(policy_logps, reference_logps, beta=beta)
+
+
+@objective(data="ranking")
+def dpo_rank(policy_logps: Tensor, reference_logps: Tensor, *, beta: float = 0.01) -> Tensor:
+    """DPO for rankings (Plackett-Luce), DPO Appendix A.3; log n! at step 0.
+
+        L = sum_{k=1}^{n-1} log sum_{j>=k} exp(s_j - s_k),   s = beta * logratio
+
+    policy_logps, reference_logps  (B, n), best first, n >= 2
+    """
+    check(policy_logps, {"reference_logps": reference_logps})
+    rewards = beta * (policy_logps - reference_logps)
+    return (stage_logsumexp(rewards) - rewards[:, :-1]).sum(1)
+
+
+# --- regularizers: what `beta` multiplies, for a loss that has no beta of its own -------------------------------------
+
+
+def regularizer(function):
+    """Enter a regularizer; like a loss, its signature says which tensors it reads."""
+    REGULARIZERS[function.__name__] = function
+    return function
+
+
+@regularizer
+def global_kl(online_kl: Tensor) -> Tensor:
+    """SPO's own, Eq. 15: token_kl on samples that the policy itself drew.
+
+    online_kl (M,): token_kl of M whole samples, temperature 1, no truncation -> (M,); 0 at step 0
+    """
+    return online_kl
+
+
+@regularizer
+def none() -> Tensor:
+    """No regularizer. -> (1,), zero"""
+    return torch.zeros(1)

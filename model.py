@@ -1,0 +1,298 @@
+"""The Llama 2 model, with llama2.c's argument and state-dict names, and sampling from it.
+
+Knows no loss, no data and no process group. `model(tokens)` gives logits for every position;
+`generate` samples in batches with a key-value cache.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass
+class ModelArgs:
+    """llama2.c's fields, in its order, and rope_theta.
+
+    hidden_dim   None: 2/3 of 4 * dim, rounded up to a multiple of multiple_of
+    dropout      read and kept because llama2.c's checkpoints carry it, but never applied: the policy has
+                 to equal the reference at step 0, and itself between the two passes of a weighted loss
+    """
+
+    dim: int = 4096
+    n_layers: int = 32
+    n_heads: int = 32
+    n_kv_heads: int | None = None
+    vocab_size: int = 32000
+    hidden_dim: int | None = None
+    multiple_of: int = 256
+    norm_eps: float = 1e-5
+    max_seq_len: int = 2048
+    dropout: float = 0.0
+    rope_theta: float = 10000.0
+
+    def __post_init__(self):
+        self.n_kv_heads = self.n_kv_heads or self.n_heads
+        if self.hidden_dim is None:
+            hidden = 2 * (4 * self.dim) // 3
+            self.hidden_dim = self.multiple_of * ((hidden + self.multiple_of - 1) // self.multiple_of)
+        if self.dim % self.n_heads or (self.dim // self.n_heads) % 2:
+            raise ValueError(f"dim {self.dim} does not split into {self.n_heads} heads of even size")
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_heads {self.n_heads} is no multiple of n_kv_heads {self.n_kv_heads}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return normed.to(x.dtype) * self.weight
+
+
+def rope_tables(args: ModelArgs) -> tuple[Tensor, Tensor]:
+    """cos and sin of position * theta^(-2i/head_dim), each (max_seq_len, head_dim / 2), float32."""
+    exponents = torch.arange(0, args.head_dim, 2).float() / args.head_dim
+    angles = torch.outer(torch.arange(args.max_seq_len).float(), 1.0 / args.rope_theta**exponents)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding, interleaved as Meta and llama2.c lay it out: pairs are (0, 1), (2, 3), ...
+
+    x (N, T, heads, head_dim); cos, sin (T, head_dim / 2)
+    """
+    cos, sin = cos.unsqueeze(1).to(x.dtype), sin.unsqueeze(1).to(x.dtype)  # (T, 1, head_dim / 2)
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, allocated once for a whole generation."""
+
+    def __init__(self, args: ModelArgs, batch: int, length: int, device, dtype):
+        shape = (args.n_layers, batch, args.n_kv_heads, length, args.head_dim)
+        self.keys = torch.empty(shape, device=device, dtype=dtype)
+        self.values = torch.empty(shape, device=device, dtype=dtype)
+        self.position = 0  # tokens held; the next one goes here
+
+    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store (N, KV, T, head_dim) behind what is there; returns all keys and values of this layer."""
+        end = self.position + keys.shape[2]
+        self.keys[layer, :, :, self.position : end] = keys
+        self.values[layer, :, :, self.position : end] = values
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def keep(self, rows: Tensor) -> None:
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+
+
+class Attention(nn.Module):
+    def __init__(self, layer: int, args: ModelArgs):
+        super().__init__()
+        self.layer, self.n_heads, self.n_kv_heads = layer, args.n_heads, args.n_kv_heads
+        self.wq = nn.Linear(args.dim, args.n_heads * args.head_dim, bias=False)
+        self.wk = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
+        self.wv = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
+        self.wo = nn.Linear(args.n_heads * args.head_dim, args.dim, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+        N, T, _ = x.shape
+        q = rotate(self.wq(x).view(N, T, self.n_heads, -1), cos, sin).transpose(1, 2)  # (N, heads, T, head_dim)
+        k = rotate(self.wk(x).view(N, T, self.n_kv_heads, -1), cos, sin).transpose(1, 2)
+        v = self.wv(x).view(N, T, self.n_kv_heads, -1).transpose(1, 2)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)
+        if T == 1:
+            # One query sees every key, so the heads that share a key head can stand in the place of
+            # queries: no mask, and grouped-query attention without copying keys.
+            q = q.reshape(N, self.n_kv_heads, -1, q.shape[-1])  # (N, KV, heads per KV, head_dim)
+            y = F.scaled_dot_product_attention(q, k, v).reshape(N, 1, -1)
+        else:
+            assert k.shape[2] == T, "several tokens at once only from position 0: the mask is square"
+            y = F.scaled_dot_product_attention(
+                q, k, v, is_causal=True, enable_gqa=self.n_kv_heads != self.n_heads
+            )
+            y = y.transpose(1, 2).reshape(N, T, -1)
+        return self.wo(y)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.w1 = nn.Linear(dim, hidden_dim, bias=False)
+        self.w2 = nn.Linear(hidden_dim, dim, bias=False)
+        self.w3 = nn.Linear(dim, hidden_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))  # SwiGLU
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, layer: int, args: ModelArgs):
+        super().__init__()
+        self.attention = Attention(layer, args)
+        self.feed_forward = FeedForward(args.dim, args.hidden_dim)
+        self.attention_norm = RMSNorm(args.dim, args.norm_eps)
+        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cos, sin, cache)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class Transformer(nn.Module):
+    """Llama 2. tied: the classifier is the embedding matrix (all TinyStories models; not Llama 2 itself)."""
+
+    def __init__(self, args: ModelArgs, tied: bool = True):
+        super().__init__()
+        self.args, self.tied = args, tied
+        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
+        self.layers = nn.ModuleList(TransformerBlock(i, args) for i in range(args.n_layers))
+        self.norm = RMSNorm(args.dim, args.norm_eps)
+        self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
+        if tied:
+            self.output.weight = self.tok_embeddings.weight
+        cos, sin = rope_tables(args)
+        self.register_buffer("freqs_cos", cos, persistent=False)
+        self.register_buffer("freqs_sin", sin, persistent=False)
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Normal(0, 0.02), the matrices that write into the residual stream scaled by 1/sqrt(2 n_layers)."""
+        for name, weight in self.named_parameters():
+            if weight.dim() == 2:
+                residual = name.endswith(("wo.weight", "w2.weight"))
+                std = 0.02 / (2 * self.args.n_layers) ** 0.5 if residual else 0.02
+                nn.init.normal_(weight, std=std, generator=generator)
+
+    def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Token ids (N, T) -> final hidden states (N, T, D), behind the last norm."""
+        start = cache.position if cache is not None else 0
+        end = start + tokens.shape[1]
+        if end > self.args.max_seq_len:
+            raise ValueError(f"{end} tokens are more than the model's context of {self.args.max_seq_len}")
+        cos, sin = self.freqs_cos[start:end], self.freqs_sin[start:end]
+        x = self.tok_embeddings(tokens)
+        for layer in self.layers:
+            x = layer(x, cos, sin, cache)
+        if cache is not None:
+            cache.position = end
+        return self.norm(x)
+
+    def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Token ids (N, T) -> logits (N, T, V); logits[:, t] predicts token t + 1.
+
+        cache  holds what went before: tokens then continue it (one at a time, once it is not empty)
+        """
+        return self.output(self.hidden(tokens, cache))
+
+
+def filter_logits(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
+    """Logits (N, V) with all but the top_k likeliest, and all beyond probability mass top_p, set to -inf."""
+    if top_k is not None and top_k < logits.shape[-1]:
+        kth = logits.topk(top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, float("-inf"))
+    if top_p is not None and top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        p = ordered.softmax(-1)
+        beyond = p.cumsum(-1) - p >= top_p  # the token that crosses top_p is kept
+        logits = logits.masked_fill(beyond.scatter(-1, order, beyond), float("-inf"))
+    return logits
+
+
+def sample_token(
+    logits: Tensor, uniforms: Tensor, temperature: float, top_k: int | None = None, top_p: float | None = None
+) -> Tensor:
+    """One id per row of logits (N, V), by inverting the cumulative distribution at uniforms (N,) in [0, 1).
+
+    Unlike torch.multinomial it spends one number per row, known beforehand: a row's draw is its own.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    p = filter_logits(logits.float() / temperature, top_k, top_p).softmax(-1)
+    cdf = p.cumsum(-1, dtype=torch.float64)
+    threshold = uniforms.unsqueeze(-1) * cdf[:, -1:]  # the sum is 1 only up to rounding
+    return torch.searchsorted(cdf, threshold, right=True).squeeze(-1).clamp_(max=logits.shape[-1] - 1)
+
+
+@torch.inference_mode()
+def generate(
+    model: Transformer,
+    prompt_tokens: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop_ids: Sequence[int] = (),
+    seed: int = 0,
+) -> list[list[int]]:
+    """Sample a continuation of every prompt, in one batch with a key-value cache.
+
+    prompt_tokens   N lists of ids, each non-empty (BOS first) and of any length
+    max_new_tokens  at most so many per row; also ends where the model's context does
+    temperature     0: the likeliest token, always
+    top_k, top_p    truncation; None: off, as sampling from the policy itself requires
+    stop_ids        a row ends with the first of these that it draws; the id is kept
+    seed            row i draws from the stream of seed + i: rows [16:32] of a batch are the batch of
+                    seed + 16, and a row's text does not depend on its neighbours
+    returns         N lists of new ids, prompt excluded
+    """
+    if not prompt_tokens:
+        return []
+    lengths = [len(p) for p in prompt_tokens]
+    context = model.args.max_seq_len
+    if min(lengths) == 0:
+        raise ValueError("an empty prompt: a row needs at least BOS")
+    if max(lengths) >= context:
+        raise ValueError(f"a prompt of {max(lengths)} tokens leaves no room in a context of {context}")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}, must be 1 or more")
+    if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+        raise ValueError(f"need temperature >= 0, top_k >= 1, 0 < top_p <= 1; got {temperature}, {top_k}, {top_p}")
+    device, N = model.tok_embeddings.weight.device, len(lengths)
+    end = min(context, max(lengths) + max_new_tokens)
+    tokens = torch.zeros(N, end, dtype=torch.long)
+    for row, prompt in enumerate(prompt_tokens):
+        tokens[row, : lengths[row]] = torch.tensor(prompt)
+    uniforms = torch.stack([
+        torch.rand(end, generator=torch.Generator().manual_seed(seed + i), dtype=torch.float64) for i in range(N)
+    ])
+    tokens, uniforms = tokens.to(device), uniforms.to(device)
+    first = torch.tensor(lengths, device=device)  # each row's first position to fill
+    last = (first + max_new_tokens).clamp(max=end)  # and the first one not to fill any more
+    stop = torch.tensor(list(stop_ids), device=device, dtype=torch.long)
+
+    rows = torch.arange(N, device=device)  # the rows still being written
+    position = min(lengths)
+    cache = KVCache(model.args, N, end, device, model.tok_embeddings.weight.dtype)
+    logits = model.output(model.hidden(tokens[:, :position], cache)[:, -1])  # (N, V)
+    while True:
+        prompted = first[rows] > position  # this row's prompt goes on: its token is given, not drawn
+        draw = uniforms[rows, (position - first[rows]).clamp(min=0)]
+        drawn = sample_token(logits, draw, temperature, top_k, top_p)
+        drawn = torch.where(prompted, tokens[rows, position], drawn)
+        tokens[rows, position] = drawn
+        ended = (torch.isin(drawn, stop) & ~prompted) | (last[rows] <= position + 1)
+        last[rows] = torch.where(ended, last[rows].clamp(max=position + 1), last[rows])
+        position += 1
+        alive = last[rows] > position
+        n_alive = int(alive.sum())
+        if n_alive == 0:
+            break
+        if n_alive <= 0.75 * len(rows):  # leave the finished behind; rarely, since it copies the cache
+            keep = alive.nonzero().squeeze(1)
+            cache.keep(keep)
+            rows = rows[keep]
+        logits = model.output(model.hidden(tokens[rows, position - 1].unsqueeze(1), cache)[:, -1])
+    tokens, last = tokens.tolist(), last.tolist()
+    return [tokens[i][lengths[i] : last[i]] for i in range(N)]

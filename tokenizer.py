@@ -1,0 +1,46 @@
+"""Text <-> token ids, by a sentencepiece model; the same vocabulary as run.c reads it."""
+
+import os
+import struct
+
+from sentencepiece import SentencePieceProcessor
+
+
+class Tokenizer:
+    """A sentencepiece model behind encode and decode.
+
+    path  a `.model` file; ValueError if it is not one
+    """
+
+    def __init__(self, path: str):
+        if not os.path.isfile(path):
+            raise ValueError(f"{path}: no such tokenizer file; give a sentencepiece .model with --tokenizer")
+        self.path = path
+        try:
+            self.model = SentencePieceProcessor(model_file=path)
+        except (RuntimeError, OSError):
+            raise ValueError(f"{path}: not a sentencepiece model (or damaged)") from None
+        self.vocab_size: int = self.model.vocab_size()
+        self.bos_id: int = self.model.bos_id()
+        self.eos_id: int = self.model.eos_id()
+
+    def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
+        ids = self.model.encode(text)
+        return [self.bos_id] * bos + ids + [self.eos_id] * eos
+
+    def decode(self, ids: list[int]) -> str:
+        """Ids to text; BOS, EOS and other control ids print as nothing."""
+        return self.model.decode(ids)
+
+    def export(self, path: str) -> None:
+        """Write llama2.c's tokenizer.bin: the longest piece in bytes, then (score, length, bytes) per piece."""
+        pieces = []
+        for i in range(self.vocab_size):
+            piece = self.model.id_to_piece(i).replace("\u2581", " ")  # sentencepiece's mark for a space
+            if i in (self.bos_id, self.eos_id):
+                piece = f"\n{piece}\n"  # as llama2.c writes them, so that no text can spell one
+            pieces.append((self.model.get_score(i), piece.encode("utf-8")))
+        with open(path, "wb") as f:
+            f.write(struct.pack("<I", max(len(piece) for _, piece in pieces)))
+            for score, piece in pieces:
+                f.write(struct.pack("<fI", score, len(piece)) + piece)
