@@ -23,15 +23,17 @@ LOSSES: dict[str, Callable[..., Tensor]] = {}
 REGULARIZERS: dict[str, Callable[..., Tensor]] = {}
 
 
-def objective(data: str, regularizer: str = "none"):
-    """Enter a loss into LOSSES and note what it needs to know about the data.
+def objective(data: str, regularizer: str = "none", statistic: tuple[str, Callable[..., Tensor]] | None = None):
+    """Enter a loss into LOSSES, with what its signature does not tell.
 
     data         "text": any responses; "best": column 0 is the best one; "pair": n = 2; "ranking": a full order
     regularizer  the default of --regularizer
+    statistic    (name, function): the mean over the global batch of what function gives per group, (B, ...), is
+                 to be passed as `name`; it reads tensors and numbers by name, as a loss does
     """
 
     def register(function):
-        function.data, function.regularizer = data, regularizer
+        function.data, function.regularizer, function.statistic = data, regularizer, statistic
         LOSSES[function.__name__] = function
         return function
 
@@ -163,7 +165,7 @@ def spo_basic(policy_logps: Tensor, *, alpha: float = 0.001, centered: bool = Fa
     return soft_choice(policy_logps, alpha, centered)
 
 
-@objective(data="pair", regularizer="global_kl")
+@objective(data="pair", regularizer="global_kl", statistic=("weight_mean", weight_statistic))
 def spo(
     policy_logps: Tensor, *, alpha: float = 0.001, gamma: float = 0.01,
     weight_mean: Tensor | None = None, centered: bool = False,
@@ -180,7 +182,7 @@ def spo(
     return spo_bon(policy_logps, alpha=alpha, gamma=gamma, weight_mean=weight_mean, centered=centered)
 
 
-@objective(data="best", regularizer="global_kl")
+@objective(data="best", regularizer="global_kl", statistic=("weight_mean", weight_statistic))
 def spo_bon(
     policy_logps: Tensor, *, alpha: float = 0.001, gamma: float = 0.01,
     weight_mean: Tensor | None = None, centered: bool = False,
@@ -197,7 +199,7 @@ def spo_bon(
     return mu * soft_choice(policy_logps, alpha, centered)
 
 
-@objective(data="ranking", regularizer="global_kl")
+@objective(data="ranking", regularizer="global_kl", statistic=("weight_mean", weight_statistic))
 def spo_rank(
     policy_logps: Tensor, *, alpha: float = 0.001, gamma: float = 0.01, eta: float = 1.0,
     weight_mean: Tensor | None = None, centered: bool = False,
@@ -221,7 +223,7 @@ def spo_rank(
 # --- baselines -----------------------------------------------------------------------------------------------------
 
 
-@objective(data="text")
+@objective(data="text", statistic=("mean_length", lambda lengths: lengths.float().mean(1)))
 def sft(policy_logps: Tensor, lengths: Tensor, *, mean_length: Tensor | None = None) -> Tensor:
     """Supervised fine-tuning on every response given: total NLL / total tokens, nats per token (as llama2.c's).
 
@@ -233,7 +235,7 @@ def sft(policy_logps: Tensor, lengths: Tensor, *, mean_length: Tensor | None = N
     return -policy_logps.mean(1) / mean_length
 
 
-@objective(data="best")
+@objective(data="best", statistic=("mean_length", lambda lengths: lengths[:, 0].float()))
 def best_sft(policy_logps: Tensor, lengths: Tensor, *, mean_length: Tensor | None = None) -> Tensor:
     """Best-response SFT: sft on column 0 alone.
 

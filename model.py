@@ -7,6 +7,7 @@ Knows no loss, no data and no process group. `model(tokens)` gives logits for ev
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -234,7 +235,8 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     stop_ids: Sequence[int] = (),
-    seed: int = 0,
+    seed: int | tuple[int, ...] = 0,
+    first_row: int = 0,
 ) -> list[list[int]]:
     """Sample a continuation of every prompt, in one batch with a key-value cache.
 
@@ -243,8 +245,9 @@ def generate(
     temperature     0: the likeliest token, always
     top_k, top_p    truncation; None: off, as sampling from the policy itself requires
     stop_ids        a row ends with the first of these that it draws; the id is kept
-    seed            row i draws from the stream of seed + i: rows [16:32] of a batch are the batch of
-                    seed + 16, and a row's text does not depend on its neighbours
+    seed            one number or several (say, run and step), none negative
+    first_row       row i draws from a stream of its own, that of (seed, first_row + i): its text does not depend
+                    on its neighbours, and two calls of 16 rows give what one call of 32 does
     returns         N lists of new ids, prompt excluded
     """
     if not prompt_tokens:
@@ -264,9 +267,8 @@ def generate(
     tokens = torch.zeros(N, end, dtype=torch.long)
     for row, prompt in enumerate(prompt_tokens):
         tokens[row, : lengths[row]] = torch.tensor(prompt)
-    uniforms = torch.stack([
-        torch.rand(end, generator=torch.Generator().manual_seed(seed + i), dtype=torch.float64) for i in range(N)
-    ])
+    streams = [(*np.atleast_1d(seed).tolist(), first_row + i) for i in range(N)]
+    uniforms = torch.from_numpy(np.stack([np.random.default_rng(stream).random(end) for stream in streams]))
     tokens, uniforms = tokens.to(device), uniforms.to(device)
     first = torch.tensor(lengths, device=device)  # each row's first position to fill
     last = (first + max_new_tokens).clamp(max=end)  # and the first one not to fill any more

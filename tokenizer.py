@@ -44,3 +44,17 @@ class Tokenizer:
             f.write(struct.pack("<I", max(len(piece) for _, piece in pieces)))
             for score, piece in pieces:
                 f.write(struct.pack("<fI", score, len(piece)) + piece)
+
+
+def load_tokenizer(path: str, checkpoint_path: str, vocab_size: int) -> Tokenizer:
+    """The tokenizer of a checkpoint: `path` if it is given, else tokenizer.model beside the checkpoint.
+
+    ValueError if there is none, or if it has another number of pieces than the model has embeddings.
+    """
+    tokenizer = Tokenizer(path or os.path.join(os.path.dirname(checkpoint_path), "tokenizer.model"))
+    if tokenizer.vocab_size != vocab_size:
+        raise ValueError(
+            f"{tokenizer.path} has {tokenizer.vocab_size} pieces, {checkpoint_path} was trained on {vocab_size}; "
+            "give the tokenizer that belongs to it with --tokenizer"
+        )
+    return tokenizer

@@ -1,0 +1,280 @@
+"""Text -> order: which story is better for older readers, and how often one file of stories beats another.
+
+    python judge.py policy.jsonl baseline.jsonl --judge=offline
+
+The offline judge is a fixed formula, so that the whole recipe runs without a network and gives the same
+answer everywhere. It stands in for a language model's verdict; it is not one. See `score`.
+Knows no tokens and no tensors.
+"""
+
+import json
+import math
+import re
+from dataclasses import dataclass
+
+from config import flag, parse, run
+
+# --- the offline judge -----------------------------------------------------------------------------------------------
+
+# Words that a story for older readers has and one for small children mostly lacks; inflections are found by `stem`.
+RICH_WORDS = set("""
+abandon ability absolute accident accompany ache achieve admire admit adventure advice afternoon agree although amaze
+amuse ancient anger announce anxious apology appear appreciate approach argue arrange arrive ashamed astonish attempt
+attention autumn avoid awake awful balance barely battle beautiful behave belief belong beneath betray bewilder beyond
+bitter blanket blossom boast bold borrow bother bottom brave breath breathe breeze brief bright brilliant brook bundle
+burden calm candle captain capture careful carve castle caution cavern celebrate challenge chamber character charm cheer
+chore clever cliff climb clumsy coast collapse collect comfort command complain complete concern confess confident
+confuse consider content continue cottage courage cradle craft crawl creak creature crimson crowd crumble cunning curious
+curtain custom damp danger daring dawn decide declare deep defeat delicate delicious delight depart describe deserve
+desire despair desperate destroy determine different difficult direction disappear disappoint discover discuss disguise
+distance distant disturb doubt dreadful drift drown dusk eager earn echo edge effort elder elegant embrace emerald
+emerge emotion empty enchant encourage endless enemy enormous entire envy escape eventual evil examine exclaim exhaust
+exist expect experience explain explore expression extraordinary faint faithful familiar famous fascinate fear feast
+fierce final flicker float flutter foolish forbid foreign forest forgive fortune fragile freedom frequent fright frost
+frown frustrate fury gather gaze generous gentle genuine ghost giggle glance gleam glimmer glisten gloomy glow golden
+gossip graceful gradual grateful greed grief grim guard guide guilt harbor harsh harvest haste haunt heal heart heavy
+hesitate hidden hollow honest honor hope horizon howl huge humble hunger hurry ignore imagine immediate important
+impossible impress incredible inspect instead intend invent invisible invite island jealous journey justice keen kingdom
+knowledge ladder lantern lean legend lesson lighthouse linger listen lonely loyal lullaby magic magnificent majestic
+marvel meadow melancholy melody memory merchant mercy messenger midnight mischief misery mist mistake moan modest moment
+moonlight moonlit mountain mourn murmur mysterious mystery narrow neglect nervous noble notice obey observe ocean odd
+offer orchard ordinary ought overcome palace panic patience patient pause peaceful peculiar perfect perhaps persuade
+plead pleasant pleasure plenty polite ponder poor portrait possess powerful praise precious predict prefer prepare
+pretend prince princess prison problem promise protect proud prove puzzle quarrel quest quiet quilt quiver rare reach
+realize reason recall receive recognize recover reflect refuse regret relief reluctant remain remarkable remember remind
+repair replace reply rescue respect responsible restless return reveal reward riddle ripple roam rough ruin rumor rustle
+sacred sacrifice sail sailor satisfy scatter scholar scold search secret sense serious several shadow shatter shelter
+shimmer shiver shore sigh silence silent silver simple single slender slight slope slumber smooth sob solemn solution
+solve sorrow soul sparkle special spirit splendid stare startle steady stern storm strange stranger stream strength
+stretch struggle stubborn stumble succeed sudden suffer suggest sunlight sunset surface surprise surround survive suspect
+swamp sway swift sympathy tale talent tangle tease temper temple tempt tender terrible terrify thief thought thoughtful
+thread threat thrill thunder tide timid tower trace tradition trail traveler treasure tremble triumph trouble trust truth
+twilight twist unexpected unfortunate unknown unusual urge useful valley valuable vanish vast velvet victory village
+voyage wander warn weary weather weave weep whisper wicked wild wilderness willow wisdom wise wither within witness
+wonder wonderful worry wound wreck yearn yield
+""".split())
+
+DETERMINERS = set("the a an my your our their its every".split())
+PREPOSITIONS = set("of to in on at with from for into onto about by under behind near through across toward".split())
+SUBJECTS = set("i he she they we".split())
+OBJECTS = set("him them me us himself herself themselves".split())
+BE_HAVE = set("was were is are am had has".split())
+MODALS = set("could would should must can't couldn't didn't don't wouldn't".split())
+JOINERS = set("and but or".split())
+OTHER_FUNCTION = set("""
+it you his her this that these those there here what who which when where while because if as so than then not no very
+too be been being have do does did will can all some any one up down out off over again just also how why it's he's
+she's that's i'm i'll let's
+""".split())
+FUNCTION = DETERMINERS | PREPOSITIONS | SUBJECTS | OBJECTS | BE_HAVE | MODALS | JOINERS | OTHER_FUNCTION
+MAY_REPEAT = set("very so no bye ha many really that had far knock tick hop up round on more".split())
+
+# Word pairs that grammatical English (all but) never has. Shuffled prose has them in one pair of seven.
+NEVER_FOLLOWS = [
+    (DETERMINERS, DETERMINERS | PREPOSITIONS | SUBJECTS | OBJECTS | BE_HAVE | MODALS | JOINERS | {"it", "his", "not"}),
+    (PREPOSITIONS, SUBJECTS | JOINERS | BE_HAVE | MODALS),
+    (SUBJECTS, DETERMINERS | SUBJECTS | OBJECTS | (PREPOSITIONS - {"in", "on", "for"}) | {"it", "his", "her", "this"}),
+    (BE_HAVE, BE_HAVE - {"had"} | MODALS | {"did", "do", "does"}),
+    (MODALS, DETERMINERS | BE_HAVE | JOINERS | MODALS | OBJECTS | (PREPOSITIONS - {"to"})),
+    (OBJECTS, BE_HAVE | SUBJECTS | MODALS),
+    (JOINERS, JOINERS),
+]
+NEVER_LAST = DETERMINERS | JOINERS | {"of", "from", "into", "was", "were", "because", "very", "i", "he", "they", "we"}
+
+
+def ramp(x: float, zero: float, one: float) -> float:
+    """0 at `zero`, 1 at `one`, linear in between and constant outside; `zero` may be the larger."""
+    return min(1.0, max(0.0, (x - zero) / (one - zero)))
+
+
+def stem(word: str) -> str | None:
+    """The entry of RICH_WORDS that this word is a form of, or None: whispered -> whisper, hurried -> hurry."""
+    for suffix, ending in (("", ""), ("'s", ""), ("s", ""), ("es", ""), ("ed", ""), ("d", ""), ("ing", ""), ("ly", ""),
+                           ("ing", "e"), ("ation", "e"), ("ment", ""), ("ies", "y"), ("ied", "y"), ("ily", "y"),
+                           ("y", ""), ("ful", ""), ("ness", ""), ("ally", "al"), ("er", ""), ("ous", ""), ("ly", "le")):
+        if word.endswith(suffix) and word.removesuffix(suffix) + ending in RICH_WORDS:
+            return word.removesuffix(suffix) + ending
+    return None
+
+
+def sentences_of(text: str) -> list[str]:
+    return [s for s in re.split(r"(?<=[.!?])[\"')]*\s+", text.strip()) if re.search("[A-Za-z]", s)]
+
+
+def words_of(text: str) -> list[str]:
+    return re.findall(r"[a-z]+(?:'[a-z]+)*", text.lower().replace("\u2019", "'"))
+
+
+def repeated_share(items: list) -> float:
+    """The share of items that stand earlier in the list, too."""
+    return 1 - len(set(items)) / len(items) if items else 0.0
+
+
+def misplaced_share(clauses: list[list[str]], sentences: list[list[str]]) -> float:
+    """Word pairs that break NEVER_FOLLOWS, immediate repetitions, and sentences ending in NEVER_LAST, per pair."""
+    pairs = [pair for clause in clauses for pair in zip(clause, clause[1:])]
+    faults = sum(
+        (a == b and a not in MAY_REPEAT) or any(a in left and b in right for left, right in NEVER_FOLLOWS)
+        for a, b in pairs
+    )
+    faults += 2 * sum(s[-1] in NEVER_LAST for s in sentences)
+    return faults / max(1, len(pairs))
+
+
+def listed_share(sentences: list[list[str]]) -> float:
+    """The share of words that stand in a row of five or more without one function word: lists, not prose."""
+    listed = 0
+    for words in sentences:
+        row = 0
+        for word in words + ["the"]:
+            if word in FUNCTION:
+                listed += row if row >= 5 else 0
+                row = 0
+            else:
+                row += 1
+    return listed / max(1, sum(map(len, sentences)))
+
+
+def features(text: str) -> dict[str, float]:
+    """Every part of the score, each in [0, 1]: three qualities, then the factors that make a text sound."""
+    sentences = [words_of(s) for s in sentences_of(text)]
+    words = [w for s in sentences for w in s]
+    if not words:
+        return {name: 0.0 for name in ("readability", "vocabulary", "variety", "length")}
+    clauses = [words_of(c) for c in re.split(r"[.,;:!?\"()\n]|--", text)]
+    n = len(words)
+    lengths = [len(s) for s in sentences]
+    in_run_ons = sum(k for s, k in zip(sentences, lengths) if k > 30 or sum(w in JOINERS for w in s) > 3) / n
+    windows = [words[i : i + 50] for i in range(0, max(1, n - 49), 10)]
+    distinct = sum(len(set(w)) / len(w) for w in windows) / len(windows)
+    openings = 1 - repeated_share([tuple(s[:2]) for s in sentences])
+    rich = {stem(w) for w in set(words)} - {None}
+    function_share = sum(w in FUNCTION for w in words) / n
+    joints = sum(a in FUNCTION and b in FUNCTION for a, b in zip(words, words[1:])) / n  # "in the", "she was"
+    commonest = max(words.count(w) for w in set(words)) / n
+    garbled = sum(
+        len(w) > 15 or not re.search("[aeiouy]", w) or bool(re.search(r"(.)\1\1|[^aeiouy']{6}", w)) for w in words
+    ) / n
+    plain = len(re.findall(r"[A-Za-z\s.,!?\"'\u2019-]", text)) / len(text)
+    capital = sum(bool(re.match(r"[\"'(]*[A-Z]", s)) for s in sentences_of(text)) / len(sentences)
+    return {
+        # a sentence counts by its words: from 4 (a primer) up to 13, and back to nothing at 32 (a run-on)
+        "readability": sum(k * min(ramp(k, 4, 13), ramp(k, 32, 20)) for k in lengths) / n,
+        "vocabulary": 0.8 * ramp(len(rich) / len(set(words)), 0, 0.20)
+        + 0.2 * min(ramp(sum(map(len, words)) / n, 3.5, 4.4), ramp(sum(map(len, words)) / n, 7, 5.5)),
+        "variety": 0.6 * ramp(distinct, 0.5, 0.8) + 0.4 * ramp(openings, 0.3, 1.0),
+        "length": ramp(n, 0, 60),  # enough to be a story; more wins nothing
+        "no run-ons": ramp(in_run_ons, 0.5, 0.1),
+        "no repetition": ramp(repeated_share(list(zip(words, words[1:], words[2:]))), 0.40, 0.08)
+        * ramp(repeated_share([tuple(s) for s in sentences]), 0.4, 0.0),
+        "no salad": ramp(misplaced_share(clauses, sentences), 0.10, 0.015),
+        "no lists": ramp(listed_share(sentences), 0.25, 0.06) * ramp(function_share, 0.2, 0.35)
+        * ramp(len(rich) / len(set(words)), 0.7, 0.45),
+        "function words": ramp(function_share, 0.75, 0.65) * ramp(joints, 0.02, 0.10) * ramp(commonest, 0.3, 0.17),
+        "spelling": ramp(garbled, 0.06, 0.005) * ramp(plain, 0.9, 0.98),
+        "sentences": 0.5 + 0.5 * ramp(capital, 0.5, 0.95),
+        "ending": 1.0 if re.search(r"[.!?][\"')]*\s*$", text) else 0.8,
+    }
+
+
+def score(text: str) -> float:
+    """How well a story suits older readers, 0 to 10, by a fixed formula; nothing in it is unbounded.
+
+        10 * (0.30 readability + 0.45 vocabulary + 0.25 variety) * soundness
+
+    readability  sentences of 13 to 20 words, as a reading grade would have it, falling to nothing for run-ons
+    vocabulary   distinct words out of a list of 500 that older readers know, up to a fifth of all; word length
+    variety      distinct words in windows of 50, sentences that open differently
+    soundness    a product of factors that plain prose has near 1: no run-on sentences, repeated phrases, word
+                 salad (pairs like "the of"), word lists, misspelling; length only up to 60 words
+    """
+    parts = features(text)
+    soundness = math.prod(v for k, v in parts.items() if k not in ("readability", "vocabulary", "variety"))
+    return 10 * soundness * (0.30 * parts["readability"] + 0.45 * parts["vocabulary"] + 0.25 * parts["variety"])
+
+
+def rank(stories: list[str]) -> list[int]:
+    """Indices of the stories, best first. Equal scores go by the text, so the order of the list never matters."""
+    scores = [score(s) for s in stories]
+    return sorted(range(len(stories)), key=lambda i: (-scores[i], stories[i]))
+
+
+def compare(a: str, b: str) -> float:
+    """1.0 if a is the better story, 0.0 if b is, 0.5 if neither."""
+    first, second = score(a), score(b)
+    return 0.5 if first == second else float(first > second)
+
+
+# --- win-rates ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class WinRate:
+    """How often one side was preferred; a tie counts half. low, high: the 95% Wilson interval."""
+
+    rate: float
+    low: float
+    high: float
+    count: int
+    ties: int
+
+    def __str__(self) -> str:
+        return f"{self.rate:.1%} [{self.low:.1%}, {self.high:.1%}] of {self.count}"
+
+
+def win_rate(preferences: list[float]) -> WinRate:
+    """Preferences (1 win, 0 loss, 0.5 tie) -> win-rate with its 95% interval. ValueError if there are none."""
+    n = len(preferences)
+    if n == 0:
+        raise ValueError("no comparisons, so no win-rate")
+    p, z = sum(preferences) / n, 1.959964
+    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return WinRate(p, middle - half, middle + half, n, sum(x == 0.5 for x in preferences))
+
+
+def compare_all(policy: list[str], baseline: list[str]) -> WinRate:
+    """Win-rate of policy story i against baseline story i. ValueError if the lists differ in length."""
+    if len(policy) != len(baseline):
+        raise ValueError(f"{len(policy)} stories against {len(baseline)}: they are compared one to one")
+    return win_rate([compare(a, b) for a, b in zip(policy, baseline)])
+
+
+def read_stories(path: str) -> list[str]:
+    """The "text" of every line of a JSONL file. ValueError naming file and line."""
+    stories = []
+    with open(path, encoding="utf-8", errors="replace") as f:
+        for number, line in enumerate(f, start=1):
+            try:
+                record = json.loads(line)
+            except (json.JSONDecodeError, RecursionError):
+                raise ValueError(f"{path} line {number}: not JSON") from None
+            if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+                raise ValueError(f'{path} line {number}: no "text"; expected {{"text": "..."}}, as sample.py writes')
+            stories.append(record["text"])
+    if not stories:
+        raise ValueError(f"{path}: holds no stories")
+    return stories
+
+
+JUDGES = {"offline": rank}
+
+
+@dataclass
+class JudgeConfig:
+    policy: str = flag(None, "stories to judge: JSONL with a text in each line", positional=True)
+    baseline: str = flag(None, "stories to compare with, line by line", positional=True)
+    judge: str = flag("offline", "who judges", choices=list(JUDGES))
+
+
+def main(argv: list[str]) -> None:
+    config = parse(JudgeConfig, argv, "judge.py", "How often the stories of one file beat those of another.")
+    policy, baseline = read_stories(config.policy), read_stories(config.baseline)
+    result = compare_all(policy, baseline)
+    for name, stories in ((config.policy, policy), (config.baseline, baseline)):
+        print(f"{name}: {len(stories)} stories, mean score {sum(map(score, stories)) / len(stories):.3f}")
+    print(f"win-rate of {config.policy}: {result}, {result.ties} ties ({config.judge} judge)")
+
+
+if __name__ == "__main__":
+    run(main)

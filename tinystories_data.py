@@ -1,0 +1,499 @@
+"""TinyStories: text -> ranked groups -> files -> batches.
+
+    python tinystories_data.py demo                                     # the offline demo's stories and tokenizer
+    python tinystories_data.py generate --checkpoint=stories260K.bin --tokenizer=tok512.model --num_stories=4096 --out=stories.jsonl
+    python tinystories_data.py rank --stories=stories.jsonl --out=ranked.jsonl --group_size=4 --judge=offline
+    python tinystories_data.py best_of_n --data=ranked.jsonl --out=best_of_n.jsonl
+    python tinystories_data.py pairs --data=ranked.jsonl --out=pairs.jsonl --pairs=best_worst
+    python tinystories_data.py check --data=ranked.jsonl --tokenizer=tok512.model
+
+A dataset is JSON Lines, one group a line, in any of these forms (unknown keys are kept):
+
+    {"prompt": "", "responses": ["...", "...", "..."], "ranking": [2, 0, 1]}     indices, best first
+    {"prompt": "", "responses": ["...", "..."], "best": 0}                       best-of-n: the rest is unordered
+    {"prompt": "...", "chosen": "...", "rejected": "..."}                        a pair
+    {"prompt": "...", "responses": ["..."]}  or  {"text": "..."}                 text for sft
+
+"finished": [true, ...] beside "responses" marks those that ended by themselves (default: all): the others were
+cut at a length limit and get no terminator.
+"""
+
+import json
+import os
+import random
+import shutil
+from collections import Counter
+from dataclasses import asdict, dataclass
+
+import sentencepiece
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import checkpoint as checkpoints
+import demo_stories
+import judge
+from checkpoint import Checkpoint, write_jsonl, write_text
+from config import flag, parse, run
+from model import generate
+from tokenizer import Tokenizer, load_tokenizer
+
+# --- groups ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RankedGroup:
+    """n responses to one prompt, best first as far as that is known.
+
+    order  "ranking": all of it is known; "best": responses[0] is the best, the rest unordered; "text": nothing is
+    """
+
+    prompt: str
+    responses: tuple[str, ...]
+    finished: tuple[bool, ...]
+    order: str
+    line: int
+
+
+def parse_group(record, where: str, line: int) -> RankedGroup:
+    """One line's record -> a group. ValueError, beginning with `where`, for anything but the forms above."""
+
+    def need(condition, message: str):
+        if not condition:
+            raise ValueError(f"{where}: {message}")
+
+    need(isinstance(record, dict), "not a JSON object")
+    prompt = record.get("prompt", "")
+    if "chosen" in record or "rejected" in record:
+        responses, ranking = [record.get("chosen"), record.get("rejected")], [0, 1]
+    elif "text" in record and "responses" not in record:
+        responses, ranking = [record["text"]], None
+    else:
+        responses, ranking = record.get("responses"), record.get("ranking")
+    need(isinstance(prompt, str), "prompt is not a text")
+    need(isinstance(responses, list) and responses, 'needs "responses", "chosen" and "rejected", or "text"')
+    need(all(isinstance(r, str) for r in responses), "a response is missing or not a text")
+    n, best = len(responses), record.get("best")
+    finished = record.get("finished", [True] * n)
+    need(isinstance(finished, list) and len(finished) == n and all(isinstance(f, bool) for f in finished),
+         f'"finished" is not a list of {n} true or false')
+    order = "text"
+    if ranking is not None:
+        whole = isinstance(ranking, list) and all(type(i) is int for i in ranking)
+        need(whole and sorted(ranking) == list(range(n)), f'"ranking" {ranking} is no permutation of 0..{n - 1}')
+        order = "ranking"
+    elif best is not None:
+        need(type(best) is int and 0 <= best < n, f'"best" {best} is not an index below {n}')
+        ranking = [best] + [i for i in range(n) if i != best]
+        order = "ranking" if n == 2 else "best"
+    ranking = ranking or list(range(n))
+    ordered, ended = tuple(responses[i] for i in ranking), tuple(finished[i] for i in ranking)
+    return RankedGroup(prompt, ordered, ended, order, line)
+
+
+def read_records(path: str) -> list[tuple[int, dict]]:
+    """(line number, object) of every line of a JSONL file; blank lines are passed over."""
+    if not os.path.isfile(path):
+        raise ValueError(f"{path}: no such file")
+    records = []
+    with open(path, "rb") as f:
+        for number, line in enumerate(f, start=1):
+            if line.strip():
+                try:
+                    records.append((number, json.loads(line.decode("utf-8"))))
+                except (ValueError, RecursionError):  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+                    raise ValueError(f"{path} line {number}: not a line of JSON in UTF-8") from None
+    return records
+
+
+def read_groups(path: str) -> list[RankedGroup]:
+    """A dataset file -> its groups. ValueError naming file and line for the first malformed one."""
+    groups = [parse_group(record, f"{path} line {number}", number) for number, record in read_records(path)]
+    if not groups:
+        raise ValueError(f"{path}: holds no groups")
+    return groups
+
+
+def require(groups: list[RankedGroup], need: str, path: str, loss: str) -> None:
+    """ValueError, naming the line, where a group does not tell what the loss has to know.
+
+    need  as in losses.objective: "text", "best", "pair" or "ranking"
+    """
+    size = len(groups[0].responses)
+    convert = f"python tinystories_data.py pairs --data={path} --out=pairs.jsonl"
+    for group in groups:
+        where, n = f"{path} line {group.line}", len(group.responses)
+        if n != size:
+            raise ValueError(f"{where}: group has {n} responses, expected {size} as in line {groups[0].line}")
+        if need == "pair" and n != 2:
+            raise ValueError(f"{where}: --loss={loss} compares pairs, the group has {n} responses; make some: {convert}")
+        if need in ("pair", "ranking") and group.order != "ranking":
+            raise ValueError(f"{where}: --loss={loss} needs a full ranking, the group tells only "
+                             f"{'its best' if group.order == 'best' else 'texts'}")
+        if need == "best" and group.order == "text" and n > 1:
+            raise ValueError(f'{where}: --loss={loss} needs the best response named ("best" or "ranking")')
+
+
+# --- tokens and batches ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EncodedGroup:
+    """A group in token ids: the prompt from BOS on; each response with the terminator, if it has ended."""
+
+    prompt: list[int]
+    responses: list[list[int]]
+    line: int
+
+
+@dataclass
+class Batch:
+    """N = B * n sequences, group by group, padded on the right.
+
+    tokens  (N, T) ids, BOS first
+    mask    (N, T) bool: the tokens that are scored, i.e. the responses; by length, never by token value,
+            since BOS, terminator and padding may share an id
+    n       responses per group
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    n: int = 1
+
+    @property
+    def lengths(self) -> Tensor:
+        """Scored tokens of each response, (B, n)."""
+        return self.mask.sum(1).view(-1, self.n)
+
+    def to(self, device: str) -> "Batch":
+        return Batch(self.tokens.to(device), self.mask.to(device), self.n)
+
+
+def collate(sequences: list[tuple[list[int], list[int]]], n: int = 1) -> Batch:
+    """(prompt ids, response ids) pairs -> a Batch."""
+    width = max(len(prompt) + len(response) for prompt, response in sequences)
+    tokens = torch.zeros(len(sequences), width, dtype=torch.long)
+    mask = torch.zeros(len(sequences), width, dtype=torch.bool)
+    for row, (prompt, response) in enumerate(sequences):
+        end = len(prompt) + len(response)
+        tokens[row, :end] = torch.tensor(prompt + response)
+        mask[row, len(prompt) : end] = True
+    return Batch(tokens, mask, n)
+
+
+def make_batch(groups: list[EncodedGroup]) -> Batch:
+    sequences = [(group.prompt, response) for group in groups for response in group.responses]
+    return collate(sequences, n=len(groups[0].responses))
+
+
+def encode_groups(
+    groups: list[RankedGroup], tokenizer: Tokenizer, eos_id: int, max_seq_len: int
+) -> tuple[list[EncodedGroup], Counter]:
+    """Groups -> token ids, and a count of those dropped by reason.
+
+    Prompt and response are encoded apart, so that the boundary does not depend on the text around it. A group
+    with an empty response, two identical ones, or a sequence longer than max_seq_len is dropped: it teaches
+    nothing, or something else than what was judged.
+    """
+    encoded, drops = [], Counter()
+    for group in groups:
+        prompt = tokenizer.encode(group.prompt, bos=True)
+        responses = [
+            tokenizer.encode(text) + [eos_id] * ended for text, ended in zip(group.responses, group.finished)
+        ]
+        if any(not text.strip() for text in group.responses):
+            drops["empty response"] += 1
+        elif len(set(group.responses)) < len(group.responses):
+            drops["identical responses"] += 1
+        elif len(prompt) + max(map(len, responses)) > max_seq_len:
+            drops[f"longer than {max_seq_len} tokens"] += 1
+        else:
+            encoded.append(EncodedGroup(prompt, responses, group.line))
+    return encoded, drops
+
+
+# --- stories from a model ----------------------------------------------------------------------------------------------
+
+
+def generate_stories(
+    checkpoint: Checkpoint, tokenizer: Tokenizer, num_stories: int, seed: int | tuple[int, ...],
+    max_new_tokens: int = 256, batch_size: int = 128,
+    temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
+    prompts: list[str] | None = None, name: str = "", progress: str | None = None,
+) -> list[dict]:
+    """Stories as records {"prompt", "text", "seed", "index", "checkpoint", "finished"}.
+
+    Story i draws from the stream of (seed, i), whatever the batch size. prompts (default: the empty one) are continued in blocks of equal
+    size, so that neighbouring stories can be ranked against each other.
+    "text" is what the model wrote behind the prompt; "finished" is False where it was cut at the length limit.
+    progress  the label of a progress bar; None: no bar
+    """
+    prompts = prompts or [""]
+    records = []
+    bar = tqdm(total=num_stories, desc=progress, unit="story", disable=progress is None)
+    for start in range(0, num_stories, batch_size):
+        rows = range(start, min(start + batch_size, num_stories))
+        texts = [prompts[i * len(prompts) // num_stories] for i in rows]
+        responses = generate(
+            checkpoint.model, [tokenizer.encode(text, bos=True) for text in texts], max_new_tokens,
+            temperature, top_k, top_p, stop_ids=[checkpoint.eos_id], seed=seed, first_row=start,
+        )
+        for i, prompt, ids in zip(rows, texts, responses):
+            ended = ids[-1] == checkpoint.eos_id
+            text = tokenizer.decode(ids[:-1] if ended else ids)
+            records.append({"prompt": prompt, "text": text, "seed": seed, "index": i, "checkpoint": name,
+                            "finished": ended})
+        bar.update(len(rows))
+    bar.close()
+    return records
+
+
+def rank_stories(stories: list[dict], group_size: int, rank) -> list[dict]:
+    """Consecutive stories with the same prompt -> ranked groups; a rest too small for a group is left out.
+
+    rank  texts -> indices, best first (judge.rank)
+    """
+    groups, members = [], []
+    for story in stories:
+        if members and members[0].get("prompt", "") != story.get("prompt", ""):
+            members = []
+        members.append(story)
+        if len(members) == group_size:
+            texts = [m["text"] for m in members]
+            finished = [m.get("finished", True) for m in members]
+            groups.append({"prompt": story.get("prompt", ""), "responses": texts, "finished": finished,
+                           "ranking": rank(texts)})
+            members = []
+    return groups
+
+
+def to_best_of_n(record: dict) -> dict:
+    """A ranked record without its ranking: only the best stays named."""
+    rest = {key: value for key, value in record.items() if key != "ranking"}
+    return rest | {"best": record["ranking"][0]}
+
+
+def to_pairs(record: dict, which: str) -> list[dict]:
+    """A ranked record -> pairs, each a ranked record of two: the best and the worst, or all n(n-1)/2."""
+    ranking = record["ranking"]
+    last = len(ranking) - 1
+    chosen = [(0, last)] if which == "best_worst" else [(i, j) for i in range(last) for j in range(i + 1, last + 1)]
+    pairs = []
+    for i, j in chosen:
+        members = (ranking[i], ranking[j])
+        pair = record | {"responses": [record["responses"][m] for m in members], "ranking": [0, 1]}
+        if "finished" in record:
+            pair["finished"] = [record["finished"][m] for m in members]
+        pairs.append(pair)
+    return pairs
+
+
+def ranked_records(path: str) -> list[dict]:
+    """The records of a file of full rankings; ValueError naming the first line that is something else."""
+    records = read_records(path)
+    for number, record in records:
+        parse_group(record, f"{path} line {number}", number)
+        if "ranking" not in record:
+            raise ValueError(f"{path} line {number}: needs a full ranking")
+    return [record for _, record in records]
+
+
+# --- the offline demo --------------------------------------------------------------------------------------------------
+
+DEMO_DIR = os.path.join("data", "demo")
+DEMO_STORIES, DEMO_VOCAB, DEMO_GROUPS, DEMO_SEED = 8000, 1024, 1024, 1337
+DEMO_FILES = {"text": "stories.jsonl", "pair": "pairs.jsonl", "best": "best_of_n.jsonl", "ranking": "ranked.jsonl"}
+
+
+def train_tokenizer(text_file: str, vocab_size: int, prefix: str) -> None:
+    """A BPE sentencepiece model with llama2.c's settings: bytes as fallback, digits apart, no normalisation."""
+    sentencepiece.SentencePieceTrainer.train(
+        input=text_file, model_prefix=prefix, model_type="bpe", vocab_size=vocab_size, character_coverage=1.0,
+        self_test_sample_size=0, input_format="text", num_threads=1, split_digits=True,
+        allow_whitespace_only_pieces=True, byte_fallback=True, unk_surface=r" \342\201\207 ",
+        normalization_rule_name="identity", minloglevel=2,
+    )
+
+
+def demo_text() -> None:
+    """data/demo/stories.jsonl and tokenizer.model. What a former, different recipe left there is removed."""
+    recipe = {"stories": DEMO_STORIES, "vocab": DEMO_VOCAB, "groups": DEMO_GROUPS, "seed": DEMO_SEED, "version": 1}
+    recipe_file = os.path.join(DEMO_DIR, "recipe.json")
+    if os.path.isdir(DEMO_DIR):
+        former = open(recipe_file, encoding="utf-8").read() if os.path.isfile(recipe_file) else ""
+        if former != json.dumps(recipe):
+            shutil.rmtree(DEMO_DIR)
+    os.makedirs(DEMO_DIR, exist_ok=True)
+    write_text(recipe_file, json.dumps(recipe))
+    stories = os.path.join(DEMO_DIR, DEMO_FILES["text"])
+    tokenizer = os.path.join(DEMO_DIR, "tokenizer.model")
+    if not os.path.isfile(stories):
+        rng = random.Random(DEMO_SEED)
+        write_jsonl(stories, ({"text": demo_stories.story(rng)} for _ in range(DEMO_STORIES)))
+    if not os.path.isfile(tokenizer):
+        lines, prefix = os.path.join(DEMO_DIR, "lines.tmp"), os.path.join(DEMO_DIR, "tokenizer.tmp")
+        write_text(lines, "\n".join(record["text"] for _, record in read_records(stories)))
+        train_tokenizer(lines, DEMO_VOCAB, prefix)
+        os.replace(prefix + ".model", tokenizer)
+        for leftover in (lines, prefix + ".vocab"):
+            os.remove(leftover)
+
+
+def demo_groups(reference: Checkpoint, tokenizer: Tokenizer) -> None:
+    """data/demo/ranked.jsonl, and from it best_of_n.jsonl and pairs.jsonl: samples of the reference, ranked."""
+    ranked = os.path.join(DEMO_DIR, DEMO_FILES["ranking"])
+    if not os.path.isfile(ranked):
+        stories = generate_stories(reference, tokenizer, 4 * DEMO_GROUPS, DEMO_SEED, progress="sampling groups",
+                                   name="demo reference")
+        write_jsonl(ranked, rank_stories(tqdm(stories, desc="ranking", unit="story"), 4, judge.rank))
+    records = ranked_records(ranked)
+    write_jsonl(os.path.join(DEMO_DIR, DEMO_FILES["best"]), map(to_best_of_n, records))
+    write_jsonl(os.path.join(DEMO_DIR, DEMO_FILES["pair"]), (to_pairs(r, "best_worst")[0] for r in records))
+
+
+# --- commands ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class DemoConfig:
+    pass
+
+
+@dataclass
+class GenerateConfig:
+    checkpoint: str = flag("", "the model: a .pt or a llama2.c .bin")
+    out: str = flag("stories.jsonl", "where the stories go")
+    num_stories: int = flag(1000, "how many")
+    tokenizer: str = flag("", "sentencepiece model; none: tokenizer.model beside the checkpoint")
+    prompts: str = flag("", "a JSONL file with a prompt in each line; none: unconditional")
+    max_new_tokens: int = flag(256, "longest story, in tokens")
+    batch_size: int = flag(128, "stories sampled at once")
+    temperature: float = flag(1.0, "softmax temperature; 0 takes the likeliest token")
+    top_k: int | None = flag(None, "sample among the k likeliest tokens only")
+    top_p: float | None = flag(None, "sample among the likeliest tokens of this total probability only")
+    seed: int = flag(0, "story i draws from the stream of (seed, i)")
+    device: str = flag("cpu", "cpu, cuda, cuda:1, mps ...")
+
+
+@dataclass
+class RankConfig:
+    stories: str = flag("", "stories to rank, as generate writes them")
+    out: str = flag("ranked.jsonl", "where the ranked groups go")
+    group_size: int = flag(4, "stories per group")
+    judge: str = flag("offline", "who ranks", choices=list(judge.JUDGES))
+
+
+@dataclass
+class BestOfNConfig:
+    data: str = flag("", "ranked groups")
+    out: str = flag("best_of_n.jsonl", "where the groups go, only their best named")
+
+
+@dataclass
+class PairsConfig:
+    data: str = flag("", "ranked groups")
+    out: str = flag("pairs.jsonl", "where the pairs go")
+    pairs: str = flag("best_worst", "which pairs of a group", choices=["best_worst", "all"])
+
+
+@dataclass
+class CheckConfig:
+    data: str = flag("", "a dataset file")
+    tokenizer: str = flag("", "sentencepiece model; with it, lengths in tokens and what training would drop")
+    max_seq_len: int = flag(512, "context that groups have to fit")
+
+
+def demo_command(config: DemoConfig) -> None:
+    demo_text()
+    print(f"{DEMO_DIR}: {DEMO_STORIES} stories and their tokenizer; `python spo_train.py` trains on them")
+
+
+def generate_command(config: GenerateConfig) -> None:
+    checkpoint = checkpoints.load(config.checkpoint, config.device)
+    tokenizer = load_tokenizer(config.tokenizer, config.checkpoint, checkpoint.model.args.vocab_size)
+    prompts = None
+    if config.prompts:
+        prompts = [parse_prompt(r, f"{config.prompts} line {i}") for i, r in read_records(config.prompts)]
+    records = generate_stories(
+        checkpoint, tokenizer, config.num_stories, config.seed, config.max_new_tokens, config.batch_size,
+        config.temperature, config.top_k, config.top_p, prompts, os.path.basename(config.checkpoint), "generating",
+    )
+    write_jsonl(config.out, records)
+    unfinished = sum(not r["finished"] for r in records)
+    print(f"{config.out}: {len(records)} stories, {unfinished} of them cut at {config.max_new_tokens} tokens")
+
+
+def parse_prompt(record, where: str) -> str:
+    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
+        raise ValueError(f'{where}: no "prompt"')
+    return record["prompt"]
+
+
+def rank_command(config: RankConfig) -> None:
+    stories = []
+    for number, record in read_records(config.stories):
+        parse_group(record, f"{config.stories} line {number}", number)
+        if "text" not in record:
+            raise ValueError(f'{config.stories} line {number}: no "text"; expected stories as generate writes them')
+        stories.append(record | {"prompt": record.get("prompt", "")})
+    if config.group_size < 2:
+        raise ValueError(f"--group_size={config.group_size}: a ranking needs at least 2")
+    bar = tqdm(stories, desc="ranking", unit="story")
+    groups = rank_stories(bar, config.group_size, judge.JUDGES[config.judge])
+    if not groups:
+        raise ValueError(f"{config.stories}: {len(stories)} stories make no group of {config.group_size}")
+    write_jsonl(config.out, groups)
+    print(f"{config.out}: {len(groups)} groups of {config.group_size}, ranked by the {config.judge} judge")
+
+
+def best_of_n_command(config: BestOfNConfig) -> None:
+    records = ranked_records(config.data)
+    write_jsonl(config.out, map(to_best_of_n, records))
+    print(f"{config.out}: {len(records)} groups with their best named")
+
+
+def pairs_command(config: PairsConfig) -> None:
+    pairs = [pair for record in ranked_records(config.data) for pair in to_pairs(record, config.pairs)]
+    write_jsonl(config.out, pairs)
+    print(f"{config.out}: {len(pairs)} pairs ({config.pairs})")
+
+
+def check_command(config: CheckConfig) -> None:
+    groups = read_groups(config.data)
+    print(f"{config.data}: {len(groups)} groups")
+    for (order, n), count in sorted(Counter((g.order, len(g.responses)) for g in groups).items()):
+        print(f"  {count} of {n} responses, known of their order: {order}")
+    print(f"  {sum(not f for g in groups for f in g.finished)} responses cut before their end")
+    print(f"  {sum(g.prompt != '' for g in groups)} groups with a prompt")
+    if config.tokenizer:
+        tokenizer = Tokenizer(config.tokenizer)
+        encoded, drops = encode_groups(groups, tokenizer, tokenizer.bos_id, config.max_seq_len)
+        lengths = sorted(len(r) for g in encoded for r in g.responses)
+        if lengths:
+            print(f"  tokens per response: {lengths[0]} to {lengths[-1]}, median {lengths[len(lengths) // 2]}")
+        print(f"  usable for training: {len(encoded)} groups; dropped: {dict(drops) or 'none'}")
+
+
+COMMANDS = {
+    "demo": (DemoConfig, demo_command), "generate": (GenerateConfig, generate_command),
+    "rank": (RankConfig, rank_command), "best_of_n": (BestOfNConfig, best_of_n_command),
+    "pairs": (PairsConfig, pairs_command), "check": (CheckConfig, check_command),
+}
+
+
+def main(argv: list[str]) -> None:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(f"{__doc__}\ncommands: {', '.join(COMMANDS)}; `COMMAND --help` lists its flags")
+        return
+    if argv[0] not in COMMANDS:
+        raise ValueError(f"{argv[0]}: no such command; there are {', '.join(COMMANDS)}")
+    config_class, command = COMMANDS[argv[0]]
+    config = parse(config_class, argv[1:], f"tinystories_data.py {argv[0]}")
+    for name, value in asdict(config).items():
+        if name in ("checkpoint", "stories", "data") and not value:
+            raise ValueError(f"--{name} is missing: the file to read")
+    command(config)
+
+
+if __name__ == "__main__":
+    run(main)
