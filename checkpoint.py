@@ -69,6 +69,16 @@ def write_jsonl(path: str, records) -> None:
     write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
 
 
+def pick_device(name: str) -> str:
+    """The device of a --device flag; none: cuda where there is one, else cpu. ValueError if it is not there."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise ValueError(f"--device={name}: not available on this machine; use --device=cpu") from None
+    return name
+
+
 def load(path: str, device: str = "cpu") -> Checkpoint:
     """Read a `.pt` or a llama2.c `.bin` (any version). ValueError, naming the file, if it cannot be used."""
     if not os.path.isfile(path):

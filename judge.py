@@ -54,6 +54,69 @@ voyage wander warn weary weather weave weep whisper wicked wild wilderness willo
 wonder wonderful worry wound wreck yearn yield
 """.split())
 
+# Words that any reader knows. Together with the lists above and below they tell words from broken ones.
+COMMON_WORDS = set("""
+able above accidentally add afraid after ago air alive almost alone along already always angry animal another answer
+anybody anymore anyone anything anyway apart apple arm around art ask asleep ate aunt awake away baby back backyard
+bad bag bake baker ball balloon banana band bank bark barn basket bath bathroom beach bean bear beat became become bed
+bedroom bee before beg began begin beginning believe bell bench bent best better big biggest bike bird birthday bit
+bite black bled blew block blow blue board boat body bone book boot bored boring born both bottle bought bounce bow
+bowl box boy branch bread break breakfast bred brick bridge bring broke broken brother brought brown brush bubble
+bucket bug build built bunny burn burnt bus bush busy butter butterfly button buy bye cage cake call came camera camp
+candy cannot cap car card care carpet carry cart cat catch caught cause cave chair chase check cheek cheese chest chew
+chicken child children chin chocolate choose chosen church circle city clap class clean clear clock close cloth
+clothes cloud clown coat coin cold color comb come comfortable comfy companion cook cookie cool copy corn corner cost
+couch count country course cousin cover cow cozy crash crayon cream creative cried cross crown cry cup cupboard
+cushion cut cute dad daddy dance dark date daughter day dead deal dear deer desk diamond dice dig dine dinner dirt
+dirty dish dive doctor dog doing doll done donkey door dragon draw drawer drawn dream dreamt dress drew drink drive
+drop drove drum dry duck dug dust each ear early earth ease east easy eat eaten egg eight elephant eleven else end
+enjoy enough enter especially even evening ever everybody everyone everything everywhere excited exciting extra eye
+face fact fair fairy fall fallen family fancy far farm farmer fast fat father favorite feather fed feed feel feet fell
+felt fence few field fight figure fill find fine finger finish fire first fish fit five fix flag flash flashlight flat
+fled flew floor flour flower flown fluffy fly fold follow food foot forever forget forgot forgotten fork forward found
+four fox free fresh fridge friend friendly frog front frozen fruit full fun funny fur furniture furry game garage
+garden gate gave get giant gift giraffe girl give given glad glass glove glue go goal goat god gold gone good goodbye
+got gotten grab grade grandfather grandma grandmother grandpa grape grass gray great green grew grey ground group grow
+grown guess guest guy hair half hall hammer hand handle hang happen happy hard hat hate having head health hear heard
+heat held hello helmet help hen hero hey hi hid hide high hill hit hold hole home hop horse hose hospital hot hour
+house hug hundred hung hungry hunt hurt husband ice idea inch inside interesting iron itself jacket jam jar jelly job
+join joke joy juice jump jungle keep kept key kick kid kill kind king kiss kitchen kite kitten kitty knee knelt knew
+knife knock know lady laid lake lamb lamp land lap large last late later laugh laundry law lay lazy lead leaf leapt
+learn leave led left leg lemon lent less let letter lick lid lie life lift light like line lion lip list little live
+lived load lock log long look lose lost lot loud love low loyal luck lucky lunch machine mad made magical mail main
+make mama man many mark market mask mat match math matter maybe meal mean meant meat medicine meet melt men mess met
+metal mice middle might milk mind mine minute mirror miss mix mom mommy money monkey monster month mood moon moral
+more morning most mother mouse mouth move movie much mud mum mummy muscle museum mushroom music nail name nap naughty
+nearby nearly neat neck need neighbor nest net never new news next nice night nine nobody nod noise none noon nor
+north nose note nothing now number nurse nut o'clock oak often oh oil okay old once ones onion only open orange order
+other others outside oven owl own owned owner pack page paid pain paint pair pan pants papa paper parade parent park
+part party pass past path pay pea peace peel pen pencil penny people pepper person pet phone photo piano pick picnic
+picture pie piece pig pile pillow pilot pink pipe pirate pit pizza place plan plane planet plant plate play playground
+please pocket point pole police polish polished pond pony pool pop pot potato pour power practice present press pretty
+prize pull pumpkin puppet puppy purple purse push put queen question quick quit quite rabbit race rain rainbow ran
+rang rat rather read ready real really red rejoice rejoiced relax relieved rest rich ride right ring rise river road
+roar rob robot rock rocket rode roll roof room root rope rose round row rub rude rug rule run rushed sad safe said
+salad salt same sand sandwich sang sat save saw say scare scary school science scream sea seat second see seed seek
+seem seen selfish sell send sent set seven shake shape share sharp shed sheep sheet shelf shell shine shiny ship shirt
+shoe shook shoot shop short shot shoulder shout shovel show shower shown shut shy sick side sight sign silly since
+sing sink sir sister sit six size skin skip skirt sky sled sleep sleepy slept slid slide slip slipped slow small smart
+smell smile smoke snack snail snake sniff snow soap soccer sock soda sofa soft sold soldier somebody someone something
+sometimes somewhere son song soon sore sorry sort sound soup sour space spare speak speed spell spend spent spicy
+spider spill spin spoke spoon sport spot spread spring spun square squash squeeze squirrel stage stair stamp stand
+star start station stay steal step stick sticky still stole stolen stone stood stop store story stove straight street
+string strong stuck student study stuff such sugar suit summer sun sung sunny sunshine super supper sure surf
+surrender swam sweep sweet swept swim swing swung table tail take taken talk tall tap task taste taught tea teach
+teacher team tear teddy teeth tell ten tent test thank thick thin thing think third thirsty thirteen though three
+threw throat throw thrown thumb ticket tidy tie tiger tight time tiny tip tire toast today toe together told tomato
+tomorrow tongue tonight took tool tooth top torn toss touch towards towel town toy track traffic train trap trash
+travel treat tree trick tried trip truck true try tub tube tumbled tummy turkey turn turtle tv twelve twenty twice
+twin two ugly umbrella uncle understand understood until upon upset upstairs use usual van vase vegetable video view
+visit voice volcano wagon wait wake walk wall want warm wash wasn't watch water wave way weak wear week welcome well
+went west wet whale wheel whenever white whole whose wide wife win window wing winter wipe wish without woke woken
+wolf woman won won't wood wooden wool word wore work world worm worn worse wrap write written wrong wrote yard yeah
+year yell yellow yes yesterday yet you're young yourself yummy zebra zoo
+""".split())
+
 DETERMINERS = set("the a an my your our their its every".split())
 PREPOSITIONS = set("of to in on at with from for into onto about by under behind near through across toward".split())
 SUBJECTS = set("i he she they we".split())
@@ -82,18 +145,32 @@ NEVER_FOLLOWS = [
 NEVER_LAST = DETERMINERS | JOINERS | {"of", "from", "into", "was", "were", "because", "very", "i", "he", "they", "we"}
 
 
+# Signs of broken text: doubled or glued punctuation, capitals or digits inside words, symbols, lower case after a
+# full stop; and a capitalised word after an unfinished clause, a fault if it is a function word ("begged From").
+MALFORMED = re.compile(r"[,;:][,;:.!?]|[.!?,;:][A-Za-z]|[a-z][A-Z]|[0-9][A-Za-z]|[A-Za-z][0-9]|[.!?] [a-z]|"
+                       r"[&#@%^*_+=<>|\\~{}\[\]/`]|[^\x00-\x7f\u2018-\u201d\u2013\u2014\u2026\u00c0-\u00ff]")
+STRAY_CAPITAL = re.compile(r"(?<=[A-Za-z,;] )(?!I\b)[A-Z][a-z]*")
+
+# A word's ending and what it stood in for: hurried -> hurry is ("ied", "y").
+SUFFIXES = [("", ""), ("'s", ""), ("s", ""), ("es", ""), ("ed", ""), ("d", ""), ("ing", ""), ("ing", "e"), ("ly", ""),
+            ("ly", "le"), ("ies", "y"), ("ied", "y"), ("ily", "y"), ("iness", "y"), ("y", ""), ("y", "e"), ("er", ""),
+            ("r", ""), ("ier", "y"), ("iest", "y"), ("est", ""), ("st", ""), ("ful", ""), ("ness", ""), ("less", ""),
+            ("ment", ""), ("ation", "e"), ("ally", "al"), ("ous", ""), ("en", ""), ("n", ""), ("'ll", ""), ("'re", "")]
+
+
 def ramp(x: float, zero: float, one: float) -> float:
     """0 at `zero`, 1 at `one`, linear in between and constant outside; `zero` may be the larger."""
     return min(1.0, max(0.0, (x - zero) / (one - zero)))
 
 
-def stem(word: str) -> str | None:
-    """The entry of RICH_WORDS that this word is a form of, or None: whispered -> whisper, hurried -> hurry."""
-    for suffix, ending in (("", ""), ("'s", ""), ("s", ""), ("es", ""), ("ed", ""), ("d", ""), ("ing", ""), ("ly", ""),
-                           ("ing", "e"), ("ation", "e"), ("ment", ""), ("ies", "y"), ("ied", "y"), ("ily", "y"),
-                           ("y", ""), ("ful", ""), ("ness", ""), ("ally", "al"), ("er", ""), ("ous", ""), ("ly", "le")):
-        if word.endswith(suffix) and word.removesuffix(suffix) + ending in RICH_WORDS:
-            return word.removesuffix(suffix) + ending
+def stem(word: str, words: set[str] = RICH_WORDS) -> str | None:
+    """The entry of `words` that this word is a form of, or None: whispered -> whisper, hurried -> hurry."""
+    for suffix, ending in SUFFIXES:
+        base = word.removesuffix(suffix)
+        if word.endswith(suffix) and base + ending in words:
+            return base + ending
+        if suffix in ("ed", "ing", "er") and base[-1:] == base[-2:-1] and base[:-1] in words:  # stopped -> stop
+            return base[:-1]
     return None
 
 
@@ -152,10 +229,11 @@ def features(text: str) -> dict[str, float]:
     function_share = sum(w in FUNCTION for w in words) / n
     joints = sum(a in FUNCTION and b in FUNCTION for a, b in zip(words, words[1:])) / n  # "in the", "she was"
     commonest = max(words.count(w) for w in set(words)) / n
-    garbled = sum(
+    faults = len(MALFORMED.findall(text)) + sum(w.lower() in FUNCTION for w in STRAY_CAPITAL.findall(text)) + sum(
         len(w) > 15 or not re.search("[aeiouy]", w) or bool(re.search(r"(.)\1\1|[^aeiouy']{6}", w)) for w in words
-    ) / n
-    plain = len(re.findall(r"[A-Za-z\s.,!?\"'\u2019-]", text)) / len(text)
+    )
+    lower = re.findall(r"(?<![A-Za-z'])[a-z]+(?:'[a-z]+)*", text)  # capitalised words may be names
+    unknown = sum(w not in FUNCTION and not stem(w) and not stem(w, COMMON_WORDS) for w in lower) / max(1, len(lower))
     capital = sum(bool(re.match(r"[\"'(]*[A-Z]", s)) for s in sentences_of(text)) / len(sentences)
     return {
         # a sentence counts by its words: from 4 (a primer) up to 13, and back to nothing at 32 (a run-on)
@@ -167,11 +245,11 @@ def features(text: str) -> dict[str, float]:
         "no run-ons": ramp(in_run_ons, 0.5, 0.1),
         "no repetition": ramp(repeated_share(list(zip(words, words[1:], words[2:]))), 0.40, 0.08)
         * ramp(repeated_share([tuple(s) for s in sentences]), 0.4, 0.0),
-        "no salad": ramp(misplaced_share(clauses, sentences), 0.10, 0.015),
+        "no salad": ramp(misplaced_share(clauses, sentences), 0.06, 0.006),
         "no lists": ramp(listed_share(sentences), 0.25, 0.06) * ramp(function_share, 0.2, 0.35)
         * ramp(len(rich) / len(set(words)), 0.7, 0.45),
         "function words": ramp(function_share, 0.75, 0.65) * ramp(joints, 0.02, 0.10) * ramp(commonest, 0.3, 0.17),
-        "spelling": ramp(garbled, 0.06, 0.005) * ramp(plain, 0.9, 0.98),
+        "spelling": ramp(faults / n, 0.03, 0.0) * ramp(unknown, 0.25, 0.12),
         "sentences": 0.5 + 0.5 * ramp(capital, 0.5, 0.95),
         "ending": 1.0 if re.search(r"[.!?][\"')]*\s*$", text) else 0.8,
     }

@@ -155,15 +155,6 @@ def check_config(config: TrainConfig) -> None:
         raise ValueError("--init_from=scratch: needs --tokenizer")
 
 
-def pick_device(name: str) -> str:
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise ValueError(f"--device={name}: not available on this machine; use --device=cpu") from None
-    return name
-
-
 # What stories are drawn for: the second number of their seed, so that no two uses share a stream.
 ONLINE, SELECT, SELECT_BASELINE, REPORT, REPORT_BASELINE = range(5)
 
@@ -373,7 +364,7 @@ def demo() -> None:
 
 def train(config: TrainConfig) -> None:
     check_config(config)
-    objective, device = objective_of(config), pick_device(config.device)
+    objective, device = objective_of(config), checkpoints.pick_device(config.device)
     if not config.data:
         demo()
         file = os.path.join(data.DEMO_DIR, data.DEMO_FILES[objective.loss.data])

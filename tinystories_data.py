@@ -372,7 +372,7 @@ class GenerateConfig:
     top_k: int | None = flag(None, "sample among the k likeliest tokens only")
     top_p: float | None = flag(None, "sample among the likeliest tokens of this total probability only")
     seed: int = flag(0, "story i draws from the stream of (seed, i)")
-    device: str = flag("cpu", "cpu, cuda, cuda:1, mps ...")
+    device: str = flag("", "cpu, cuda, cuda:1, mps; none: cuda where there is one, else cpu")
 
 
 @dataclass
@@ -409,7 +409,7 @@ def demo_command(config: DemoConfig) -> None:
 
 
 def generate_command(config: GenerateConfig) -> None:
-    checkpoint = checkpoints.load(config.checkpoint, config.device)
+    checkpoint = checkpoints.load(config.checkpoint, checkpoints.pick_device(config.device))
     tokenizer = load_tokenizer(config.tokenizer, config.checkpoint, checkpoint.model.args.vocab_size)
     prompts = None
     if config.prompts:
