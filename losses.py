@@ -125,7 +125,8 @@ def weight_statistic(policy_logps: Tensor, gamma: float) -> Tensor:
     returns  (B, n-1), detached: column k-1 belongs to stage k. Stage 1 spans the whole group, and is all
              that spo and spo_bon use. Its mean over the global batch, `.mean(0)`, is their `weight_mean`.
     """
-    return torch.exp(gamma * stage_logsumexp(policy_logps.detach()))
+    # log-probs are below 0, so the clamp touches nothing real; it keeps made-up inputs from inf - inf
+    return torch.exp((gamma * stage_logsumexp(policy_logps.detach())).clamp(max=50))
 
 
 def weights(policy_logps: Tensor, gamma: float, weight_mean: Tensor | None) -> Tensor:
