@@ -196,10 +196,10 @@ def groups_of_step(groups: list[EncodedGroup], batch_size: int, step: int, seed:
 
 
 def micro_batches(groups: list[EncodedGroup], size: int | None, vocab_size: int, device: str) -> list[Batch]:
-    """The groups in batches of `size`, or of as many as keep the logits under 2^22 numbers (16 MB: they fit a cache)."""
+    """The groups in batches of `size`, or of as many as keep the logits under 2^21 numbers (8 MB: they stay in a cache)."""
     if size is None:
         longest = max(len(g.prompt) + max(map(len, g.responses)) for g in groups)
-        size = max(1, 2**22 // (longest * vocab_size * len(groups[0].responses)))
+        size = max(1, 2**21 // (longest * vocab_size * len(groups[0].responses)))
     return [data.make_batch(groups[i : i + size]).to(device) for i in range(0, len(groups), size)]
 
 

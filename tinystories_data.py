@@ -63,18 +63,19 @@ def parse_group(record, where: str, line: int) -> RankedGroup:
             raise ValueError(f"{where}: {message}")
 
     need(isinstance(record, dict), "not a JSON object")
-    prompt = record.get("prompt", "")
+    prompt, finished = record.get("prompt", ""), record.get("finished")
     if "chosen" in record or "rejected" in record:
         responses, ranking = [record.get("chosen"), record.get("rejected")], [0, 1]
     elif "text" in record and "responses" not in record:
         responses, ranking = [record["text"]], None
+        finished = [finished] if isinstance(finished, bool) else finished
     else:
         responses, ranking = record.get("responses"), record.get("ranking")
     need(isinstance(prompt, str), "prompt is not a text")
     need(isinstance(responses, list) and responses, 'needs "responses", "chosen" and "rejected", or "text"')
     need(all(isinstance(r, str) for r in responses), "a response is missing or not a text")
     n, best = len(responses), record.get("best")
-    finished = record.get("finished", [True] * n)
+    finished = [True] * n if finished is None else finished
     need(isinstance(finished, list) and len(finished) == n and all(isinstance(f, bool) for f in finished),
          f'"finished" is not a list of {n} true or false')
     order = "text"
