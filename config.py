@@ -52,17 +52,12 @@ def parse(config_class, argv: list[str], prog: str, description: str = ""):
         )
     values, unknown = parser.parse_known_args(argv)
     if unknown:
-        name = unknown[0].lstrip("-").split("=")[0]
-        near = difflib.get_close_matches(name.replace("-", "_"), names, n=1, cutoff=0.5)
+        name = unknown[0].lstrip("-").split("=")[0].replace("-", "_")
+        near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+        near.sort(key=lambda other: other[:1] != name[:1])  # of equals, the one that begins alike
         hint = f"did you mean --{near[0]}?" if near else "see --help"
         parser.error(f"{unknown[0].split('=')[0]}: no such option; {hint}")
     return config_class(**vars(values))
-
-
-def given(config) -> dict:
-    """The fields whose value is not their default: what the user asked for."""
-    fields = dataclasses.fields(config)
-    return {f.name: getattr(config, f.name) for f in fields if getattr(config, f.name) != f.default}
 
 
 def run(main) -> None:

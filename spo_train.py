@@ -34,12 +34,14 @@ import tinystories_data as data
 from checkpoint import Checkpoint
 from config import flag, parse, run
 from losses import LOSSES, REGULARIZERS, sequence_logps, token_kl
-from model import ModelArgs, Transformer, generate
+from model import ModelArgs, Transformer
 from tinystories_data import Batch, EncodedGroup
 from tokenizer import Tokenizer, load_tokenizer
 
-LOSS_NUMBERS = ("alpha", "beta", "gamma", "eta")  # flags that a loss takes or does not take
 SHAPE_FLAGS = ("dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len")
+ONLINE_FLAGS = ("kl_interval", "kl_batch_size")
+# What stories are drawn for: the second number of their seed, so that no two uses share a stream.
+ONLINE, SELECT, SELECT_BASELINE, REPORT, REPORT_BASELINE = range(5)
 
 
 @dataclass
@@ -62,8 +64,8 @@ class TrainConfig:
     max_seq_len: int = flag(256, "context, with --init_from=scratch")
     batch_size: int = flag(32, "groups per optimizer step")
     micro_batch_size: int | None = flag(None, "groups per forward pass: memory, never the result; none: what fits")
-    max_iters: int = flag(100, "optimizer steps")
-    learning_rate: float = flag(3e-4, "peak learning rate of AdamW")
+    max_iters: int = flag(80, "optimizer steps")
+    learning_rate: float = flag(1e-4, "peak learning rate of AdamW")
     warmup_iters: int = flag(10, "steps of linear warm-up")
     decay_lr: bool = flag(True, "cosine decay of the learning rate to 0 at max_iters")
     weight_decay: float = flag(0.0, "AdamW's, on matrices")
@@ -74,7 +76,7 @@ class TrainConfig:
     kl_batch_size: int = flag(32, "how many samples")
     max_new_tokens: int = flag(256, "longest sampled story, in tokens")
     eval_interval: int = flag(20, "steps between evaluations")
-    eval_stories: int = flag(128, "stories judged at an evaluation; the final report judges twice as many fresh ones")
+    eval_stories: int = flag(128, "stories judged at an evaluation, twice as many fresh ones at the end; 0: none")
     baseline: str = flag("", "stories to win against (JSONL); none: the reference's own")
     log_interval: int = flag(5, "steps between log lines")
     device: str = flag("", "cpu, cuda, cuda:1, mps; none: cuda where there is one, else cpu")
@@ -89,6 +91,12 @@ def reads(*functions: Callable) -> set[str]:
     return {name for function in functions for name in inspect.signature(function).parameters}
 
 
+def numbers_of(loss: Callable) -> dict[str, float]:
+    """The numbers that a loss is tuned with, and their defaults."""
+    parameters = inspect.signature(loss).parameters.values()
+    return {p.name: p.default for p in parameters if isinstance(p.default, float)}
+
+
 def call(function: Callable, values: dict):
     """function(**those of values that it reads); what it reads and values lacks keeps its default."""
     return function(**{name: values[name] for name in reads(function) if name in values})
@@ -96,54 +104,66 @@ def call(function: Callable, values: dict):
 
 @dataclass
 class Objective:
-    """The loss, its regularizer, and the numbers they run with."""
+    """mean(loss) + beta * mean(regularizer), and the numbers the loss runs with."""
 
     loss: Callable[..., Tensor]
     regularizer: Callable[..., Tensor]
-    numbers: dict[str, float]  # of the loss, defaults filled in
-    beta: float  # weight of the regularizer
+    numbers: dict[str, float]
+    beta: float
 
-    def __post_init__(self):
-        self.reads = reads(self.loss, self.regularizer)
+    @property
+    def online(self) -> bool:
+        """Does the regularizer read samples of the policy (and not the dataset)?"""
+        return "online_kl" in reads(self.regularizer)
 
     @property
     def needs_reference(self) -> bool:
-        return bool(self.reads & {"reference_logps", "online_kl"})
+        return bool(reads(self.loss, self.regularizer) & {"reference_logps", "online_kl"})
 
 
 def objective_of(config: TrainConfig) -> Objective:
     """ValueError, naming the flag, for a number that the loss does not take or cannot work with."""
     loss = LOSSES[config.loss]
-    defaults = {n: p.default for n, p in inspect.signature(loss).parameters.items() if n in LOSS_NUMBERS}
+    defaults, name = numbers_of(loss), config.regularizer or loss.regularizer
     own_beta = "beta" in defaults
-    name = config.regularizer or loss.regularizer
     if own_beta and name != "none":
         raise ValueError(f"--regularizer={name}: {config.loss} has a beta and a reference of its own; leave it out")
     takes = set(defaults) | ({"beta"} if name != "none" else set())
-    numbers = {n: getattr(config, n) for n in LOSS_NUMBERS if getattr(config, n) is not None}
-    for wrong in sorted(set(numbers) - takes):
-        listed = ", ".join(f"--{n}" for n in sorted(takes)) or "no numbers"
-        raise ValueError(f"--{wrong}: {config.loss} with regularizer {name} does not take it; it takes {listed}")
+    every_number = {"beta"}.union(*map(numbers_of, LOSSES.values()))
+    numbers = {n: getattr(config, n) for n in sorted(every_number) if getattr(config, n) is not None}
     for n, value in numbers.items():
+        if n not in takes:
+            listed = ", ".join(f"--{n}" for n in sorted(takes)) or "no numbers"
+            raise ValueError(f"--{n}: {config.loss} with regularizer {name} does not take it; it takes {listed}")
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"--{n}={value}: must be finite and not negative")
     beta = 0.0 if own_beta or name == "none" else numbers.pop("beta", 0.1)
     numbers = defaults | numbers
     if "centered" in reads(loss):
         numbers["centered"] = True  # the same gradient; the value is 0 at equal log-probs
-    return Objective(loss, REGULARIZERS[name], numbers, beta)
+    objective = Objective(loss, REGULARIZERS[name], numbers, beta)
+    for flag_name in () if objective.online else ONLINE_FLAGS:
+        if getattr(config, flag_name) != getattr(TrainConfig(), flag_name):
+            raise ValueError(f"--{flag_name}: {config.loss} with regularizer {name} draws no samples of the policy")
+    return objective
 
 
 def check_config(config: TrainConfig) -> None:
-    at_least_one = ("batch_size", "kl_interval", "kl_batch_size", "max_new_tokens", "eval_interval", "log_interval")
-    for name in at_least_one:
-        if getattr(config, name) < 1:
-            raise ValueError(f"--{name}={getattr(config, name)}: must be 1 or more")
-    if config.micro_batch_size is not None and config.micro_batch_size < 1:
-        raise ValueError(f"--micro_batch_size={config.micro_batch_size}: must be 1 or more")
-    default = TrainConfig()
+    """ValueError, naming the flag, for what no run can work with."""
+    positive = ("batch_size", "max_iters", "kl_interval", "kl_batch_size", "max_new_tokens", "eval_interval",
+                "log_interval", "micro_batch_size", *SHAPE_FLAGS)
+    for name in positive:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name}={value}: must be 1 or more")
+    for name in ("learning_rate", "warmup_iters", "weight_decay", "grad_clip", "eval_stories", "seed"):
+        if not (math.isfinite(getattr(config, name)) and getattr(config, name) >= 0):
+            raise ValueError(f"--{name}={getattr(config, name)}: must be finite and not negative")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(config, name) < 1:
+            raise ValueError(f"--{name}={getattr(config, name)}: must be in [0, 1)")
     for name in SHAPE_FLAGS if config.init_from != "scratch" else ():
-        if getattr(config, name) != getattr(default, name):
+        if getattr(config, name) != getattr(TrainConfig(), name):
             raise ValueError(f"--{name}: the shape comes with --init_from={config.init_from or 'the demo'}; "
                              "give it with --init_from=scratch only")
     for name in ("init_from", "tokenizer"):
@@ -155,22 +175,29 @@ def check_config(config: TrainConfig) -> None:
         raise ValueError("--init_from=scratch: needs --tokenizer")
 
 
-# What stories are drawn for: the second number of their seed, so that no two uses share a stream.
-ONLINE, SELECT, SELECT_BASELINE, REPORT, REPORT_BASELINE = range(5)
-
-
 # --- the pieces of a step ----------------------------------------------------------------------------------------------
 
 
 def policy_at_start(config: TrainConfig, device: str) -> tuple[Checkpoint, Tokenizer]:
-    if config.init_from != "scratch":
-        checkpoint = checkpoints.load(config.init_from, device)
-        return checkpoint, load_tokenizer(config.tokenizer, config.init_from, checkpoint.model.args.vocab_size)
-    tokenizer = Tokenizer(config.tokenizer)
-    shape = {name: getattr(config, name) for name in SHAPE_FLAGS}
-    policy = Transformer(ModelArgs(vocab_size=tokenizer.vocab_size, multiple_of=32, **shape))
-    policy.init_weights(torch.Generator().manual_seed(config.seed))
-    return Checkpoint(policy.to(device), {"eos_id": tokenizer.bos_id}), tokenizer
+    """The policy at step 0: a checkpoint's, or fresh weights. Its config is this run's, and the terminator's id."""
+    if config.init_from == "scratch":
+        tokenizer = Tokenizer(config.tokenizer)
+        shape = {name: getattr(config, name) for name in SHAPE_FLAGS}
+        model = Transformer(ModelArgs(vocab_size=tokenizer.vocab_size, multiple_of=32, **shape))
+        model.init_weights(torch.Generator().manual_seed(config.seed))
+        eos_id = tokenizer.bos_id  # as in llama2.c's TinyStories: the next story's BOS ends a story
+    else:
+        loaded = checkpoints.load(config.init_from)
+        model, eos_id = loaded.model, loaded.eos_id
+        tokenizer = load_tokenizer(config.tokenizer, config.init_from, model.args.vocab_size)
+    return Checkpoint(model.to(device), dataclasses.asdict(config) | {"eos_id": eos_id}), tokenizer
+
+
+def make_optimizer(config: TrainConfig, model: Transformer) -> torch.optim.AdamW:
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2))
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -191,60 +218,62 @@ def groups_of_step(groups: list[EncodedGroup], batch_size: int, step: int, seed:
         if i == 0 or not chosen:
             order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed + epoch)).tolist()
         chosen.append(groups[order[i]])
-    # Sorted by length, so that the sequences of a micro-batch need little padding; the loss is a mean over all.
-    return sorted(chosen, key=lambda group: max(map(len, group.responses)))
+    return chosen
 
 
-def micro_batches(groups: list[EncodedGroup], size: int | None, vocab_size: int, device: str) -> list[Batch]:
-    """The groups in batches of `size`, or of as many as keep the logits under 2^21 numbers (8 MB: they stay in a cache)."""
+def micro_batches(groups: list[EncodedGroup], size: int | None, model: Transformer) -> list[Batch]:
+    """The groups, by length, in batches of `size`, or of as many as keep the logits under 2^21 numbers: 8 MB.
+
+    That many stay in a processor's cache; and neighbours of equal length need little padding.
+    """
+    groups = sorted(groups, key=lambda group: max(map(len, group.responses)))
     if size is None:
         longest = max(len(g.prompt) + max(map(len, g.responses)) for g in groups)
-        size = max(1, 2**21 // (longest * vocab_size * len(groups[0].responses)))
+        size = max(1, 2**21 // (longest * model.args.vocab_size * len(groups[0].responses)))
+    device = str(model.tok_embeddings.weight.device)
     return [data.make_batch(groups[i : i + size]).to(device) for i in range(0, len(groups), size)]
 
 
-def response_logps(model: Transformer, batch: Batch) -> Tensor:
-    """Log-probs of a batch's responses, (B, n)."""
-    return sequence_logps(model(batch.tokens), batch.tokens, batch.mask).view(-1, batch.n)
+def tensors_of(batch: Batch, wanted: set[str], policy: Transformer, reference: Transformer | None) -> dict[str, Tensor]:
+    """The (B, n) tensors that losses and regularizers read of a batch, those of `wanted` at least."""
+    logits = policy(batch.tokens)
+    tensors = {"policy_logps": sequence_logps(logits, batch.tokens, batch.mask), "lengths": batch.lengths}
+    if "reference_logps" in wanted:
+        with torch.no_grad():
+            tensors["reference_logps"] = sequence_logps(reference(batch.tokens), batch.tokens, batch.mask)
+    return {name: tensor.view(-1, batch.n) for name, tensor in tensors.items()}
 
 
 def batch_statistic(objective: Objective, policy: Transformer, reference, batches: list[Batch]) -> dict[str, Tensor]:
     """The mean over the whole batch that the loss asks for, before any gradient: {its name: value}.
 
-    With one micro-batch the loss computes it itself. The pass over the batch is spent only if the statistic
-    depends on the policy: lengths are known, and mu is 1 at gamma = 0 whatever the mean.
+    With one micro-batch the loss computes it itself; at gamma = 0 SPO's weight is 1 whatever the mean.
     """
-    if objective.loss.statistic is None or len(batches) == 1:
+    if objective.loss.statistic is None or len(batches) == 1 or objective.numbers.get("gamma") == 0:
         return {}
     name, statistic = objective.loss.statistic
-    if name == "weight_mean" and objective.numbers["gamma"] == 0:
-        return {}
     values = []
     with torch.no_grad():
         for batch in batches:
-            tensors = {"lengths": batch.lengths} | objective.numbers
             if "policy_logps" in reads(statistic):
-                tensors["policy_logps"] = response_logps(policy, batch)
-            if "reference_logps" in reads(statistic):
-                tensors["reference_logps"] = response_logps(reference, batch)
-            values.append(call(statistic, tensors))
+                tensors = tensors_of(batch, reads(statistic), policy, reference)
+            else:
+                tensors = {"lengths": batch.lengths}  # known without a pass over the batch
+            values.append(call(statistic, tensors | objective.numbers))
     return {name: torch.cat(values).mean(0)}
 
 
 def preference_backward(objective: Objective, policy, reference, batches: list[Batch]) -> dict[str, Tensor]:
-    """Adds the gradient of the mean preference loss to the policy; returns what is logged of it, as sums over groups.
+    """Adds the gradient of the mean preference loss to the policy; returns what is logged of it, as means over groups.
 
-    margin and accuracy compare column 0 with the others: by reward / beta, i.e. log-ratio, where the loss reads
-    a reference, and by log-prob where it does not.
+    margin and accuracy compare column 0 with the others: by log-ratio where the loss reads a reference, and by
+    log-prob where it does not.
     """
     count = sum(len(batch.lengths) for batch in batches)
     statistics = batch_statistic(objective, policy, reference, batches)
-    sums: dict[str, Tensor] = {}
+    means: dict[str, Tensor] = {}
     for batch in batches:
-        tensors = {"policy_logps": response_logps(policy, batch), "lengths": batch.lengths}
-        if "reference_logps" in objective.reads:
-            with torch.no_grad():
-                tensors["reference_logps"] = response_logps(reference, batch)
+        tensors = tensors_of(batch, reads(objective.loss), policy, reference)
         values = call(objective.loss, tensors | statistics | objective.numbers)
         (values.sum() / count).backward()
         logps = tensors["policy_logps"].detach()
@@ -255,8 +284,8 @@ def preference_backward(objective: Objective, policy, reference, batches: list[B
             logged |= {"logps/rejected": logps[:, 1:].mean(1), "margin": gaps.mean(1),
                        "accuracy": (gaps > 0).float().mean(1)}
         for name, value in logged.items():
-            sums[name] = sums.get(name, 0) + value.sum() / count
-    return sums
+            means[name] = means.get(name, 0) + value.sum() / count
+    return means
 
 
 @dataclass
@@ -269,16 +298,9 @@ class OnlineSamples:
 
 def draw_online(config, policy: Checkpoint, reference: Transformer, prompts: list[list[int]], step: int) -> OnlineSamples:
     """Whole samples of the policy: temperature 1, no truncation, eval mode (Eq. 15 is about the policy itself)."""
-    rng = random.Random(config.seed + step)
-    chosen = [rng.choice(prompts) for _ in range(config.kl_batch_size)]
-    responses = generate(
-        policy.model, chosen, config.max_new_tokens, stop_ids=[policy.eos_id],
-        seed=(config.seed, ONLINE, step),
-    )
-    groups = [EncodedGroup(prompt, [response], 0) for prompt, response in zip(chosen, responses)]
-    groups.sort(key=lambda group: len(group.responses[0]))
-    device = str(policy.model.tok_embeddings.weight.device)
-    batches = micro_batches(groups, config.micro_batch_size, policy.model.args.vocab_size, device)
+    chosen = random.Random(config.seed + step).choices(prompts, k=config.kl_batch_size)
+    samples = data.sample(policy, chosen, (config.seed, ONLINE, step), config.max_new_tokens)
+    batches = micro_batches(samples, config.micro_batch_size, policy.model)
     with torch.no_grad():
         return OnlineSamples(batches, [reference(batch.tokens) for batch in batches])
 
@@ -288,10 +310,52 @@ def regularizer_backward(objective: Objective, policy: Transformer, online: Onli
     count = sum(len(batch.tokens) for batch in online.batches)
     kl = 0.0
     for batch, reference_logits in zip(online.batches, online.reference_logits):
-        values = call(objective.regularizer, {"online_kl": token_kl(policy(batch.tokens), reference_logits, batch.mask)})
-        (objective.beta * values.sum() / count).backward()
-        kl += values.detach().sum() / count
+        online_kl = token_kl(policy(batch.tokens), reference_logits, batch.mask)
+        (objective.beta * objective.regularizer(online_kl).sum() / count).backward()
+        kl += online_kl.detach().sum() / count
     return {"kl": kl}
+
+
+def gradient_step(
+    config: TrainConfig, objective: Objective, policy: Transformer, reference: Transformer | None,
+    groups: list[EncodedGroup], online: OnlineSamples | None, optimizer: torch.optim.Optimizer, step: int,
+) -> dict[str, float]:
+    """One optimizer step on the groups; returns what is logged of it. ValueError if it would not be finite."""
+    started = time.perf_counter()
+    batches = micro_batches(groups, config.micro_batch_size, policy)
+    logged = preference_backward(objective, policy, reference, batches)
+    if online is not None:
+        logged |= regularizer_backward(objective, policy, online)
+    logged["grad_norm"] = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.grad_clip or math.inf)
+    logged = {name: float(value) for name, value in logged.items()}
+    if not (math.isfinite(logged["loss"]) and math.isfinite(logged["grad_norm"])):
+        raise ValueError(
+            f"step {step}: loss is {logged['loss']}, grad norm {logged['grad_norm']}; ckpt.pt holds the last evaluation. "
+            f"Try --learning_rate={config.learning_rate / 4:g}; the batch holds lines "
+            f"{sorted(group.line for group in groups)} of {config.data}"
+        )
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(config, step)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    tokens = sum(int(batch.mask.sum()) for batch in batches)
+    return logged | {"lr": learning_rate(config, step), "tokens_per_second": tokens / (time.perf_counter() - started)}
+
+
+# --- evaluation --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Verdict:
+    """An evaluation: the win-rate, the mean score of the judge, the KL to the reference in nats, and the stories."""
+
+    win_rate: judge.WinRate
+    score: float
+    kl: float
+    stories: list[dict]
+
+    def __str__(self) -> str:
+        return f"{str(self.win_rate):<32} score {self.score:.2f}, KL {self.kl:.1f} nats"
 
 
 class Evaluation:
@@ -301,37 +365,44 @@ class Evaluation:
     """
 
     def __init__(self, config: TrainConfig, reference: Checkpoint, tokenizer: Tokenizer, prompts: list[str]):
-        self.config, self.tokenizer, self.prompts = config, tokenizer, prompts
-        self.baselines = {}
+        self.config, self.reference, self.tokenizer = config, reference, tokenizer
+        select, report = config.eval_stories, 2 * config.eval_stories
         if config.baseline:
-            records = [r for _, r in data.read_records(config.baseline)]
-            texts, needed = judge.read_stories(config.baseline), 2 * config.eval_stories
-            if len(texts) < needed:
-                raise ValueError(f"--baseline={config.baseline}: {len(texts)} stories, the report needs {needed}; "
+            records, texts = data.read_records(config.baseline), judge.read_stories(config.baseline)
+            if len(texts) < report:
+                raise ValueError(f"--baseline={config.baseline}: {len(texts)} stories, the report needs {report}; "
                                  f"make more or give --eval_stories={len(texts) // 2}")
-            self.prompts = [record.get("prompt", "") for record in records[:needed]]
-            self.baselines = {"select": texts[: config.eval_stories], "report": texts[:needed]}
+            prompts = [record.get("prompt", "") for _, record in records]
             self.name = os.path.basename(config.baseline)
-        else:
-            self.name = "the reference"
-            for which, purpose in (("select", SELECT_BASELINE), ("report", REPORT_BASELINE)):
-                records = self.stories(reference, which, purpose, f"baseline stories ({which})")
-                self.baselines[which] = [r["text"] for r in records]
+            self.prompts = {"select": prompts[:select], "report": prompts[:report]}
+            self.baselines = {"select": texts[:select], "report": texts[:report]}
+            return
+        self.name = "the reference"
+        self.prompts = {"select": data.spread(prompts, select), "report": data.spread(prompts, report)}
+        self.baselines = {}
+        for which, purpose in (("select", SELECT_BASELINE), ("report", REPORT_BASELINE)):
+            records = self.stories(reference, which, purpose, f"stories of the reference ({which})")[0]
+            self.baselines[which] = [record["text"] for record in records]
 
-    def stories(self, checkpoint: Checkpoint, which: str, purpose: int, progress: str | None = None) -> list[dict]:
-        count = self.config.eval_stories * (2 if which == "report" else 1)
-        return data.generate_stories(
-            checkpoint, self.tokenizer, count, (self.config.seed, purpose), self.config.max_new_tokens,
-            prompts=self.prompts[:count], name=f"step {checkpoint.step}", progress=progress,
+    def stories(self, checkpoint: Checkpoint, which: str, purpose: int, progress: str | None = None):
+        """(records, samples) of a checkpoint."""
+        prompts = [self.tokenizer.encode(prompt, bos=True) for prompt in self.prompts[which]]
+        seed = (self.config.seed, purpose)
+        samples = data.sample(checkpoint, prompts, seed, self.config.max_new_tokens, progress=progress)
+        records = data.story_records(samples, self.prompts[which], self.tokenizer, checkpoint.eos_id,
+                                     seed=seed, checkpoint=f"step {checkpoint.step}")
+        return records, samples
+
+    @torch.no_grad()
+    def judge(self, checkpoint: Checkpoint, which: str) -> Verdict:
+        records, samples = self.stories(checkpoint, which, SELECT if which == "select" else REPORT)
+        texts = [record["text"] for record in records]
+        batches = micro_batches(samples, self.config.micro_batch_size, checkpoint.model)
+        kl = sum(
+            float(token_kl(checkpoint.model(b.tokens), self.reference.model(b.tokens), b.mask).sum()) for b in batches
         )
-
-    def judge(self, checkpoint: Checkpoint, which: str) -> tuple[judge.WinRate, list[dict]]:
-        records = self.stories(checkpoint, which, SELECT if which == "select" else REPORT)
-        return judge.compare_all([r["text"] for r in records], self.baselines[which]), records
-
-
-def mean_score(records: list[dict]) -> float:
-    return sum(judge.score(r["text"]) for r in records) / len(records)
+        score = sum(map(judge.score, texts)) / len(texts)
+        return Verdict(judge.compare_all(texts, self.baselines[which]), score, kl / len(texts), records)
 
 
 def side_by_side(left: str, right: str, titles: tuple[str, str], width: int = 48) -> str:
@@ -341,141 +412,127 @@ def side_by_side(left: str, right: str, titles: tuple[str, str], width: int = 48
     return "\n".join(f"{a:<{width}}   {b}".rstrip() for a, b in rows)
 
 
+def report(config: TrainConfig, evaluation: Evaluation, last: Checkpoint) -> None:
+    """The final table, on seeds that nothing was selected by, and one story before and after."""
+    path = os.path.join(config.out_dir, "best.pt")
+    best = checkpoints.load(path, str(last.model.tok_embeddings.weight.device))
+    rows = [("before (step 0)", evaluation.reference), (f"best (step {best.step})", best),
+            (f"last (step {last.step})", last)]
+    verdicts = [evaluation.judge(checkpoint, "report") for _, checkpoint in rows]
+    print(f"\nwin-rate over {evaluation.name} on fresh stories, offline judge [95% interval]")
+    for (name, _), verdict in zip(rows, verdicts):
+        print(f"  {name:<18} {verdict}")
+    before, after = verdicts[0].stories[0]["text"], verdicts[1].stories[0]["text"]
+    print("\n" + side_by_side(before, after, ("before", "after")))
+    print(f"\n{config.out_dir}: best.pt, ckpt.pt, model.bin; sample with `python sample.py --checkpoint={path}`")
+
+
 # --- the run -----------------------------------------------------------------------------------------------------------
 
 
-def demo() -> None:
-    """Build what is missing of the offline demo: text and tokenizer, a reference trained on them, ranked groups."""
+def demo(loss: str) -> tuple[str, str]:
+    """Build what is missing of the offline demo; returns its dataset for a loss, and its reference model.
+
+    Text and tokenizer, a reference model trained on them by this very loop, groups of its stories, ranked.
+    """
     data.demo_text()
-    reference = os.path.join(data.DEMO_DIR, "reference")
-    tokenizer = os.path.join(data.DEMO_DIR, "tokenizer.model")
-    if not os.path.isdir(reference):
-        print("demo: training the reference model on stories of a small grammar")
+    tokenizer, folder = os.path.join(data.DEMO_DIR, "tokenizer.model"), os.path.join(data.DEMO_DIR, "reference")
+    reference = os.path.join(folder, "ckpt.pt")
+    if not os.path.isdir(folder):
+        print("demo: training a reference model on the stories of a small grammar", flush=True)
         train(TrainConfig(
             loss="sft", data=os.path.join(data.DEMO_DIR, data.DEMO_FILES["text"]), init_from="scratch",
-            tokenizer=tokenizer, out_dir=f"{reference}.tmp", dim=96, n_layers=4, n_heads=3, max_seq_len=256,
-            batch_size=64, max_iters=250, learning_rate=4e-3, warmup_iters=20, weight_decay=0.1, log_interval=25,
-            eval_interval=250, eval_stories=0,
+            tokenizer=tokenizer, out_dir=f"{folder}.tmp", dim=96, n_layers=3, n_heads=3, max_seq_len=256,
+            batch_size=16, max_iters=700, learning_rate=3e-3, warmup_iters=20, weight_decay=0.1, log_interval=100,
+            eval_interval=700, eval_stories=0,
         ))
-        os.rename(f"{reference}.tmp", reference)
-    checkpoint = checkpoints.load(os.path.join(reference, "ckpt.pt"))
+        os.rename(f"{folder}.tmp", folder)
+    checkpoint = checkpoints.load(reference)
     data.demo_groups(checkpoint, load_tokenizer(tokenizer, reference, checkpoint.model.args.vocab_size))
+    return os.path.join(data.DEMO_DIR, data.DEMO_FILES[LOSSES[loss].data]), reference
+
+
+def load_groups(config: TrainConfig, need: str, tokenizer: Tokenizer, policy: Checkpoint):
+    """(encoded groups, the different prompts) of the dataset. ValueError if it does not suit the loss."""
+    groups = data.read_groups(config.data)
+    data.require(groups, need, config.data, config.loss)
+    encoded, drops = data.encode_groups(groups, tokenizer, policy.eos_id, policy.model.args.max_seq_len)
+    for reason, lines in drops.items():
+        print(f"{config.data}: {len(lines)} of {len(groups)} groups dropped, {reason} (first in line {lines[0]})")
+    if not encoded:
+        raise ValueError(f"{config.data}: none of its {len(groups)} groups can be used: {', '.join(drops)}")
+    return encoded, sorted({group.prompt for group in groups})
 
 
 def train(config: TrainConfig) -> None:
     check_config(config)
     objective, device = objective_of(config), checkpoints.pick_device(config.device)
     if not config.data:
-        demo()
-        file = os.path.join(data.DEMO_DIR, data.DEMO_FILES[objective.loss.data])
-        reference_file = os.path.join(data.DEMO_DIR, "reference", "ckpt.pt")
-        config = dataclasses.replace(config, data=file, init_from=reference_file)
-
-    texts = data.read_groups(config.data)
-    data.require(texts, objective.loss.data, config.data, config.loss)
+        groups_file, reference_file = demo(config.loss)
+        config = dataclasses.replace(config, data=groups_file, init_from=reference_file)
     policy, tokenizer = policy_at_start(config, device)
-    policy.config = dataclasses.asdict(config) | {"eos_id": policy.eos_id}
-    policy.step, args = 0, policy.model.args
-    groups, drops = data.encode_groups(texts, tokenizer, policy.eos_id, args.max_seq_len)
-    if not groups:
-        raise ValueError(f"{config.data}: all {len(texts)} groups were dropped: {dict(drops)}")
-    prompts = sorted({group.prompt for group in texts})
+    groups, prompts = load_groups(config, objective.loss.data, tokenizer, policy)
     prompt_ids = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
-    reference = copy.deepcopy(policy.model).requires_grad_(False) if objective.needs_reference else None
+    optimizer = make_optimizer(config, policy.model)
+
+    # A model from scratch has no reference worth beating: it is trained, and judged by nobody.
+    judged = config.eval_stories > 0 and config.init_from != "scratch"
+    start = copy.deepcopy(policy) if judged or objective.needs_reference else None
+    reference = start.model.requires_grad_(False) if objective.needs_reference else None
 
     os.makedirs(os.path.join(config.out_dir, "stories"), exist_ok=True)
-    checkpoints.write_text(os.path.join(config.out_dir, "config.json"), json.dumps(policy.config, indent=1))
-    shutil.copyfile(tokenizer.path, os.path.join(config.out_dir, "tokenizer.model"))
-    tokenizer.export(os.path.join(config.out_dir, "tokenizer.bin"))
-    log = open(os.path.join(config.out_dir, "log.jsonl"), "w", encoding="utf-8")
-
-    decayed = [p for p in policy.model.parameters() if p.dim() >= 2]
-    vectors = [p for p in policy.model.parameters() if p.dim() < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2),
-    )
+    in_run = lambda name: os.path.join(config.out_dir, name)  # noqa: E731
+    checkpoints.write_text(in_run("config.json"), json.dumps(policy.config, indent=1))
+    shutil.copyfile(tokenizer.path, in_run("tokenizer.model"))
+    tokenizer.export(in_run("tokenizer.bin"))
     tokens = sum(len(r) for g in groups for r in g.responses) / len(groups) * config.batch_size
     weight = f" + {objective.beta} * {objective.regularizer.__name__}" if objective.beta else ""
     print(f"{sum(p.numel() for p in policy.model.parameters()):,} parameters on {device}; {len(groups)} groups of "
-          f"{len(groups[0].responses)} from {config.data} (dropped: {dict(drops) or 'none'}); "
-          f"{tokens:,.0f} tokens a step\nobjective: {config.loss} {objective.numbers}{weight}")
-
-    # A model from scratch has no reference worth beating: it is only sampled.
-    judged = config.eval_stories > 0 and config.init_from != "scratch"
-    start = copy.deepcopy(policy) if judged else None
+          f"{len(groups[0].responses)} in {config.data}; {tokens:,.0f} tokens a step\n"
+          f"objective: {config.loss} {objective.numbers}{weight}", flush=True)
     evaluation = Evaluation(config, start, tokenizer, prompts) if judged else None
-    best_rate, best_step, online = -1.0, 0, None
-    bar = tqdm(total=config.max_iters, desc=config.loss, unit="step")
-    for step in range(config.max_iters + 1):
-        policy.step = step
-        if judged and (step % config.eval_interval == 0 or step == config.max_iters):
-            policy.model.eval()
-            result, records = evaluation.judge(policy, "select")
-            checkpoints.write_jsonl(os.path.join(config.out_dir, "stories", f"step_{step:06d}.jsonl"), records)
-            entry = {"step": step, "win_rate": result.rate, "low": result.low, "high": result.high,
-                     "score": mean_score(records)}
-            log.write(json.dumps(entry) + "\n")
-            bar.write(f"step {step}: win-rate over {evaluation.name} {result}, score {entry['score']:.2f}\n"
-                      f"    {textwrap.shorten(records[0]['text'], 300)}")
-            checkpoints.save_pt(os.path.join(config.out_dir, "ckpt.pt"), policy)
-            if result.rate > best_rate:
-                best_rate, best_step = result.rate, step
-                checkpoints.save_pt(os.path.join(config.out_dir, "best.pt"), policy, win_rate=result.rate)
-                checkpoints.save_llama2c(os.path.join(config.out_dir, "model.bin"), policy.model)
-        if step == config.max_iters:
-            break
 
-        started, lr = time.perf_counter(), learning_rate(config, step)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        if "online_kl" in objective.reads and step % config.kl_interval == 0:
-            policy.model.eval()
-            online = draw_online(config, policy, reference, prompt_ids, step)
-        policy.model.train()
-        chosen = groups_of_step(groups, config.batch_size, step, config.seed)
-        batches = micro_batches(chosen, config.micro_batch_size, args.vocab_size, device)
-        logged = preference_backward(objective, policy.model, reference, batches)
-        if online is not None:
-            logged |= regularizer_backward(objective, policy.model, online)
-        norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.grad_clip or math.inf)
-        logged = {name: float(value) for name, value in logged.items()} | {"grad_norm": float(norm), "lr": lr}
-        if not (math.isfinite(logged["loss"]) and math.isfinite(logged["grad_norm"])):
-            raise ValueError(
-                f"step {step}: loss is {logged['loss']}, grad norm {logged['grad_norm']}; the weights of step {step} "
-                f"were left as they are. Try --learning_rate={config.learning_rate / 4:g}; the batch holds lines "
-                f"{[group.line for group in chosen]} of {config.data}"
-            )
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        logged["tokens_per_second"] = sum(int(b.mask.sum()) for b in batches) / (time.perf_counter() - started)
-        if step % config.log_interval == 0 or step == config.max_iters - 1:
-            log.write(json.dumps({"step": step} | logged) + "\n")
+    best_rate, online = -1.0, None
+    with open(in_run("log.jsonl"), "w", encoding="utf-8") as log, tqdm(total=config.max_iters, unit="step") as bar:
+
+        def record(step: int, values: dict[str, float]) -> None:
+            log.write(json.dumps({"step": step} | values) + "\n")
             log.flush()
-            bar.write(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in logged.items()))
-        bar.update()
-    bar.close()
-    log.close()
-    if not judged:
-        policy.model.eval()
-        checkpoints.save_pt(os.path.join(config.out_dir, "ckpt.pt"), policy)
-        checkpoints.save_llama2c(os.path.join(config.out_dir, "model.bin"), policy.model)
-        return
-    report(config, evaluation, start, policy, best_step)
 
+        for step in range(config.max_iters + 1):
+            policy.step = step
+            if step % config.eval_interval == 0 or step == config.max_iters:
+                policy.model.eval()
+                checkpoints.save_pt(in_run("ckpt.pt"), policy)
+                if judged:
+                    verdict = evaluation.judge(policy, "select")
+                    rate = verdict.win_rate
+                    checkpoints.write_jsonl(in_run(f"stories/step_{step:06d}.jsonl"), verdict.stories)
+                    record(step, {"eval/win_rate": rate.rate, "eval/low": rate.low, "eval/high": rate.high,
+                                  "eval/score": verdict.score, "eval/kl": verdict.kl})
+                    bar.write(f"step {step}: win-rate over {evaluation.name} {verdict}\n"
+                              f"    {textwrap.shorten(verdict.stories[0]['text'], 300)}")
+                if not judged or rate.rate > best_rate:
+                    checkpoints.save_llama2c(in_run("model.bin"), policy.model)
+                if judged and rate.rate > best_rate:
+                    best_rate = rate.rate
+                    checkpoints.save_pt(in_run("best.pt"), policy, win_rate=best_rate)
+            if step == config.max_iters:
+                break
 
-def report(config: TrainConfig, evaluation: Evaluation, start: Checkpoint, last: Checkpoint, best_step: int) -> None:
-    """The final table, on seeds that nothing was selected by, and one story before and after."""
-    best = checkpoints.load(os.path.join(config.out_dir, "best.pt"), str(last.model.tok_embeddings.weight.device))
-    rows = [("before (step 0)", start), (f"best (step {best_step})", best), (f"last (step {last.step})", last)]
-    judged = [(name, *evaluation.judge(checkpoint, "report")) for name, checkpoint in rows]
-    print(f"\nwin-rate over {evaluation.name}, fresh stories, offline judge [95% interval]")
-    for name, result, records in judged:
-        print(f"  {name:<18} {str(result):<36} mean score {mean_score(records):.2f}")
-    before, after = judged[0][2][0]["text"], judged[1][2][0]["text"]
-    print("\n" + side_by_side(before, after, ("before", "after")))
-    print(f"\n{config.out_dir}: best.pt, ckpt.pt, model.bin; sample with "
-          f"`python sample.py --checkpoint={os.path.join(config.out_dir, 'best.pt')}`")
+            if objective.online and step % config.kl_interval == 0:
+                policy.model.eval()
+                online = draw_online(config, policy, reference, prompt_ids, step)
+            policy.model.train()
+            chosen = groups_of_step(groups, config.batch_size, step, config.seed)
+            logged = gradient_step(config, objective, policy.model, reference, chosen, online, optimizer, step)
+            if step % config.log_interval == 0 or step == config.max_iters - 1:
+                record(step, logged)
+                bar.write(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in logged.items()))
+            bar.update()
+    policy.model.eval()
+    if judged:
+        report(config, evaluation, policy)
 
 
 def main(argv: list[str]) -> None:

@@ -189,63 +189,75 @@ def make_batch(groups: list[EncodedGroup]) -> Batch:
 
 def encode_groups(
     groups: list[RankedGroup], tokenizer: Tokenizer, eos_id: int, max_seq_len: int
-) -> tuple[list[EncodedGroup], Counter]:
-    """Groups -> token ids, and a count of those dropped by reason.
+) -> tuple[list[EncodedGroup], dict[str, list[int]]]:
+    """Groups -> token ids; and those dropped, as {reason: their lines}.
 
     Prompt and response are encoded apart, so that the boundary does not depend on the text around it. A group
     with an empty response, two identical ones, or a sequence longer than max_seq_len is dropped: it teaches
     nothing, or something else than what was judged.
     """
-    encoded, drops = [], Counter()
+    encoded, drops = [], {}
     for group in groups:
         prompt = tokenizer.encode(group.prompt, bos=True)
         responses = [
             tokenizer.encode(text) + [eos_id] * ended for text, ended in zip(group.responses, group.finished)
         ]
         if any(not text.strip() for text in group.responses):
-            drops["empty response"] += 1
+            reason = "an empty response"
         elif len(set(group.responses)) < len(group.responses):
-            drops["identical responses"] += 1
+            reason = "identical responses"
         elif len(prompt) + max(map(len, responses)) > max_seq_len:
-            drops[f"longer than {max_seq_len} tokens"] += 1
+            reason = f"longer than {max_seq_len} tokens"
         else:
             encoded.append(EncodedGroup(prompt, responses, group.line))
+            continue
+        drops.setdefault(reason, []).append(group.line)
     return encoded, drops
 
 
 # --- stories from a model ----------------------------------------------------------------------------------------------
 
 
-def generate_stories(
-    checkpoint: Checkpoint, tokenizer: Tokenizer, num_stories: int, seed: int | tuple[int, ...],
-    max_new_tokens: int = 256, batch_size: int = 128,
-    temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
-    prompts: list[str] | None = None, name: str = "", progress: str | None = None,
-) -> list[dict]:
-    """Stories as records {"prompt", "text", "seed", "index", "checkpoint", "finished"}.
+def sample(
+    checkpoint: Checkpoint, prompts: list[list[int]], seed: int | tuple[int, ...], max_new_tokens: int = 256,
+    *, batch_size: int = 128, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
+    progress: str | None = None,
+) -> list[EncodedGroup]:
+    """One response of the model to each prompt, with its terminator if it ended, as groups of one.
 
-    Story i draws from the stream of (seed, i), whatever the batch size. prompts (default: the empty one) are continued in blocks of equal
-    size, so that neighbouring stories can be ranked against each other.
-    "text" is what the model wrote behind the prompt; "finished" is False where it was cut at the length limit.
+    Response i draws from the stream of (seed, i), whatever the batch size.
     progress  the label of a progress bar; None: no bar
     """
-    prompts = prompts or [""]
+    groups = []
+    with tqdm(total=len(prompts), desc=progress, unit="story", disable=progress is None) as bar:
+        for start in range(0, len(prompts), batch_size):
+            batch = prompts[start : start + batch_size]
+            responses = generate(
+                checkpoint.model, batch, max_new_tokens, temperature, top_k, top_p,
+                stop_ids=[checkpoint.eos_id], seed=seed, first_row=start,
+            )
+            groups += [EncodedGroup(p, [r], start + i) for i, (p, r) in enumerate(zip(batch, responses))]
+            bar.update(len(batch))
+    return groups
+
+
+def spread(prompts: list, count: int) -> list:
+    """`count` prompts: each of them in a block of (nearly) equal length, so that neighbours can be ranked together."""
+    return [prompts[i * len(prompts) // count] for i in range(count)]
+
+
+def story_records(
+    samples: list[EncodedGroup], prompts: list[str], tokenizer: Tokenizer, eos_id: int, **extra
+) -> list[dict]:
+    """Samples -> records {"prompt", "text", "finished", "index"} and `extra` (seed, checkpoint).
+
+    "text" is what the model wrote behind the prompt; "finished" is False where it was cut at the length limit.
+    """
     records = []
-    bar = tqdm(total=num_stories, desc=progress, unit="story", disable=progress is None)
-    for start in range(0, num_stories, batch_size):
-        rows = range(start, min(start + batch_size, num_stories))
-        texts = [prompts[i * len(prompts) // num_stories] for i in rows]
-        responses = generate(
-            checkpoint.model, [tokenizer.encode(text, bos=True) for text in texts], max_new_tokens,
-            temperature, top_k, top_p, stop_ids=[checkpoint.eos_id], seed=seed, first_row=start,
-        )
-        for i, prompt, ids in zip(rows, texts, responses):
-            ended = ids[-1] == checkpoint.eos_id
-            text = tokenizer.decode(ids[:-1] if ended else ids)
-            records.append({"prompt": prompt, "text": text, "seed": seed, "index": i, "checkpoint": name,
-                            "finished": ended})
-        bar.update(len(rows))
-    bar.close()
+    for prompt, group in zip(prompts, samples):
+        ids, finished = group.responses[0], group.responses[0][-1] == eos_id
+        text = tokenizer.decode(ids[:-1] if finished else ids)
+        records.append({"prompt": prompt, "text": text, "finished": finished, "index": group.line} | extra)
     return records
 
 
@@ -310,7 +322,7 @@ def train_tokenizer(text_file: str, vocab_size: int, prefix: str) -> None:
     """A BPE sentencepiece model with llama2.c's settings: bytes as fallback, digits apart, no normalisation."""
     sentencepiece.SentencePieceTrainer.train(
         input=text_file, model_prefix=prefix, model_type="bpe", vocab_size=vocab_size, character_coverage=1.0,
-        self_test_sample_size=0, input_format="text", num_threads=1, split_digits=True,
+        input_format="text", num_threads=1, split_digits=True,
         allow_whitespace_only_pieces=True, byte_fallback=True, unk_surface=r" \342\201\207 ",
         normalization_rule_name="identity", minloglevel=2,
     )
@@ -344,8 +356,9 @@ def demo_groups(reference: Checkpoint, tokenizer: Tokenizer) -> None:
     """data/demo/ranked.jsonl, and from it best_of_n.jsonl and pairs.jsonl: samples of the reference, ranked."""
     ranked = os.path.join(DEMO_DIR, DEMO_FILES["ranking"])
     if not os.path.isfile(ranked):
-        stories = generate_stories(reference, tokenizer, 4 * DEMO_GROUPS, DEMO_SEED, progress="sampling groups",
-                                   name="demo reference")
+        prompts = [""] * (4 * DEMO_GROUPS)
+        samples = sample(reference, [tokenizer.encode("", bos=True)] * len(prompts), DEMO_SEED, progress="sampling")
+        stories = story_records(samples, prompts, tokenizer, reference.eos_id)
         write_jsonl(ranked, rank_stories(tqdm(stories, desc="ranking", unit="story"), 4, judge.rank))
     records = ranked_records(ranked)
     write_jsonl(os.path.join(DEMO_DIR, DEMO_FILES["best"]), map(to_best_of_n, records))
@@ -412,13 +425,19 @@ def demo_command(config: DemoConfig) -> None:
 def generate_command(config: GenerateConfig) -> None:
     checkpoint = checkpoints.load(config.checkpoint, checkpoints.pick_device(config.device))
     tokenizer = load_tokenizer(config.tokenizer, config.checkpoint, checkpoint.model.args.vocab_size)
-    prompts = None
+    prompts = [""]
     if config.prompts:
         prompts = [parse_prompt(r, f"{config.prompts} line {i}") for i, r in read_records(config.prompts)]
-    records = generate_stories(
-        checkpoint, tokenizer, config.num_stories, config.seed, config.max_new_tokens, config.batch_size,
-        config.temperature, config.top_k, config.top_p, prompts, os.path.basename(config.checkpoint), "generating",
+    if config.num_stories < 1 or config.batch_size < 1 or not prompts:
+        raise ValueError("--num_stories, --batch_size and the number of prompts must be 1 or more")
+    prompts = spread(prompts, config.num_stories)
+    samples = sample(
+        checkpoint, [tokenizer.encode(p, bos=True) for p in prompts], config.seed, config.max_new_tokens,
+        batch_size=config.batch_size, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
+        progress="generating",
     )
+    records = story_records(samples, prompts, tokenizer, checkpoint.eos_id, seed=config.seed,
+                            checkpoint=os.path.basename(config.checkpoint))
     write_jsonl(config.out, records)
     unfinished = sum(not r["finished"] for r in records)
     print(f"{config.out}: {len(records)} stories, {unfinished} of them cut at {config.max_new_tokens} tokens")
@@ -472,7 +491,9 @@ def check_command(config: CheckConfig) -> None:
         lengths = sorted(len(r) for g in encoded for r in g.responses)
         if lengths:
             print(f"  tokens per response: {lengths[0]} to {lengths[-1]}, median {lengths[len(lengths) // 2]}")
-        print(f"  usable for training: {len(encoded)} groups; dropped: {dict(drops) or 'none'}")
+        print(f"  usable for training: {len(encoded)} groups")
+        for reason, lines in drops.items():
+            print(f"  dropped: {len(lines)} groups, {reason} (first in line {lines[0]})")
 
 
 COMMANDS = {

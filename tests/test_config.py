@@ -1,0 +1,48 @@
+"""Flags from a dataclass."""
+
+from dataclasses import dataclass
+
+import pytest
+
+from config import flag, parse
+
+
+@dataclass
+class Config:
+    out: str = flag("out", "a folder")
+    beta: float | None = flag(None, "a number, 100% typed")
+    steps: int = flag(3, "how many")
+    decay: bool = flag(True, "a switch")
+    data: str = flag("", "a file", choices=["", "a", "b"])
+
+
+def test_values_are_typed_by_their_annotation():
+    config = parse(Config, ["--beta=1", "--steps", "5", "--decay=false", "--data=a"], "prog")
+    assert config == Config("out", 1.0, 5, False, "a") and isinstance(config.beta, float)
+    assert parse(Config, ["--decay"], "prog").decay is True and parse(Config, [], "prog") == Config()
+
+
+@pytest.mark.parametrize("flags,message", [
+    (["--bata=1"], "prog: --bata: no such option; did you mean --beta?"),
+    (["--step=1"], "prog: --step: no such option; did you mean --steps?"),
+    (["--zzz"], "prog: --zzz: no such option; see --help"),
+    (["stray"], "prog: stray: no such option"),
+    (["--steps=1.5"], "invalid int value: '1.5'"),
+    (["--decay=maybe"], "'maybe' is neither true nor false"),
+    (["--data=c"], "invalid choice: 'c'"),
+    (["--steps"], "expected one argument"),
+    (["--beta=__import__('os').system('true')"], "invalid float value"),
+])
+def test_a_wrong_flag_is_one_line_and_exit_code_2(flags, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(Config, flags, "prog")
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and error.count("\n") == 1
+
+
+def test_help_lists_every_flag_with_its_default(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(Config, ["--help"], "prog")
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and "100% typed" in text and "how many (default: 3)" in text
+    assert all(f"--{name}" in text for name in ("out", "beta", "steps", "decay", "data"))

@@ -1,0 +1,194 @@
+"""Text -> ranked groups -> files -> batches: formats, what is refused, what is scored."""
+
+import json
+import random
+
+import pytest
+import torch
+
+import demo_stories
+import tinystories_data as data
+from checkpoint import Checkpoint, save_pt
+from tinystories_data import EncodedGroup, RankedGroup
+from tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    (folder / "lines.txt").write_text("\n".join(demo_stories.story(random.Random(i)) for i in range(300)))
+    data.train_tokenizer(str(folder / "lines.txt"), 512, str(folder / "tokenizer"))
+    return Tokenizer(str(folder / "tokenizer.model"))
+
+
+def write(path, *lines) -> str:
+    path.write_text("".join((x if isinstance(x, str) else json.dumps(x)) + "\n" for x in lines), encoding="utf-8")
+    return str(path)
+
+
+def test_every_format_is_read_best_first(tmp_path):
+    path = write(
+        tmp_path / "d.jsonl",
+        {"prompt": "p", "responses": ["a", "b", "c"], "ranking": [1, 2, 0], "note": "kept"},
+        "",
+        {"responses": ["a", "b", "c"], "best": 2, "finished": [True, True, False]},
+        {"prompt": "p", "chosen": "good", "rejected": "bad"},
+        {"text": "a story"},
+        {"prompt": "p", "responses": ["a", "b"]},
+        {"text": "cut", "finished": False, "seed": 0, "checkpoint": "x"},
+    )
+    assert data.read_groups(path) == [
+        RankedGroup("p", ("b", "c", "a"), (True,) * 3, "ranking", 1),
+        RankedGroup("", ("c", "a", "b"), (False, True, True), "best", 3),
+        RankedGroup("p", ("good", "bad"), (True, True), "ranking", 4),
+        RankedGroup("", ("a story",), (True,), "text", 5),
+        RankedGroup("p", ("a", "b"), (True, True), "text", 6),
+        RankedGroup("", ("cut",), (False,), "text", 7),
+    ]
+
+
+@pytest.mark.parametrize("line,message", [
+    ("{not json", "not a line of JSON"),
+    ("[" * 100_000, "not a line of JSON"),
+    ("[1]", "not a JSON object"),
+    ({"prompt": 3, "text": "a"}, "prompt is not a text"),
+    ({"responses": []}, "needs"),
+    ({"chosen": "a"}, "a response is missing"),
+    ({"responses": ["a", 2]}, "not a text"),
+    ({"responses": ["a", "b"], "ranking": [1, 1]}, "no permutation of 0..1"),
+    ({"responses": ["a", "b"], "ranking": [True, False]}, "no permutation"),
+    ({"responses": ["a", "b"], "ranking": [1, 2]}, "no permutation"),
+    ({"responses": ["a", "b"], "best": 2}, '"best" 2 is not an index below 2'),
+    ({"responses": ["a", "b"], "best": "0"}, "not an index"),
+    ({"responses": ["a", "b"], "finished": [True]}, '"finished" is not a list of 2'),
+])
+def test_a_malformed_line_is_named(tmp_path, line, message):
+    path = write(tmp_path / "d.jsonl", {"text": "fine"}, line)
+    with pytest.raises(ValueError, match="d.jsonl line 2: ") as error:
+        data.read_groups(path)
+    assert message in str(error.value)
+
+
+def test_no_file_no_groups_and_other_encodings_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="none.jsonl: no such file"):
+        data.read_groups(str(tmp_path / "none.jsonl"))
+    with pytest.raises(ValueError, match="holds no groups"):
+        data.read_groups(write(tmp_path / "d.jsonl", "", ""))
+    (tmp_path / "d.jsonl").write_bytes('{"text": "caf\u00e9"}'.encode("latin-1"))
+    with pytest.raises(ValueError, match="line 1: not a line of JSON in UTF-8"):
+        data.read_groups(str(tmp_path / "d.jsonl"))
+
+
+@pytest.mark.parametrize("need,record,message", [
+    ("pair", {"responses": ["a", "b", "c"], "ranking": [0, 1, 2]}, "compares pairs, the group has 3"),
+    ("pair", {"responses": ["a", "b"]}, "needs a full ranking, the group tells only texts"),
+    ("ranking", {"responses": ["a", "b", "c"], "best": 0}, "needs a full ranking, the group tells only its best"),
+    ("best", {"responses": ["a", "b", "c"]}, "needs the best response named"),
+])
+def test_a_dataset_that_does_not_fit_the_loss_is_refused_by_line(tmp_path, need, record, message):
+    path = write(tmp_path / "d.jsonl", record)
+    with pytest.raises(ValueError, match=f"d.jsonl line 1: .*{message}"):
+        data.require(data.read_groups(path), need, path, "some_loss")
+
+
+def test_groups_of_different_sizes_are_refused(tmp_path):
+    path = write(tmp_path / "d.jsonl", {"responses": ["a", "b"], "best": 0}, {"responses": ["a", "b", "c"], "best": 0})
+    with pytest.raises(ValueError, match="line 2: group has 3 responses, expected 2 as in line 1"):
+        data.require(data.read_groups(path), "best", path, "spo_bon")
+
+
+def test_terminator_is_scored_and_kept_and_none_is_invented(tokenizer):
+    groups = [RankedGroup("Once upon", ("a time.", "a day"), (True, False), "ranking", 1)]
+    (group,), drops = data.encode_groups(groups, tokenizer, eos_id=1, max_seq_len=64)
+    assert group.prompt == tokenizer.encode("Once upon", bos=True) and group.prompt[0] == 1 and not drops
+    assert group.responses == [tokenizer.encode("a time.") + [1], tokenizer.encode("a day")]
+    batch = data.make_batch([group])
+    scored = [row[mask].tolist() for row, mask in zip(batch.tokens, batch.mask)]
+    assert scored == group.responses  # neither BOS, nor prompt, nor padding
+    assert batch.lengths.tolist() == [[len(r) for r in group.responses]]
+
+
+def test_the_mask_goes_by_length_not_by_token_value():
+    """BOS, terminator and padding may share an id, and a response may hold it."""
+    batch = data.make_batch([EncodedGroup([0], [[0, 5, 0, 0], [0]], 1)])
+    assert batch.mask.tolist() == [[False, True, True, True, True], [False, True, False, False, False]]
+
+
+def test_empty_identical_and_overlong_responses_are_dropped_and_counted(tokenizer):
+    def group(line, *responses):
+        return RankedGroup("", responses, (True,) * len(responses), "ranking", line)
+
+    groups = [group(1, "a", "b"), group(2, "a", " \n"), group(3, "a", "a"), group(4, "a", "b " * 99), group(5, "", "b")]
+    encoded, drops = data.encode_groups(groups, tokenizer, 1, max_seq_len=32)
+    assert [g.line for g in encoded] == [1]
+    assert drops == {"an empty response": [2, 5], "identical responses": [3], "longer than 32 tokens": [4]}
+
+
+def test_a_ranking_is_indices_best_first_all_the_way_down(tmp_path):
+    """A 3-cycle: [1, 2, 0] read as places instead of indices would put "a" second."""
+    stories = [{"text": t} for t in ("a", "b", "c")]
+    (record,) = data.rank_stories(stories, 3, lambda texts: [1, 2, 0])
+    path = write(tmp_path / "d.jsonl", record)
+    assert data.read_groups(path)[0].responses == ("b", "c", "a")
+    best = write(tmp_path / "best.jsonl", data.to_best_of_n(record))
+    assert data.read_groups(best)[0].responses == ("b", "a", "c")
+    pair = write(tmp_path / "pair.jsonl", *data.to_pairs(record, "best_worst"))
+    assert data.read_groups(pair)[0].responses == ("b", "a")
+    every = write(tmp_path / "all.jsonl", *data.to_pairs(record, "all"))
+    assert [g.responses for g in data.read_groups(every)] == [("b", "c"), ("b", "a"), ("c", "a")]
+
+
+def test_groups_never_mix_prompts():
+    stories = [{"prompt": p, "text": f"{p}{i}"} for p in "xyz" for i in range(3)]
+    groups = data.rank_stories(stories, 2, lambda texts: [0, 1])
+    assert [g["responses"] for g in groups] == [["x0", "x1"], ["y0", "y1"], ["z0", "z1"]]
+    assert data.spread(["x", "y"], 6) == ["x", "x", "x", "y", "y", "y"]
+
+
+def test_from_generate_to_check(tmp_path, tokenizer, capsys):
+    """The files of one command are what the next one reads."""
+    from test_model import tiny
+
+    model, file = tiny(vocab_size=512), lambda name: str(tmp_path / name)
+    save_pt(file("m.pt"), Checkpoint(model, {"eos_id": 1}))
+    common = [f"--checkpoint={file('m.pt')}", f"--tokenizer={tokenizer.path}", "--max_new_tokens=40", "--num_stories=10"]
+    data.main(["generate", *common, f"--out={file('s.jsonl')}", "--batch_size=3"])
+    data.main(["generate", *common, f"--out={file('t.jsonl')}"])
+    assert (tmp_path / "s.jsonl").read_bytes() == (tmp_path / "t.jsonl").read_bytes()  # whatever the batch size
+    data.main(["rank", f"--stories={file('s.jsonl')}", f"--out={file('r.jsonl')}", "--group_size=5"])
+    data.main(["best_of_n", f"--data={file('r.jsonl')}", f"--out={file('b.jsonl')}"])
+    data.main(["pairs", f"--data={file('r.jsonl')}", f"--out={file('p.jsonl')}", "--pairs=all"])
+    capsys.readouterr()
+    data.main(["check", f"--data={file('b.jsonl')}", f"--tokenizer={tokenizer.path}"])
+    assert "2 of 5 responses, known of their order: best" in capsys.readouterr().out
+    assert len(data.read_groups(file("p.jsonl"))) == 20
+    with pytest.raises(ValueError, match="b.jsonl line 1: needs a full ranking"):
+        data.main(["pairs", f"--data={file('b.jsonl')}"])
+
+
+def test_the_demos_text_is_seeded_and_an_interrupted_build_goes_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "DEMO_STORIES", 200)
+    monkeypatch.setattr(data, "DEMO_VOCAB", 512)
+    with monkeypatch.context() as broken:  # killed while the tokenizer was made
+        broken.setattr(data, "train_tokenizer", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            data.demo_text()
+    stories = (tmp_path / "data/demo/stories.jsonl").read_bytes()
+    data.demo_text()
+    assert (tmp_path / "data/demo/stories.jsonl").read_bytes() == stories
+    first = (tmp_path / "data/demo/tokenizer.model").read_bytes()
+    (tmp_path / "data/demo/ranked.jsonl").write_text("of a former recipe")
+    monkeypatch.setattr(data, "DEMO_SEED", 7)  # another recipe: nothing of the former one stays
+    data.demo_text()
+    assert not (tmp_path / "data/demo/ranked.jsonl").exists()
+    assert (tmp_path / "data/demo/stories.jsonl").read_bytes() != stories
+    monkeypatch.setattr(data, "DEMO_SEED", 1337)
+    data.demo_text()
+    assert (tmp_path / "data/demo/tokenizer.model").read_bytes() == first
+
+
+def test_unknown_words_come_back_through_byte_fallback(tokenizer):
+    for text in ("Zo\u00eb 2024 \u4f60\u597d!", "line\nbreak"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert torch.tensor(tokenizer.encode("a", bos=True, eos=True))[[0, -1]].tolist() == [1, 2]
