@@ -1,13 +1,20 @@
 """Log-probs in, one loss per group out: the objectives, each one short function. Imports torch only.
 
-    SPO     Sharifnassab et al., "Soft Preference Optimization: Aligning Language Models to Expert Distributions"
+    SPO     Sharifnassab et al. 2024, "Soft Preference Optimization: Aligning Language Models to Expert Distributions"
     DPO     Rafailov et al. 2023, "Direct Preference Optimization"; its Appendix A.3 for rankings
+    IPO     Azar et al. 2023, "A General Theoretical Paradigm to Understand Learning from Human Preferences"
+    KTO     Ethayarajh et al. 2024, "KTO: Model Alignment as Prospect Theoretic Optimization"
+    CPO     Xu et al. 2024, "Contrastive Preference Optimization"
+    R-DPO   Park et al. 2024, "Disentangling Length from Quality in Direct Preference Optimization"
+    SimPO   Meng et al. 2024, "SimPO: Simple Preference Optimization with a Reference-Free Reward"
+    S-DPO   Chen et al. 2024, "On Softmax Direct Preference Optimization for Recommendation"
 
 Every loss takes `policy_logps (B, n)`: for B groups of n responses, best first, the log-prob of the whole
 response (a sum over its tokens, terminator included, in nats). It returns (B,) in the dtype of
 policy_logps; the loss of a batch is the mean over all groups of all processes. What else a function reads is
 in its signature, and nowhere else: `reference_logps (B, n)`, `lengths (B, n)` (scored tokens), its numbers, and
-the statistics of the GLOBAL batch (`weight_mean`, `mean_length`), which default to those of this batch.
+the statistics of the GLOBAL batch (`weight_mean`, `kl_estimate`, `mean_length`), which default to those of this batch.
+"At step 0" is where the policy still equals the reference.
 
 Sequence probabilities underflow (exp(-104) is 0 in float32, and a story has -200 nats), so none is ever formed.
 """
@@ -23,17 +30,22 @@ LOSSES: dict[str, Callable[..., Tensor]] = {}
 REGULARIZERS: dict[str, Callable[..., Tensor]] = {}
 
 
-def objective(data: str, regularizer: str = "none", statistic: tuple[str, Callable[..., Tensor]] | None = None):
+def objective(
+    data: str, regularizer: str = "none", statistic: tuple[str, Callable[..., Tensor]] | None = None,
+    start: Callable[..., float] | None = None,
+):
     """Enter a loss into LOSSES, with what its signature does not tell.
 
     data         "text": any responses; "best": column 0 is the best one; "pair": n = 2; "ranking": a full order
     regularizer  the default of --regularizer
     statistic    (name, function): the mean over the global batch of what function gives per group, (B, ...), is
                  to be passed as `name`; it reads tensors and numbers by name, as a loss does
+    start        the loss at step 0, from n and the loss's numbers by name; None: it depends on the data
     """
 
     def register(function):
-        function.data, function.regularizer, function.statistic = data, regularizer, statistic
+        function.data, function.regularizer = data, regularizer
+        function.statistic, function.start = statistic, start
         LOSSES[function.__name__] = function
         return function
 
@@ -224,19 +236,28 @@ def spo_rank(
 # --- baselines -----------------------------------------------------------------------------------------------------
 
 
-@objective(data="text", statistic=("mean_length", lambda lengths: lengths.float().mean(1)))
+def mean_length_of_all(lengths: Tensor) -> Tensor:
+    return lengths.float().mean(1)
+
+
+def mean_length_of_best(lengths: Tensor) -> Tensor:
+    return lengths[:, 0].float()
+
+
+@objective(data="text", statistic=("mean_length", mean_length_of_all))
 def sft(policy_logps: Tensor, lengths: Tensor, *, mean_length: Tensor | None = None) -> Tensor:
     """Supervised fine-tuning on every response given: total NLL / total tokens, nats per token (as llama2.c's).
 
     policy_logps, lengths  (B, n), n >= 1
     mean_length            mean of lengths over the global batch; a mean of micro-batch means is another loss
+    at step 0              the cross-entropy of the model it starts from; log V for a constant one
     """
     check(policy_logps, {"lengths": lengths}, least=1)
     mean_length = lengths.to(policy_logps).mean() if mean_length is None else mean_length
     return -policy_logps.mean(1) / mean_length
 
 
-@objective(data="best", statistic=("mean_length", lambda lengths: lengths[:, 0].float()))
+@objective(data="best", statistic=("mean_length", mean_length_of_best))
 def best_sft(policy_logps: Tensor, lengths: Tensor, *, mean_length: Tensor | None = None) -> Tensor:
     """Best-response SFT: sft on column 0 alone.
 
@@ -246,30 +267,176 @@ def best_sft(policy_logps: Tensor, lengths: Tensor, *, mean_length: Tensor | Non
     return sft(policy_logps[:, :1], lengths[:, :1], mean_length=mean_length)
 
 
-@objective(data="pair")
-def dpo(policy_logps: Tensor, reference_logps: Tensor, *, beta: float = 0.1) -> Tensor:
-    """Direct Preference Optimization, DPO Eq. 7: softplus(-beta h), h = logratio_0 - logratio_1; log 2 at step 0.
+def chosen_over_rejected(values: Tensor) -> Tensor:
+    return values[:, 0] - values[:, 1]
 
-    policy_logps, reference_logps  (B, 2), column 0 chosen;  beta: strength of the implied KL
+
+@objective(data="pair", start=lambda: math.log(2))
+def dpo(policy_logps: Tensor, reference_logps: Tensor, *, beta: float = 0.1) -> Tensor:
+    """Direct Preference Optimization, DPO Eq. 7.
+
+        L = softplus(-beta h),   h = logratio_0 - logratio_1,   logratio = policy_logps - reference_logps
+
+    policy_logps, reference_logps  (B, 2), column 0 chosen
+    beta       strength of the implied KL: smaller lets the policy go further from the reference
+    at step 0  log 2
     """
     check(policy_logps, {"reference_logps": reference_logps}, most=2)
-    return dpo_rank(policy_logps, reference_logps, beta=beta)
+    return F.softplus(-beta * chosen_over_rejected(policy_logps - reference_logps))
 
 
-@objective(data="ranking")
+@objective(data="pair", start=lambda tau: 1 / (4 * tau**2))
+def ipo(
+    policy_logps: Tensor, reference_logps: Tensor, lengths: Tensor | None = None, *, tau: float = 0.1, norm: str = "sum"
+) -> Tensor:
+    """Identity Preference Optimization, IPO Eq. 17.
+
+        L = (h - 1/(2 tau))^2,   h = logratio_0 - logratio_1
+
+    policy_logps, reference_logps  (B, 2), column 0 chosen
+    tau        the margin to reach is 1/(2 tau): 5 nats at 0.1
+    norm       "sum": h of whole responses, as Eq. 17 prints it; "mean": per token, as TRL has it (reads lengths)
+    at step 0  1/(4 tau^2)
+    """
+    check(policy_logps, {"reference_logps": reference_logps}, most=2)
+    logratios = policy_logps - reference_logps
+    if norm == "mean":
+        check(policy_logps, {"lengths": lengths})
+        logratios = logratios / lengths
+    elif norm != "sum":
+        raise ValueError(f"norm is {norm!r}, expected 'sum' or 'mean'")
+    return (chosen_over_rejected(logratios) - 1 / (2 * tau)) ** 2
+
+
+def mean_logratio(policy_logps: Tensor, reference_logps: Tensor) -> Tensor:
+    """(B,) detached: its mean over the global batch is kto's `kl_estimate`."""
+    return (policy_logps - reference_logps).detach().mean(1)
+
+
+@objective(data="pair", statistic=("kl_estimate", mean_logratio), start=lambda lambda_d, lambda_u: (lambda_d + lambda_u) / 4)
+def kto(
+    policy_logps: Tensor, reference_logps: Tensor, *, beta: float = 0.1, lambda_d: float = 1.0, lambda_u: float = 1.0,
+    kl_estimate: Tensor | None = None,
+) -> Tensor:
+    """Kahneman-Tversky Optimization (KTO): each response is desirable or not, by itself.
+
+        L = 1/2 [ lambda_d (1 - sigmoid(beta (r_0 - z0))) + lambda_u (1 - sigmoid(beta (z0 - r_1))) ],   r = logratio
+
+    policy_logps, reference_logps  (B, 2), column 0 chosen; a pair's value is the mean of its two examples
+    kl_estimate  mean of mean_logratio over the global batch; z0 = max(0, kl_estimate), without gradient. KTO estimates
+                 z0 on mismatched prompts and responses; without prompts (TinyStories) every response matches, so
+                 that the batch's own responses serve, here always
+    at step 0    (lambda_d + lambda_u) / 4
+    """
+    check(policy_logps, {"reference_logps": reference_logps}, most=2)
+    logratios = policy_logps - reference_logps
+    estimate = logratios.mean() if kl_estimate is None else torch.as_tensor(kl_estimate).to(logratios)
+    z0 = estimate.detach().clamp(min=0)
+    desirable = lambda_d * torch.sigmoid(-beta * (logratios[:, 0] - z0))  # 1 - sigmoid(x) = sigmoid(-x)
+    undesirable = lambda_u * torch.sigmoid(-beta * (z0 - logratios[:, 1]))
+    return (desirable + undesirable) / 2
+
+
+@objective(data="pair", statistic=("mean_length", mean_length_of_best))
+def cpo(
+    policy_logps: Tensor, lengths: Tensor | None = None, *, beta: float = 0.1, alpha: float = 0.01, nll: str = "sum",
+    mean_length: Tensor | None = None,
+) -> Tensor:
+    """Contrastive Preference Optimization (CPO), with the SPO paper's weight alpha on the likelihood term.
+
+        L = softplus(-beta d) - alpha logp_0,   d = logp_0 - logp_1
+
+    policy_logps  (B, 2), column 0 chosen; no reference
+    nll           "sum": -logp_0 in nats, as CPO prints it; "mean": total NLL / total tokens of the chosen, as TRL has
+                  it (reads lengths, and mean_length: the mean of lengths[:, 0] over the global batch)
+    at step 0     whatever the reference says of its data
+    """
+    check(policy_logps, most=2)
+    scale = 1.0
+    if nll == "mean":
+        check(policy_logps, {"lengths": lengths})
+        scale = lengths[:, 0].to(policy_logps).mean() if mean_length is None else mean_length
+    elif nll != "sum":
+        raise ValueError(f"nll is {nll!r}, expected 'sum' or 'mean'")
+    return F.softplus(-beta * chosen_over_rejected(policy_logps)) - alpha * policy_logps[:, 0] / scale
+
+
+@objective(data="pair")
+def rdpo(
+    policy_logps: Tensor, reference_logps: Tensor, lengths: Tensor, *, beta: float = 0.1, alpha: float = 0.01
+) -> Tensor:
+    """Length-regularised DPO (R-DPO).
+
+        L = softplus(-[beta h + alpha (length_0 - length_1)]),   h as in dpo
+
+    The reward is r - alpha * length, which puts the PLUS before alpha: a longer chosen response already explains part
+    of the preference, so that less of it is left for the policy to learn.
+
+    policy_logps, reference_logps, lengths  (B, 2), column 0 chosen
+    at step 0  the mean of softplus(-alpha (length_0 - length_1)): log 2 for equal lengths
+    """
+    check(policy_logps, {"reference_logps": reference_logps, "lengths": lengths}, most=2)
+    margin = beta * chosen_over_rejected(policy_logps - reference_logps)
+    return F.softplus(-(margin + alpha * chosen_over_rejected(lengths.to(policy_logps))))
+
+
+@objective(data="pair")
+def simpo(policy_logps: Tensor, lengths: Tensor, *, beta: float = 2.0, gamma: float = 1.0) -> Tensor:
+    """SimPO, SimPO Eq. 6: the reward is the log-prob per token, with a target margin.
+
+        L = softplus(-[beta logp_0/length_0 - beta logp_1/length_1 - gamma])
+
+    policy_logps, lengths  (B, 2), column 0 chosen; no reference
+    gamma      the margin, in units of the reward (not divided by beta)
+    at step 0  whatever the reference says of its data, near softplus(gamma)
+    """
+    check(policy_logps, {"lengths": lengths}, most=2)
+    return F.softplus(gamma - beta * chosen_over_rejected(policy_logps / lengths))
+
+
+@objective(data="ranking", start=lambda n: math.lgamma(n + 1))
 def dpo_rank(policy_logps: Tensor, reference_logps: Tensor, *, beta: float = 0.01) -> Tensor:
-    """DPO for rankings (Plackett-Luce), DPO Appendix A.3; log n! at step 0.
+    """DPO for rankings (Plackett-Luce), DPO Appendix A.3.
 
         L = sum_{k=1}^{n-1} log sum_{j>=k} exp(s_j - s_k),   s = beta * logratio
 
     policy_logps, reference_logps  (B, n), best first, n >= 2
+    at step 0  log n!
     """
     check(policy_logps, {"reference_logps": reference_logps})
     rewards = beta * (policy_logps - reference_logps)
     return (stage_logsumexp(rewards) - rewards[:, :-1]).sum(1)
 
 
-# --- regularizers: what `beta` multiplies, for a loss that has no beta of its own -------------------------------------
+@objective(data="best", start=lambda n: math.log(n))
+def sdpo_bon(policy_logps: Tensor, reference_logps: Tensor, *, beta: float = 0.01) -> Tensor:
+    """S-DPO on best-of-n data: one winner against all others at once.
+
+        L = softplus( log sum_{i>1} exp(s_i - s_1) ) = log sum_i exp(s_i) - s_1,   s = beta * logratio
+
+    policy_logps, reference_logps  (B, n), column 0 the best, the rest unordered, n >= 2
+    at step 0  log n
+    """
+    check(policy_logps, {"reference_logps": reference_logps})
+    rewards = beta * (policy_logps - reference_logps)
+    return rewards.logsumexp(1) - rewards[:, 0]
+
+
+@objective(data="ranking", start=lambda n: math.lgamma(n + 1) / (n - 1))
+def sdpo_rank(policy_logps: Tensor, reference_logps: Tensor, *, beta: float = 0.01) -> Tensor:
+    """S-DPO on rankings, SPO Appendix D.2: ranks 1..n-1 each win against all lower ranks, each an example of its own.
+
+    Their mean, which is dpo_rank / (n - 1) exactly: the two differ by a constant that AdamW cancels.
+
+    policy_logps, reference_logps  (B, n), best first, n >= 2
+    at step 0  log(n!) / (n - 1)
+    """
+    return dpo_rank(policy_logps, reference_logps, beta=beta) / (policy_logps.shape[1] - 1)
+
+
+# --- regularizers (SPO Table 4): what `beta` multiplies, for a loss that has no beta of its own ------------------------
+
+IMPORTANCE_LIMIT = 20.0  # nats; one response of ratio exp(20) already outweighs a batch by 10^8
 
 
 def regularizer(function):
@@ -285,6 +452,39 @@ def global_kl(online_kl: Tensor) -> Tensor:
     online_kl (M,): token_kl of M whole samples, temperature 1, no truncation -> (M,); 0 at step 0
     """
     return online_kl
+
+
+@regularizer
+def logp(policy_logps: Tensor) -> Tensor:
+    """Likelihood of the best response, -logp_1 in nats; beta * spo_basic + this is CPO up to a factor. (B, n) -> (B,)"""
+    return -policy_logps[:, 0]
+
+
+@regularizer
+def tokenwise(response_kl: Tensor) -> Tensor:
+    """token_kl on the responses of the dataset, winners and losers. (B, n) -> (B,), their mean; 0 at step 0"""
+    return response_kl.mean(1)
+
+
+@regularizer
+def importance(policy_logps: Tensor, reference_logps: Tensor) -> Tensor:
+    """The sequence KL by importance sampling from the dataset: mean over responses of rho log rho, rho = exp(logratio).
+
+    Differentiated through rho. Its minimum is -1/e, at rho = 1/e; at step 0 it is 0 and pushes every response DOWN.
+    Beyond a logratio of IMPORTANCE_LIMIT it goes on along its tangent: finite, and still pushing back.
+
+    policy_logps, reference_logps  (B, n)  ->  (B,)
+    """
+    check(policy_logps, {"reference_logps": reference_logps}, least=1)
+    logratios = policy_logps - reference_logps
+    limited = logratios.clamp(max=IMPORTANCE_LIMIT)
+    slope = math.exp(IMPORTANCE_LIMIT) * (1 + IMPORTANCE_LIMIT)
+    return (limited.exp() * limited + slope * (logratios - limited)).mean(1)
+
+
+def clamped(policy_logps: Tensor, reference_logps: Tensor) -> Tensor:
+    """How many responses of each group `importance` had to limit: (B, n) -> (B,), the trainer logs their sum."""
+    return (policy_logps - reference_logps > IMPORTANCE_LIMIT).sum(1)
 
 
 @regularizer

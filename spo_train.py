@@ -33,7 +33,7 @@ import judge
 import tinystories_data as data
 from checkpoint import Checkpoint
 from config import flag, parse, run
-from losses import LOSSES, REGULARIZERS, sequence_logps, token_kl
+from losses import LOSSES, REGULARIZERS, clamped, importance, sequence_logps, token_kl
 from model import ModelArgs, Transformer
 from tinystories_data import Batch, EncodedGroup
 from tokenizer import Tokenizer, load_tokenizer
@@ -49,10 +49,15 @@ class TrainConfig:
     loss: str = flag("spo_rank", "the objective, a name in losses.LOSSES", choices=list(LOSSES))
     regularizer: str = flag("", "what beta weighs, for a loss with no beta of its own; none: the loss's default",
                             choices=["", *REGULARIZERS])
-    alpha: float | None = flag(None, "the loss's alpha; none: its default (spo*: softmax exponent, 0.001)")
-    beta: float | None = flag(None, "reference strength (dpo*) or weight of the regularizer (spo*: 0.1)")
-    gamma: float | None = flag(None, "exponent in SPO's weight mu; none: 0.01")
-    eta: float | None = flag(None, "spo_rank: stage k weighs eta^k; none: 1")
+    alpha: float | None = flag(None, "spo*: softmax exponent; cpo: weight of the likelihood; rdpo: of the length")
+    beta: float | None = flag(None, "strength of the reference, or weight of the regularizer (spo*: 0.1)")
+    gamma: float | None = flag(None, "spo, spo_bon, spo_rank: exponent in the weight mu; simpo: margin")
+    eta: float | None = flag(None, "spo_rank: stage k weighs eta^k")
+    tau: float | None = flag(None, "ipo: its margin is 1/(2 tau)")
+    lambda_d: float | None = flag(None, "kto: weight of the chosen")
+    lambda_u: float | None = flag(None, "kto: weight of the rejected")
+    norm: str | None = flag(None, "ipo: log-ratios of whole responses or per token", choices=["sum", "mean"])
+    nll: str | None = flag(None, "cpo: likelihood of whole responses or per token", choices=["sum", "mean"])
     data: str = flag("", "ranked groups (JSONL); none: the offline demo")
     init_from: str = flag("", "policy and reference to start from: a .pt, a llama2.c .bin, or `scratch`")
     tokenizer: str = flag("", "sentencepiece model; none: tokenizer.model beside init_from")
@@ -91,10 +96,10 @@ def reads(*functions: Callable) -> set[str]:
     return {name for function in functions for name in inspect.signature(function).parameters}
 
 
-def numbers_of(loss: Callable) -> dict[str, float]:
-    """The numbers that a loss is tuned with, and their defaults."""
+def settings_of(loss: Callable) -> dict[str, float | str]:
+    """What a loss is tuned with (numbers, and words such as norm), and the defaults."""
     parameters = inspect.signature(loss).parameters.values()
-    return {p.name: p.default for p in parameters if isinstance(p.default, float)}
+    return {p.name: p.default for p in parameters if isinstance(p.default, float | str)}
 
 
 def call(function: Callable, values: dict):
@@ -104,44 +109,50 @@ def call(function: Callable, values: dict):
 
 @dataclass
 class Objective:
-    """mean(loss) + beta * mean(regularizer), and the numbers the loss runs with."""
+    """mean(loss) + beta * mean(regularizer), and what the loss is tuned with."""
 
     loss: Callable[..., Tensor]
     regularizer: Callable[..., Tensor]
-    numbers: dict[str, float]
+    settings: dict[str, float | str | bool]
     beta: float
 
-    @property
-    def online(self) -> bool:
-        """Does the regularizer read samples of the policy (and not the dataset)?"""
-        return "online_kl" in reads(self.regularizer)
+    def __post_init__(self):
+        self.reads = reads(self.loss, self.regularizer)
+        # does the regularizer read samples of the policy (and not the dataset)?
+        self.online = "online_kl" in self.reads
+        self.needs_reference = bool(self.reads & {"reference_logps", "response_kl", "online_kl"})
 
-    @property
-    def needs_reference(self) -> bool:
-        return bool(reads(self.loss, self.regularizer) & {"reference_logps", "online_kl"})
+    def __str__(self) -> str:
+        settings = ", ".join(f"{name} {value}" for name, value in self.settings.items() if name != "centered")
+        weighed = f" + {self.beta:g} * {self.regularizer.__name__}" if self.beta else ""
+        return f"{self.loss.__name__}({settings}){weighed}"
+
+    def start(self, n: int) -> float | None:
+        """The preference loss at step 0 for groups of n, where the formula alone tells it."""
+        return call(self.loss.start, self.settings | {"n": n}) if self.loss.start else None
 
 
 def objective_of(config: TrainConfig) -> Objective:
-    """ValueError, naming the flag, for a number that the loss does not take or cannot work with."""
+    """ValueError, naming the flag, for a setting that the loss does not take or cannot work with."""
     loss = LOSSES[config.loss]
-    defaults, name = numbers_of(loss), config.regularizer or loss.regularizer
+    defaults, name = settings_of(loss), config.regularizer or loss.regularizer
     own_beta = "beta" in defaults
     if own_beta and name != "none":
-        raise ValueError(f"--regularizer={name}: {config.loss} has a beta and a reference of its own; leave it out")
+        raise ValueError(f"--regularizer={name}: the beta of {config.loss} is its own; leave the regularizer out")
     takes = set(defaults) | ({"beta"} if name != "none" else set())
-    every_number = {"beta"}.union(*map(numbers_of, LOSSES.values()))
-    numbers = {n: getattr(config, n) for n in sorted(every_number) if getattr(config, n) is not None}
-    for n, value in numbers.items():
+    every_setting = {"beta"}.union(*map(settings_of, LOSSES.values()))
+    settings = {n: getattr(config, n) for n in sorted(every_setting) if getattr(config, n) is not None}
+    for n, value in settings.items():
         if n not in takes:
-            listed = ", ".join(f"--{n}" for n in sorted(takes)) or "no numbers"
+            listed = ", ".join(f"--{n}" for n in sorted(takes)) or "no settings"
             raise ValueError(f"--{n}: {config.loss} with regularizer {name} does not take it; it takes {listed}")
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"--{n}={value}: must be finite and not negative")
-    beta = 0.0 if own_beta or name == "none" else numbers.pop("beta", 0.1)
-    numbers = defaults | numbers
+        if isinstance(value, float) and not (math.isfinite(value) and value >= 0 and (value > 0 or n != "tau")):
+            raise ValueError(f"--{n}={value}: must be finite and {'above 0' if n == 'tau' else 'not negative'}")
+    beta = 0.0 if own_beta or name == "none" else settings.pop("beta", 0.1)
+    settings = defaults | settings
     if "centered" in reads(loss):
-        numbers["centered"] = True  # the same gradient; the value is 0 at equal log-probs
-    objective = Objective(loss, REGULARIZERS[name], numbers, beta)
+        settings["centered"] = True  # the same gradient; the value is 0 at equal log-probs
+    objective = Objective(loss, REGULARIZERS[name], settings, beta)
     for flag_name in () if objective.online else ONLINE_FLAGS:
         if getattr(config, flag_name) != getattr(TrainConfig(), flag_name):
             raise ValueError(f"--{flag_name}: {config.loss} with regularizer {name} draws no samples of the policy")
@@ -222,7 +233,7 @@ def groups_of_step(groups: list[EncodedGroup], batch_size: int, step: int, seed:
 
 
 def micro_batches(groups: list[EncodedGroup], size: int | None, model: Transformer) -> list[Batch]:
-    """The groups, by length, in batches of `size`, or of as many as keep the logits under 2^21 numbers: 8 MB.
+    """The groups, by length, in equal batches of at most `size`, or of what keeps the logits under 2^21 numbers: 8 MB.
 
     That many stay in a processor's cache; and neighbours of equal length need little padding.
     """
@@ -230,6 +241,7 @@ def micro_batches(groups: list[EncodedGroup], size: int | None, model: Transform
     if size is None:
         longest = max(len(g.prompt) + max(map(len, g.responses)) for g in groups)
         size = max(1, 2**21 // (longest * model.args.vocab_size * len(groups[0].responses)))
+    size = math.ceil(len(groups) / math.ceil(len(groups) / size))
     device = str(model.tok_embeddings.weight.device)
     return [data.make_batch(groups[i : i + size]).to(device) for i in range(0, len(groups), size)]
 
@@ -238,9 +250,12 @@ def tensors_of(batch: Batch, wanted: set[str], policy: Transformer, reference: T
     """The (B, n) tensors that losses and regularizers read of a batch, those of `wanted` at least."""
     logits = policy(batch.tokens)
     tensors = {"policy_logps": sequence_logps(logits, batch.tokens, batch.mask), "lengths": batch.lengths}
-    if "reference_logps" in wanted:
+    if wanted & {"reference_logps", "response_kl"}:
         with torch.no_grad():
-            tensors["reference_logps"] = sequence_logps(reference(batch.tokens), batch.tokens, batch.mask)
+            reference_logits = reference(batch.tokens)
+        tensors["reference_logps"] = sequence_logps(reference_logits, batch.tokens, batch.mask)
+        if "response_kl" in wanted:
+            tensors["response_kl"] = token_kl(logits, reference_logits, batch.mask)
     return {name: tensor.view(-1, batch.n) for name, tensor in tensors.items()}
 
 
@@ -249,7 +264,7 @@ def batch_statistic(objective: Objective, policy: Transformer, reference, batche
 
     With one micro-batch the loss computes it itself; at gamma = 0 SPO's weight is 1 whatever the mean.
     """
-    if objective.loss.statistic is None or len(batches) == 1 or objective.numbers.get("gamma") == 0:
+    if objective.loss.statistic is None or len(batches) == 1 or objective.settings.get("gamma") == 0:
         return {}
     name, statistic = objective.loss.statistic
     values = []
@@ -259,23 +274,22 @@ def batch_statistic(objective: Objective, policy: Transformer, reference, batche
                 tensors = tensors_of(batch, reads(statistic), policy, reference)
             else:
                 tensors = {"lengths": batch.lengths}  # known without a pass over the batch
-            values.append(call(statistic, tensors | objective.numbers))
+            values.append(call(statistic, tensors | objective.settings))
     return {name: torch.cat(values).mean(0)}
 
 
 def preference_backward(objective: Objective, policy, reference, batches: list[Batch]) -> dict[str, Tensor]:
-    """Adds the gradient of the mean preference loss to the policy; returns what is logged of it, as means over groups.
+    """Adds the gradient of the mean preference loss to the policy, and that of a regularizer on the dataset.
 
-    margin and accuracy compare column 0 with the others: by log-ratio where the loss reads a reference, and by
-    log-prob where it does not.
+    Returns what is logged, as means over groups. margin and accuracy compare column 0 with the others: by log-ratio
+    where a reference is read, and by log-prob where it is not.
     """
     count = sum(len(batch.lengths) for batch in batches)
     statistics = batch_statistic(objective, policy, reference, batches)
     means: dict[str, Tensor] = {}
     for batch in batches:
-        tensors = tensors_of(batch, reads(objective.loss), policy, reference)
-        values = call(objective.loss, tensors | statistics | objective.numbers)
-        (values.sum() / count).backward()
+        tensors = tensors_of(batch, objective.reads, policy, reference)
+        values = call(objective.loss, tensors | statistics | objective.settings)
         logps = tensors["policy_logps"].detach()
         logged = {"loss": values.detach(), "logps/chosen": logps[:, 0]}
         if batch.n > 1:
@@ -283,6 +297,13 @@ def preference_backward(objective: Objective, policy, reference, batches: list[B
             gaps = compared[:, :1] - compared[:, 1:]
             logged |= {"logps/rejected": logps[:, 1:].mean(1), "margin": gaps.mean(1),
                        "accuracy": (gaps > 0).float().mean(1)}
+        if objective.beta and not objective.online:
+            regularizer = call(objective.regularizer, tensors)
+            values = values + objective.beta * regularizer
+            logged["regularizer"] = regularizer.detach()
+            if objective.regularizer is importance:
+                logged["clamped"] = clamped(logps, tensors["reference_logps"]) * float(count)  # a count, not a mean
+        (values.sum() / count).backward()
         for name, value in logged.items():
             means[name] = means.get(name, 0) + value.sum() / count
     return means
@@ -486,10 +507,11 @@ def train(config: TrainConfig) -> None:
     shutil.copyfile(tokenizer.path, in_run("tokenizer.model"))
     tokenizer.export(in_run("tokenizer.bin"))
     tokens = sum(len(r) for g in groups for r in g.responses) / len(groups) * config.batch_size
-    weight = f" + {objective.beta} * {objective.regularizer.__name__}" if objective.beta else ""
+    start_value = objective.start(len(groups[0].responses))
+    known = "" if start_value is None else f", which is {start_value:.4f} while the policy equals the reference"
     print(f"{sum(p.numel() for p in policy.model.parameters()):,} parameters on {device}; {len(groups)} groups of "
           f"{len(groups[0].responses)} in {config.data}; {tokens:,.0f} tokens a step\n"
-          f"objective: {config.loss} {objective.numbers}{weight}", flush=True)
+          f"objective: {objective}{known}", flush=True)
     evaluation = Evaluation(config, start, tokenizer, prompts) if judged else None
 
     best_rate, online = -1.0, None

@@ -63,7 +63,7 @@ def gradients(objective, policy, reference, batches) -> list[torch.Tensor]:
 def test_the_number_of_micro_batches_never_changes_the_gradient(loss):
     reference = tiny().double()
     policy, groups = perturbed(reference), random_groups(8, size_for(loss))
-    number = {"gamma": 0.05} if "gamma" in spo_train.numbers_of(LOSSES[loss]) else {}
+    number = {"gamma": 0.05} if "gamma" in spo_train.settings_of(LOSSES[loss]) else {}
     objective = objective_of(loss, **number)
     whole = gradients(objective, policy, reference, spo_train.micro_batches(groups, 8, policy))
     for size in (1, 3):
@@ -179,12 +179,47 @@ def log_of(folder: str) -> list[dict]:
 
 
 @pytest.mark.parametrize("loss", list(LOSSES))
-def test_every_loss_trains(workshop, loss):
+def test_every_loss_trains_from_its_known_start(workshop, loss):
     folder = workshop(loss, "--batch_size=12", "--learning_rate=2e-3")  # the same 12 groups in every step
     steps = [entry for entry in log_of(folder) if "loss" in entry]
     assert [entry["step"] for entry in steps] == list(range(8))
-    measure = "margin" if "margin" in steps[0] and loss not in ("sft", "best_sft") else "logps/chosen"
+    start = objective_of(loss).start(size_for(loss))
+    assert start is None or steps[0]["loss"] == pytest.approx(start, rel=1e-4)
+    measure = "logps/chosen" if loss in ("sft", "best_sft") else "margin"
     assert steps[-1][measure] > steps[0][measure]
+
+
+@pytest.mark.parametrize("name", list(REGULARIZERS))
+def test_every_regularizer_trains(workshop, name):
+    folder = workshop("spo_basic", f"--regularizer={name}", "--batch_size=12", "--learning_rate=2e-3")
+    steps = [entry for entry in log_of(folder) if "loss" in entry]
+    assert steps[-1]["margin"] > steps[0]["margin"]
+    assert ("kl" in steps[0]) == (name == "global_kl") and ("clamped" in steps[0]) == (name == "importance")
+
+
+@pytest.mark.parametrize("name", ["logp", "tokenwise", "importance"])
+def test_micro_batches_add_up_for_regularizers_on_the_dataset(name):
+    reference = tiny().double()
+    policy, groups = perturbed(reference), random_groups(8, 2)
+    objective = objective_of("spo_basic", regularizer=name, beta=0.5)
+    whole = gradients(objective, policy, reference, spo_train.micro_batches(groups, 8, policy))
+    plain = gradients(objective_of("spo_basic", regularizer="none"), policy, reference,
+                      spo_train.micro_batches(groups, 8, policy))
+    assert not all(torch.allclose(a, b) for a, b in zip(whole, plain))
+    for a, b in zip(whole, gradients(objective, policy, reference, spo_train.micro_batches(groups, 3, policy))):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_responses_beyond_the_importance_limit_are_counted():
+    reference, policy = tiny(), perturbed(tiny())
+    with torch.no_grad():
+        reference.tok_embeddings.weight *= 3  # sure of itself, and wrong: the policy gives the responses more
+    batches = spo_train.micro_batches(random_groups(6, 2), 2, policy)
+    with torch.no_grad():
+        tensors = [spo_train.tensors_of(b, {"reference_logps"}, policy, reference) for b in batches]
+        expected = sum(int((t["policy_logps"] - t["reference_logps"] > 20).sum()) for t in tensors)
+    objective = objective_of("spo_basic", regularizer="importance")
+    assert expected and float(spo_train.preference_backward(objective, policy, reference, batches)["clamped"]) == expected
 
 
 def test_a_run_leaves_its_files_and_they_agree(workshop, capsys):
@@ -243,6 +278,9 @@ def test_a_model_is_trained_from_scratch_on_text(workshop):
     ("dpo_rank", ["--kl_interval=2"], "--kl_interval: dpo_rank with regularizer none draws no samples"),
     ("spo_rank", ["--alpha=-1"], "--alpha=-1.0: must be finite and not negative"),
     ("spo_rank", ["--alpha=nan"], "--alpha=nan: must be finite"),
+    ("ipo", ["--tau=0"], "--tau=0.0: must be finite and above 0"),
+    ("dpo", ["--regularizer=global_kl"], "--regularizer=global_kl: the beta of dpo is its own"),
+    ("cpo", ["--nll=median"], "invalid choice: 'median'"),
     ("spo_rank", ["--batch_size=0"], "--batch_size=0: must be 1 or more"),
     ("spo_rank", ["--seed=-1"], "--seed=-1: must be finite and not negative"),
     ("spo_rank", ["--dim=64"], "--dim: the shape comes with --init_from=start.pt"),
@@ -315,7 +353,3 @@ def test_the_demo_builds_itself_goes_on_after_a_kill_and_is_then_reused(tmp_path
     spo_train.main(["--loss=spo_bon", *flags])
     assert trained == ["spo_rank", "sft", "spo_rank", "spo_bon"]  # the reference was trained once
     assert (tmp_path / "data/demo/ranked.jsonl").read_bytes() == ranked
-
-
-def test_regularizers_are_registered():
-    assert {"global_kl", "none"} <= set(REGULARIZERS)
