@@ -168,6 +168,10 @@ class Transformer(nn.Module):
         self.register_buffer("freqs_cos", cos, persistent=False)
         self.register_buffer("freqs_sin", sin, persistent=False)
 
+    @property
+    def device(self) -> torch.device:
+        return self.tok_embeddings.weight.device
+
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Normal(0, 1/sqrt(fan in)); the matrices that write into the residual stream: divided by sqrt(2 n_layers).
 
@@ -266,7 +270,7 @@ def generate(
         raise ValueError(f"max_new_tokens is {max_new_tokens}, must be 1 or more")
     if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
         raise ValueError(f"need temperature >= 0, top_k >= 1, 0 < top_p <= 1; got {temperature}, {top_k}, {top_p}")
-    device, N = model.tok_embeddings.weight.device, len(lengths)
+    device, N = model.device, len(lengths)
     end = min(context, max(lengths) + max_new_tokens)
     tokens = torch.zeros(N, end, dtype=torch.long)
     for row, prompt in enumerate(prompt_tokens):

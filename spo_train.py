@@ -29,20 +29,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 import checkpoint as checkpoints
-import judge
 import tinystories_data as data
 from checkpoint import Checkpoint
 from config import flag, parse, run
+from evaluation import ONLINE, Evaluation, report
+from groups import Batch, EncodedGroup, encode_groups, micro_batches, read_groups, require
 from losses import LOSSES, REGULARIZERS, clamped, importance, sequence_logps, token_kl
 from model import ModelArgs, Transformer
-from tinystories_data import Batch, EncodedGroup
 from tokenizer import Tokenizer, load_tokenizer
 
 SHAPE_FLAGS = ("dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len")
 ONLINE_FLAGS = ("kl_interval", "kl_batch_size")
-# What stories are drawn for: the second number of their seed, so that no two uses share a stream.
-ONLINE, SELECT, SELECT_BASELINE, REPORT, REPORT_BASELINE = range(5)
-
 
 @dataclass
 class TrainConfig:
@@ -83,6 +80,7 @@ class TrainConfig:
     eval_interval: int = flag(20, "steps between evaluations")
     eval_stories: int = flag(128, "stories judged at an evaluation, twice as many fresh ones at the end; 0: none")
     baseline: str = flag("", "stories to win against (JSONL); none: the reference's own")
+    keep_checkpoints: bool = flag(False, "keep the weights of every evaluation, as step_N.pt")
     log_interval: int = flag(5, "steps between log lines")
     device: str = flag("", "cpu, cuda, cuda:1, mps; none: cuda where there is one, else cpu")
     seed: int = flag(1337, "of the data order, of every sample, and of the weights from scratch")
@@ -232,20 +230,6 @@ def groups_of_step(groups: list[EncodedGroup], batch_size: int, step: int, seed:
     return chosen
 
 
-def micro_batches(groups: list[EncodedGroup], size: int | None, model: Transformer) -> list[Batch]:
-    """The groups, by length, in equal batches of at most `size`, or of what keeps the logits under 2^21 numbers: 8 MB.
-
-    That many stay in a processor's cache; and neighbours of equal length need little padding.
-    """
-    groups = sorted(groups, key=lambda group: max(map(len, group.responses)))
-    if size is None:
-        longest = max(len(g.prompt) + max(map(len, g.responses)) for g in groups)
-        size = max(1, 2**21 // (longest * model.args.vocab_size * len(groups[0].responses)))
-    size = math.ceil(len(groups) / math.ceil(len(groups) / size))
-    device = str(model.tok_embeddings.weight.device)
-    return [data.make_batch(groups[i : i + size]).to(device) for i in range(0, len(groups), size)]
-
-
 def tensors_of(batch: Batch, wanted: set[str], policy: Transformer, reference: Transformer | None) -> dict[str, Tensor]:
     """The (B, n) tensors that losses and regularizers read of a batch, those of `wanted` at least."""
     logits = policy(batch.tokens)
@@ -321,7 +305,7 @@ def draw_online(config, policy: Checkpoint, reference: Transformer, prompts: lis
     """Whole samples of the policy: temperature 1, no truncation, eval mode (Eq. 15 is about the policy itself)."""
     chosen = random.Random(config.seed + step).choices(prompts, k=config.kl_batch_size)
     samples = data.sample(policy, chosen, (config.seed, ONLINE, step), config.max_new_tokens)
-    batches = micro_batches(samples, config.micro_batch_size, policy.model)
+    batches = micro_batches(samples, config.micro_batch_size, policy.model.args.vocab_size, policy.model.device)
     with torch.no_grad():
         return OnlineSamples(batches, [reference(batch.tokens) for batch in batches])
 
@@ -343,7 +327,7 @@ def gradient_step(
 ) -> dict[str, float]:
     """One optimizer step on the groups; returns what is logged of it. ValueError if it would not be finite."""
     started = time.perf_counter()
-    batches = micro_batches(groups, config.micro_batch_size, policy)
+    batches = micro_batches(groups, config.micro_batch_size, policy.args.vocab_size, policy.device)
     logged = preference_backward(objective, policy, reference, batches)
     if online is not None:
         logged |= regularizer_backward(objective, policy, online)
@@ -361,91 +345,6 @@ def gradient_step(
     optimizer.zero_grad(set_to_none=True)
     tokens = sum(int(batch.mask.sum()) for batch in batches)
     return logged | {"lr": learning_rate(config, step), "tokens_per_second": tokens / (time.perf_counter() - started)}
-
-
-# --- evaluation --------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Verdict:
-    """An evaluation: the win-rate, the mean score of the judge, the KL to the reference in nats, and the stories."""
-
-    win_rate: judge.WinRate
-    score: float
-    kl: float
-    stories: list[dict]
-
-    def __str__(self) -> str:
-        return f"{str(self.win_rate):<32} score {self.score:.2f}, KL {self.kl:.1f} nats"
-
-
-class Evaluation:
-    """Stories of the policy against the baseline's, on fixed seeds: one set to select by, a fresh one to report.
-
-    The best of many noisy evaluations looks better than it is; the report's seeds had no part in the choice.
-    """
-
-    def __init__(self, config: TrainConfig, reference: Checkpoint, tokenizer: Tokenizer, prompts: list[str]):
-        self.config, self.reference, self.tokenizer = config, reference, tokenizer
-        select, report = config.eval_stories, 2 * config.eval_stories
-        if config.baseline:
-            records, texts = data.read_records(config.baseline), judge.read_stories(config.baseline)
-            if len(texts) < report:
-                raise ValueError(f"--baseline={config.baseline}: {len(texts)} stories, the report needs {report}; "
-                                 f"make more or give --eval_stories={len(texts) // 2}")
-            prompts = [record.get("prompt", "") for _, record in records]
-            self.name = os.path.basename(config.baseline)
-            self.prompts = {"select": prompts[:select], "report": prompts[:report]}
-            self.baselines = {"select": texts[:select], "report": texts[:report]}
-            return
-        self.name = "the reference"
-        self.prompts = {"select": data.spread(prompts, select), "report": data.spread(prompts, report)}
-        self.baselines = {}
-        for which, purpose in (("select", SELECT_BASELINE), ("report", REPORT_BASELINE)):
-            records = self.stories(reference, which, purpose, f"stories of the reference ({which})")[0]
-            self.baselines[which] = [record["text"] for record in records]
-
-    def stories(self, checkpoint: Checkpoint, which: str, purpose: int, progress: str | None = None):
-        """(records, samples) of a checkpoint."""
-        prompts = [self.tokenizer.encode(prompt, bos=True) for prompt in self.prompts[which]]
-        seed = (self.config.seed, purpose)
-        samples = data.sample(checkpoint, prompts, seed, self.config.max_new_tokens, progress=progress)
-        records = data.story_records(samples, self.prompts[which], self.tokenizer, checkpoint.eos_id,
-                                     seed=seed, checkpoint=f"step {checkpoint.step}")
-        return records, samples
-
-    @torch.no_grad()
-    def judge(self, checkpoint: Checkpoint, which: str) -> Verdict:
-        records, samples = self.stories(checkpoint, which, SELECT if which == "select" else REPORT)
-        texts = [record["text"] for record in records]
-        batches = micro_batches(samples, self.config.micro_batch_size, checkpoint.model)
-        kl = sum(
-            float(token_kl(checkpoint.model(b.tokens), self.reference.model(b.tokens), b.mask).sum()) for b in batches
-        )
-        score = sum(map(judge.score, texts)) / len(texts)
-        return Verdict(judge.compare_all(texts, self.baselines[which]), score, kl / len(texts), records)
-
-
-def side_by_side(left: str, right: str, titles: tuple[str, str], width: int = 48) -> str:
-    columns = [[title, "-" * width, *textwrap.wrap(text, width)] for title, text in zip(titles, (left, right))]
-    height = max(map(len, columns))
-    rows = zip(*(column + [""] * (height - len(column)) for column in columns))
-    return "\n".join(f"{a:<{width}}   {b}".rstrip() for a, b in rows)
-
-
-def report(config: TrainConfig, evaluation: Evaluation, last: Checkpoint) -> None:
-    """The final table, on seeds that nothing was selected by, and one story before and after."""
-    path = os.path.join(config.out_dir, "best.pt")
-    best = checkpoints.load(path, str(last.model.tok_embeddings.weight.device))
-    rows = [("before (step 0)", evaluation.reference), (f"best (step {best.step})", best),
-            (f"last (step {last.step})", last)]
-    verdicts = [evaluation.judge(checkpoint, "report") for _, checkpoint in rows]
-    print(f"\nwin-rate over {evaluation.name} on fresh stories, offline judge [95% interval]")
-    for (name, _), verdict in zip(rows, verdicts):
-        print(f"  {name:<18} {verdict}")
-    before, after = verdicts[0].stories[0]["text"], verdicts[1].stories[0]["text"]
-    print("\n" + side_by_side(before, after, ("before", "after")))
-    print(f"\n{config.out_dir}: best.pt, ckpt.pt, model.bin; sample with `python sample.py --checkpoint={path}`")
 
 
 # --- the run -----------------------------------------------------------------------------------------------------------
@@ -475,9 +374,9 @@ def demo(loss: str) -> tuple[str, str]:
 
 def load_groups(config: TrainConfig, need: str, tokenizer: Tokenizer, policy: Checkpoint):
     """(encoded groups, the different prompts) of the dataset. ValueError if it does not suit the loss."""
-    groups = data.read_groups(config.data)
-    data.require(groups, need, config.data, config.loss)
-    encoded, drops = data.encode_groups(groups, tokenizer, policy.eos_id, policy.model.args.max_seq_len)
+    groups = read_groups(config.data)
+    require(groups, need, config.data, config.loss)
+    encoded, drops = encode_groups(groups, tokenizer, policy.eos_id, policy.model.args.max_seq_len)
     for reason, lines in drops.items():
         print(f"{config.data}: {len(lines)} of {len(groups)} groups dropped, {reason} (first in line {lines[0]})")
     if not encoded:
@@ -512,7 +411,10 @@ def train(config: TrainConfig) -> None:
     print(f"{sum(p.numel() for p in policy.model.parameters()):,} parameters on {device}; {len(groups)} groups of "
           f"{len(groups[0].responses)} in {config.data}; {tokens:,.0f} tokens a step\n"
           f"objective: {objective}{known}", flush=True)
-    evaluation = Evaluation(config, start, tokenizer, prompts) if judged else None
+    evaluation = Evaluation(
+        start, tokenizer, prompts, config.eval_stories, seed=config.seed, max_new_tokens=config.max_new_tokens,
+        baseline=config.baseline,
+    ) if judged else None
 
     best_rate, online = -1.0, None
     with open(in_run("log.jsonl"), "w", encoding="utf-8") as log, tqdm(total=config.max_iters, unit="step") as bar:
@@ -526,12 +428,13 @@ def train(config: TrainConfig) -> None:
             if step % config.eval_interval == 0 or step == config.max_iters:
                 policy.model.eval()
                 checkpoints.save_pt(in_run("ckpt.pt"), policy)
+                if config.keep_checkpoints:
+                    checkpoints.save_pt(in_run(f"step_{step:06d}.pt"), policy)
                 if judged:
                     verdict = evaluation.judge(policy, "select")
                     rate = verdict.win_rate
                     checkpoints.write_jsonl(in_run(f"stories/step_{step:06d}.jsonl"), verdict.stories)
-                    record(step, {"eval/win_rate": rate.rate, "eval/low": rate.low, "eval/high": rate.high,
-                                  "eval/score": verdict.score, "eval/kl": verdict.kl})
+                    record(step, verdict.logged("eval"))
                     bar.write(f"step {step}: win-rate over {evaluation.name} {verdict}\n"
                               f"    {textwrap.shorten(verdict.stories[0]['text'], 300)}")
                 if not judged or rate.rate > best_rate:
@@ -552,9 +455,12 @@ def train(config: TrainConfig) -> None:
                 record(step, logged)
                 bar.write(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in logged.items()))
             bar.update()
-    policy.model.eval()
-    if judged:
-        report(config, evaluation, policy)
+        policy.model.eval()
+        if judged:
+            best = checkpoints.load(in_run("best.pt"), device)
+            report(evaluation, {"before": start, "best": best, "last": policy}, record)
+            print(f"\n{config.out_dir}: best.pt, ckpt.pt, model.bin; sample with "
+                  f"`python sample.py --checkpoint={in_run('best.pt')}`")
 
 
 def main(argv: list[str]) -> None:

@@ -7,15 +7,7 @@
     python tinystories_data.py pairs --data=ranked.jsonl --out=pairs.jsonl --pairs=best_worst
     python tinystories_data.py check --data=ranked.jsonl --tokenizer=tok512.model
 
-A dataset is JSON Lines, one group a line, in any of these forms (unknown keys are kept):
-
-    {"prompt": "", "responses": ["...", "...", "..."], "ranking": [2, 0, 1]}     indices, best first
-    {"prompt": "", "responses": ["...", "..."], "best": 0}                       best-of-n: the rest is unordered
-    {"prompt": "...", "chosen": "...", "rejected": "..."}                        a pair
-    {"prompt": "...", "responses": ["..."]}  or  {"text": "..."}                 text for sft
-
-"finished": [true, ...] beside "responses" marks those that ended by themselves (default: all): the others were
-cut at a length limit and get no terminator.
+Their files are those of groups.py; stories are JSONL with "prompt", "text", "finished", "index", "seed", "checkpoint".
 """
 
 import json
@@ -26,8 +18,6 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 
 import sentencepiece
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 import checkpoint as checkpoints
@@ -35,185 +25,9 @@ import demo_stories
 import judge
 from checkpoint import Checkpoint, write_jsonl, write_text
 from config import flag, parse, run
+from groups import EncodedGroup, encode_groups, parse_group, read_groups, read_records
 from model import generate
 from tokenizer import Tokenizer, load_tokenizer
-
-# --- groups ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class RankedGroup:
-    """n responses to one prompt, best first as far as that is known.
-
-    order  "ranking": all of it is known; "best": responses[0] is the best, the rest unordered; "text": nothing is
-    """
-
-    prompt: str
-    responses: tuple[str, ...]
-    finished: tuple[bool, ...]
-    order: str
-    line: int
-
-
-def parse_group(record, where: str, line: int) -> RankedGroup:
-    """One line's record -> a group. ValueError, beginning with `where`, for anything but the forms above."""
-
-    def need(condition, message: str):
-        if not condition:
-            raise ValueError(f"{where}: {message}")
-
-    need(isinstance(record, dict), "not a JSON object")
-    prompt, finished = record.get("prompt", ""), record.get("finished")
-    if "chosen" in record or "rejected" in record:
-        responses, ranking = [record.get("chosen"), record.get("rejected")], [0, 1]
-    elif "text" in record and "responses" not in record:
-        responses, ranking = [record["text"]], None
-        finished = [finished] if isinstance(finished, bool) else finished
-    else:
-        responses, ranking = record.get("responses"), record.get("ranking")
-    need(isinstance(prompt, str), "prompt is not a text")
-    need(isinstance(responses, list) and responses, 'needs "responses", "chosen" and "rejected", or "text"')
-    need(all(isinstance(r, str) for r in responses), "a response is missing or not a text")
-    n, best = len(responses), record.get("best")
-    finished = [True] * n if finished is None else finished
-    need(isinstance(finished, list) and len(finished) == n and all(isinstance(f, bool) for f in finished),
-         f'"finished" is not a list of {n} true or false')
-    order = "text"
-    if ranking is not None:
-        whole = isinstance(ranking, list) and all(type(i) is int for i in ranking)
-        need(whole and sorted(ranking) == list(range(n)), f'"ranking" {ranking} is no permutation of 0..{n - 1}')
-        order = "ranking"
-    elif best is not None:
-        need(type(best) is int and 0 <= best < n, f'"best" {best} is not an index below {n}')
-        ranking = [best] + [i for i in range(n) if i != best]
-        order = "ranking" if n == 2 else "best"
-    ranking = ranking or list(range(n))
-    ordered, ended = tuple(responses[i] for i in ranking), tuple(finished[i] for i in ranking)
-    return RankedGroup(prompt, ordered, ended, order, line)
-
-
-def read_records(path: str) -> list[tuple[int, dict]]:
-    """(line number, object) of every line of a JSONL file; blank lines are passed over."""
-    if not os.path.isfile(path):
-        raise ValueError(f"{path}: no such file")
-    records = []
-    with open(path, "rb") as f:
-        for number, line in enumerate(f, start=1):
-            if line.strip():
-                try:
-                    records.append((number, json.loads(line.decode("utf-8"))))
-                except (ValueError, RecursionError):  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-                    raise ValueError(f"{path} line {number}: not a line of JSON in UTF-8") from None
-    return records
-
-
-def read_groups(path: str) -> list[RankedGroup]:
-    """A dataset file -> its groups. ValueError naming file and line for the first malformed one."""
-    groups = [parse_group(record, f"{path} line {number}", number) for number, record in read_records(path)]
-    if not groups:
-        raise ValueError(f"{path}: holds no groups")
-    return groups
-
-
-def require(groups: list[RankedGroup], need: str, path: str, loss: str) -> None:
-    """ValueError, naming the line, where a group does not tell what the loss has to know.
-
-    need  as in losses.objective: "text", "best", "pair" or "ranking"
-    """
-    size = len(groups[0].responses)
-    convert = f"python tinystories_data.py pairs --data={path} --out=pairs.jsonl"
-    for group in groups:
-        where, n = f"{path} line {group.line}", len(group.responses)
-        if n != size:
-            raise ValueError(f"{where}: group has {n} responses, expected {size} as in line {groups[0].line}")
-        if need == "pair" and n != 2:
-            raise ValueError(f"{where}: --loss={loss} compares pairs, the group has {n} responses; make some: {convert}")
-        if need in ("pair", "ranking") and group.order != "ranking":
-            raise ValueError(f"{where}: --loss={loss} needs a full ranking, the group tells only "
-                             f"{'its best' if group.order == 'best' else 'texts'}")
-        if need == "best" and group.order == "text" and n > 1:
-            raise ValueError(f'{where}: --loss={loss} needs the best response named ("best" or "ranking")')
-
-
-# --- tokens and batches ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class EncodedGroup:
-    """A group in token ids: the prompt from BOS on; each response with the terminator, if it has ended."""
-
-    prompt: list[int]
-    responses: list[list[int]]
-    line: int
-
-
-@dataclass
-class Batch:
-    """N = B * n sequences, group by group, padded on the right.
-
-    tokens  (N, T) ids, BOS first
-    mask    (N, T) bool: the tokens that are scored, i.e. the responses; by length, never by token value,
-            since BOS, terminator and padding may share an id
-    n       responses per group
-    """
-
-    tokens: Tensor
-    mask: Tensor
-    n: int = 1
-
-    @property
-    def lengths(self) -> Tensor:
-        """Scored tokens of each response, (B, n)."""
-        return self.mask.sum(1).view(-1, self.n)
-
-    def to(self, device: str) -> "Batch":
-        return Batch(self.tokens.to(device), self.mask.to(device), self.n)
-
-
-def collate(sequences: list[tuple[list[int], list[int]]], n: int = 1) -> Batch:
-    """(prompt ids, response ids) pairs -> a Batch."""
-    width = max(len(prompt) + len(response) for prompt, response in sequences)
-    tokens = torch.zeros(len(sequences), width, dtype=torch.long)
-    mask = torch.zeros(len(sequences), width, dtype=torch.bool)
-    for row, (prompt, response) in enumerate(sequences):
-        end = len(prompt) + len(response)
-        tokens[row, :end] = torch.tensor(prompt + response)
-        mask[row, len(prompt) : end] = True
-    return Batch(tokens, mask, n)
-
-
-def make_batch(groups: list[EncodedGroup]) -> Batch:
-    sequences = [(group.prompt, response) for group in groups for response in group.responses]
-    return collate(sequences, n=len(groups[0].responses))
-
-
-def encode_groups(
-    groups: list[RankedGroup], tokenizer: Tokenizer, eos_id: int, max_seq_len: int
-) -> tuple[list[EncodedGroup], dict[str, list[int]]]:
-    """Groups -> token ids; and those dropped, as {reason: their lines}.
-
-    Prompt and response are encoded apart, so that the boundary does not depend on the text around it. A group
-    with an empty response, two identical ones, or a sequence longer than max_seq_len is dropped: it teaches
-    nothing, or something else than what was judged.
-    """
-    encoded, drops = [], {}
-    for group in groups:
-        prompt = tokenizer.encode(group.prompt, bos=True)
-        responses = [
-            tokenizer.encode(text) + [eos_id] * ended for text, ended in zip(group.responses, group.finished)
-        ]
-        if any(not text.strip() for text in group.responses):
-            reason = "an empty response"
-        elif len(set(group.responses)) < len(group.responses):
-            reason = "identical responses"
-        elif len(prompt) + max(map(len, responses)) > max_seq_len:
-            reason = f"longer than {max_seq_len} tokens"
-        else:
-            encoded.append(EncodedGroup(prompt, responses, group.line))
-            continue
-        drops.setdefault(reason, []).append(group.line)
-    return encoded, drops
-
 
 # --- stories from a model ----------------------------------------------------------------------------------------------
 

@@ -9,17 +9,17 @@ import sys
 
 import pytest
 import torch
+from test_model import tiny
+from test_tinystories_data import tokenizer, write  # noqa: F401 (a fixture)
 
 import checkpoint as checkpoints
 import spo_train
 import tinystories_data as data
 from checkpoint import Checkpoint
+from groups import EncodedGroup, make_batch, micro_batches
 from losses import LOSSES, REGULARIZERS, sequence_logps, token_kl
 from model import generate
 from spo_train import TrainConfig
-from test_model import tiny
-from test_tinystories_data import tokenizer, write  # noqa: F401 (a fixture)
-from tinystories_data import EncodedGroup
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -65,9 +65,9 @@ def test_the_number_of_micro_batches_never_changes_the_gradient(loss):
     policy, groups = perturbed(reference), random_groups(8, size_for(loss))
     number = {"gamma": 0.05} if "gamma" in spo_train.settings_of(LOSSES[loss]) else {}
     objective = objective_of(loss, **number)
-    whole = gradients(objective, policy, reference, spo_train.micro_batches(groups, 8, policy))
+    whole = gradients(objective, policy, reference, micro_batches(groups, 8, 64, "cpu"))
     for size in (1, 3):
-        parts = gradients(objective, policy, reference, spo_train.micro_batches(groups, size, policy))
+        parts = gradients(objective, policy, reference, micro_batches(groups, size, 64, "cpu"))
         for a, b in zip(whole, parts):
             assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
 
@@ -76,9 +76,9 @@ def test_the_gradient_of_a_step_is_that_of_the_loss_written_out():
     """spo_rank over the whole batch by hand, against three micro-batches of the loop."""
     policy, groups = tiny().double(), random_groups(6, 3)
     objective = objective_of("spo_rank", gamma=0.05)
-    ours = gradients(objective, policy, None, spo_train.micro_batches(groups, 2, policy))
+    ours = gradients(objective, policy, None, micro_batches(groups, 2, 64, "cpu"))
     policy.zero_grad()
-    batch = data.make_batch(groups)
+    batch = make_batch(groups)
     logps = sequence_logps(policy(batch.tokens), batch.tokens, batch.mask).view(6, 3)
     t = torch.stack([logps.logsumexp(1), logps[:, 1:].logsumexp(1)], 1).detach().mul(0.05).exp()
     mu = 2 * torch.sigmoid(t - t.mean(0))
@@ -202,11 +202,11 @@ def test_micro_batches_add_up_for_regularizers_on_the_dataset(name):
     reference = tiny().double()
     policy, groups = perturbed(reference), random_groups(8, 2)
     objective = objective_of("spo_basic", regularizer=name, beta=0.5)
-    whole = gradients(objective, policy, reference, spo_train.micro_batches(groups, 8, policy))
+    whole = gradients(objective, policy, reference, micro_batches(groups, 8, 64, "cpu"))
     plain = gradients(objective_of("spo_basic", regularizer="none"), policy, reference,
-                      spo_train.micro_batches(groups, 8, policy))
+                      micro_batches(groups, 8, 64, "cpu"))
     assert not all(torch.allclose(a, b) for a, b in zip(whole, plain))
-    for a, b in zip(whole, gradients(objective, policy, reference, spo_train.micro_batches(groups, 3, policy))):
+    for a, b in zip(whole, gradients(objective, policy, reference, micro_batches(groups, 3, 64, "cpu"))):
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
 
 
@@ -214,7 +214,7 @@ def test_responses_beyond_the_importance_limit_are_counted():
     reference, policy = tiny(), perturbed(tiny())
     with torch.no_grad():
         reference.tok_embeddings.weight *= 3  # sure of itself, and wrong: the policy gives the responses more
-    batches = spo_train.micro_batches(random_groups(6, 2), 2, policy)
+    batches = micro_batches(random_groups(6, 2), 2, 64, "cpu")
     with torch.no_grad():
         tensors = [spo_train.tensors_of(b, {"reference_logps"}, policy, reference) for b in batches]
         expected = sum(int((t["policy_logps"] - t["reference_logps"] > 20).sum()) for t in tensors)

@@ -9,7 +9,7 @@ import torch
 import demo_stories
 import tinystories_data as data
 from checkpoint import Checkpoint, save_pt
-from tinystories_data import EncodedGroup, RankedGroup
+from groups import EncodedGroup, RankedGroup, encode_groups, make_batch, read_groups, require
 from tokenizer import Tokenizer
 
 
@@ -37,7 +37,7 @@ def test_every_format_is_read_best_first(tmp_path):
         {"prompt": "p", "responses": ["a", "b"]},
         {"text": "cut", "finished": False, "seed": 0, "checkpoint": "x"},
     )
-    assert data.read_groups(path) == [
+    assert read_groups(path) == [
         RankedGroup("p", ("b", "c", "a"), (True,) * 3, "ranking", 1),
         RankedGroup("", ("c", "a", "b"), (False, True, True), "best", 3),
         RankedGroup("p", ("good", "bad"), (True, True), "ranking", 4),
@@ -65,18 +65,18 @@ def test_every_format_is_read_best_first(tmp_path):
 def test_a_malformed_line_is_named(tmp_path, line, message):
     path = write(tmp_path / "d.jsonl", {"text": "fine"}, line)
     with pytest.raises(ValueError, match="d.jsonl line 2: ") as error:
-        data.read_groups(path)
+        read_groups(path)
     assert message in str(error.value)
 
 
 def test_no_file_no_groups_and_other_encodings_are_refused(tmp_path):
     with pytest.raises(ValueError, match="none.jsonl: no such file"):
-        data.read_groups(str(tmp_path / "none.jsonl"))
+        read_groups(str(tmp_path / "none.jsonl"))
     with pytest.raises(ValueError, match="holds no groups"):
-        data.read_groups(write(tmp_path / "d.jsonl", "", ""))
+        read_groups(write(tmp_path / "d.jsonl", "", ""))
     (tmp_path / "d.jsonl").write_bytes('{"text": "caf\u00e9"}'.encode("latin-1"))
     with pytest.raises(ValueError, match="line 1: not a line of JSON in UTF-8"):
-        data.read_groups(str(tmp_path / "d.jsonl"))
+        read_groups(str(tmp_path / "d.jsonl"))
 
 
 @pytest.mark.parametrize("need,record,message", [
@@ -88,21 +88,21 @@ def test_no_file_no_groups_and_other_encodings_are_refused(tmp_path):
 def test_a_dataset_that_does_not_fit_the_loss_is_refused_by_line(tmp_path, need, record, message):
     path = write(tmp_path / "d.jsonl", record)
     with pytest.raises(ValueError, match=f"d.jsonl line 1: .*{message}"):
-        data.require(data.read_groups(path), need, path, "some_loss")
+        require(read_groups(path), need, path, "some_loss")
 
 
 def test_groups_of_different_sizes_are_refused(tmp_path):
     path = write(tmp_path / "d.jsonl", {"responses": ["a", "b"], "best": 0}, {"responses": ["a", "b", "c"], "best": 0})
     with pytest.raises(ValueError, match="line 2: group has 3 responses, expected 2 as in line 1"):
-        data.require(data.read_groups(path), "best", path, "spo_bon")
+        require(read_groups(path), "best", path, "spo_bon")
 
 
 def test_terminator_is_scored_and_kept_and_none_is_invented(tokenizer):
     groups = [RankedGroup("Once upon", ("a time.", "a day"), (True, False), "ranking", 1)]
-    (group,), drops = data.encode_groups(groups, tokenizer, eos_id=1, max_seq_len=64)
+    (group,), drops = encode_groups(groups, tokenizer, eos_id=1, max_seq_len=64)
     assert group.prompt == tokenizer.encode("Once upon", bos=True) and group.prompt[0] == 1 and not drops
     assert group.responses == [tokenizer.encode("a time.") + [1], tokenizer.encode("a day")]
-    batch = data.make_batch([group])
+    batch = make_batch([group])
     scored = [row[mask].tolist() for row, mask in zip(batch.tokens, batch.mask)]
     assert scored == group.responses  # neither BOS, nor prompt, nor padding
     assert batch.lengths.tolist() == [[len(r) for r in group.responses]]
@@ -110,7 +110,7 @@ def test_terminator_is_scored_and_kept_and_none_is_invented(tokenizer):
 
 def test_the_mask_goes_by_length_not_by_token_value():
     """BOS, terminator and padding may share an id, and a response may hold it."""
-    batch = data.make_batch([EncodedGroup([0], [[0, 5, 0, 0], [0]], 1)])
+    batch = make_batch([EncodedGroup([0], [[0, 5, 0, 0], [0]], 1)])
     assert batch.mask.tolist() == [[False, True, True, True, True], [False, True, False, False, False]]
 
 
@@ -119,7 +119,7 @@ def test_empty_identical_and_overlong_responses_are_dropped_and_counted(tokenize
         return RankedGroup("", responses, (True,) * len(responses), "ranking", line)
 
     groups = [group(1, "a", "b"), group(2, "a", " \n"), group(3, "a", "a"), group(4, "a", "b " * 99), group(5, "", "b")]
-    encoded, drops = data.encode_groups(groups, tokenizer, 1, max_seq_len=32)
+    encoded, drops = encode_groups(groups, tokenizer, 1, max_seq_len=32)
     assert [g.line for g in encoded] == [1]
     assert drops == {"an empty response": [2, 5], "identical responses": [3], "longer than 32 tokens": [4]}
 
@@ -129,13 +129,13 @@ def test_a_ranking_is_indices_best_first_all_the_way_down(tmp_path):
     stories = [{"text": t} for t in ("a", "b", "c")]
     (record,) = data.rank_stories(stories, 3, lambda texts: [1, 2, 0])
     path = write(tmp_path / "d.jsonl", record)
-    assert data.read_groups(path)[0].responses == ("b", "c", "a")
+    assert read_groups(path)[0].responses == ("b", "c", "a")
     best = write(tmp_path / "best.jsonl", data.to_best_of_n(record))
-    assert data.read_groups(best)[0].responses == ("b", "a", "c")
+    assert read_groups(best)[0].responses == ("b", "a", "c")
     pair = write(tmp_path / "pair.jsonl", *data.to_pairs(record, "best_worst"))
-    assert data.read_groups(pair)[0].responses == ("b", "a")
+    assert read_groups(pair)[0].responses == ("b", "a")
     every = write(tmp_path / "all.jsonl", *data.to_pairs(record, "all"))
-    assert [g.responses for g in data.read_groups(every)] == [("b", "c"), ("b", "a"), ("c", "a")]
+    assert [g.responses for g in read_groups(every)] == [("b", "c"), ("b", "a"), ("c", "a")]
 
 
 def test_groups_never_mix_prompts():
@@ -161,7 +161,7 @@ def test_from_generate_to_check(tmp_path, tokenizer, capsys):
     capsys.readouterr()
     data.main(["check", f"--data={file('b.jsonl')}", f"--tokenizer={tokenizer.path}"])
     assert "2 of 5 responses, known of their order: best" in capsys.readouterr().out
-    assert len(data.read_groups(file("p.jsonl"))) == 20
+    assert len(read_groups(file("p.jsonl"))) == 20
     with pytest.raises(ValueError, match="b.jsonl line 1: needs a full ranking"):
         data.main(["pairs", f"--data={file('b.jsonl')}"])
 

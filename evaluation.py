@@ -1,0 +1,113 @@
+"""How good is a policy: its stories against a baseline's, by the judge, and its KL to the reference."""
+
+import os
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+import judge
+import tinystories_data as data
+from checkpoint import Checkpoint
+from groups import micro_batches, read_records
+from losses import token_kl
+from tokenizer import Tokenizer
+
+# What stories are drawn for: the second number of their seed, so that no two uses share a stream.
+ONLINE, SELECT, SELECT_BASELINE, REPORT, REPORT_BASELINE = range(5)
+
+
+@dataclass
+class Verdict:
+    """An evaluation: the win-rate, the mean score of the judge, the KL to the reference in nats, and the stories."""
+
+    win_rate: judge.WinRate
+    score: float
+    kl: float
+    stories: list[dict]
+
+    def logged(self, prefix: str) -> dict[str, float]:
+        rate = self.win_rate
+        values = {"win_rate": rate.rate, "low": rate.low, "high": rate.high, "score": self.score, "kl": self.kl}
+        return {f"{prefix}/{name}": value for name, value in values.items()}
+
+    def __str__(self) -> str:
+        return f"{str(self.win_rate):<32} score {self.score:.2f}, KL {self.kl:.1f} nats"
+
+
+class Evaluation:
+    """Stories of the policy against the baseline's, on fixed seeds: one set to select by, a fresh one to report.
+
+    The best of many noisy evaluations looks better than it is; the report's seeds had no part in the choice.
+    """
+
+    def __init__(
+        self, reference: Checkpoint, tokenizer: Tokenizer, prompts: list[str], eval_stories: int, *,
+        seed: int, max_new_tokens: int = 256, baseline: str = "",
+    ):
+        """
+        reference     what the KL is measured to, and whose stories are to be won against
+        prompts       of the dataset: each is used equally often
+        eval_stories  of the selecting set; the reporting one has twice as many
+        baseline      a file of stories to win against instead, with their prompts. ValueError if it has too few
+        """
+        self.reference, self.tokenizer, self.seed, self.max_new_tokens = reference, tokenizer, seed, max_new_tokens
+        select, report = eval_stories, 2 * eval_stories
+        if baseline:
+            records, texts = read_records(baseline), judge.read_stories(baseline)
+            if len(texts) < report:
+                raise ValueError(f"--baseline={baseline}: {len(texts)} stories, the report needs {report}; "
+                                 f"make more or give --eval_stories={len(texts) // 2}")
+            prompts = [record.get("prompt", "") for _, record in records]
+            self.name = os.path.basename(baseline)
+            self.prompts = {"select": prompts[:select], "report": prompts[:report]}
+            self.baselines = {"select": texts[:select], "report": texts[:report]}
+            return
+        self.name = "the reference"
+        self.prompts = {"select": data.spread(prompts, select), "report": data.spread(prompts, report)}
+        self.baselines = {}
+        for which, purpose in (("select", SELECT_BASELINE), ("report", REPORT_BASELINE)):
+            records = self.stories(reference, which, purpose, f"stories of the reference ({which})")[0]
+            self.baselines[which] = [record["text"] for record in records]
+
+    def stories(self, checkpoint: Checkpoint, which: str, purpose: int, progress: str | None = None):
+        """(records, samples) of a checkpoint."""
+        prompts = [self.tokenizer.encode(prompt, bos=True) for prompt in self.prompts[which]]
+        seed = (self.seed, purpose)
+        samples = data.sample(checkpoint, prompts, seed, self.max_new_tokens, progress=progress)
+        records = data.story_records(samples, self.prompts[which], self.tokenizer, checkpoint.eos_id,
+                                     seed=seed, checkpoint=f"step {checkpoint.step}")
+        return records, samples
+
+    @torch.no_grad()
+    def judge(self, checkpoint: Checkpoint, which: str) -> Verdict:
+        records, samples = self.stories(checkpoint, which, SELECT if which == "select" else REPORT)
+        texts = [record["text"] for record in records]
+        kl, model = 0.0, checkpoint.model
+        for batch in micro_batches(samples, None, model.args.vocab_size, model.device):
+            kl += float(token_kl(model(batch.tokens), self.reference.model(batch.tokens), batch.mask).sum())
+        score = sum(map(judge.score, texts)) / len(texts)
+        return Verdict(judge.compare_all(texts, self.baselines[which]), score, kl / len(texts), records)
+
+
+def side_by_side(left: str, right: str, titles: tuple[str, str], width: int = 48) -> str:
+    columns = [[title, "-" * width, *textwrap.wrap(text, width)] for title, text in zip(titles, (left, right))]
+    height = max(map(len, columns))
+    rows = zip(*(column + [""] * (height - len(column)) for column in columns))
+    return "\n".join(f"{a:<{width}}   {b}".rstrip() for a, b in rows)
+
+
+def report(evaluation: Evaluation, checkpoints: dict[str, Checkpoint], record: Callable) -> None:
+    """Print a table of named checkpoints on the report's seeds, and one story of the first two side by side.
+
+    record  called with (step, values) of each, for the log; the values are called "name/win_rate" and so on
+    """
+    print(f"\nwin-rate over {evaluation.name} on fresh stories, offline judge [95% interval]")
+    stories = []
+    for name, checkpoint in checkpoints.items():
+        verdict = evaluation.judge(checkpoint, "report")
+        record(checkpoint.step, verdict.logged(name))
+        stories.append(verdict.stories[0]["text"])
+        print(f"  {f'{name} (step {checkpoint.step})':<18} {verdict}")
+    print("\n" + side_by_side(stories[0], stories[1], ("before", "after")))
