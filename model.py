@@ -237,7 +237,7 @@ def sample_token(
 @torch.inference_mode()
 def generate(
     model: Transformer,
-    prompt_tokens: Sequence[Sequence[int]],
+    prompt_tokens: Sequence[Sequence[int]] | Tensor,
     max_new_tokens: int,
     temperature: float = 1.0,
     top_k: int | None = None,
@@ -248,7 +248,7 @@ def generate(
 ) -> list[list[int]]:
     """Sample a continuation of every prompt, in one batch with a key-value cache.
 
-    prompt_tokens   N lists of ids, each non-empty (BOS first) and of any length
+    prompt_tokens   N lists of ids, each non-empty (BOS first) and of any length; or a tensor (N, T)
     max_new_tokens  at most so many per row; also ends where the model's context does
     temperature     0: the likeliest token, always
     top_k, top_p    truncation; None: off, as sampling from the policy itself requires
@@ -258,6 +258,7 @@ def generate(
                     on its neighbours, and two calls of 16 rows give what one call of 32 does
     returns         N lists of new ids, prompt excluded
     """
+    prompt_tokens = [[int(token) for token in prompt] for prompt in prompt_tokens]
     if not prompt_tokens:
         return []
     lengths = [len(p) for p in prompt_tokens]

@@ -66,8 +66,8 @@ class TrainConfig:
     max_seq_len: int = flag(256, "context, with --init_from=scratch")
     batch_size: int = flag(32, "groups per optimizer step")
     micro_batch_size: int | None = flag(None, "groups per forward pass: memory, never the result; none: what fits")
-    max_iters: int = flag(80, "optimizer steps")
-    learning_rate: float = flag(1e-4, "peak learning rate of AdamW")
+    max_iters: int | None = flag(None, "optimizer steps; none: 80 for the demo, 160 for other data")
+    learning_rate: float | None = flag(None, "peak of AdamW's; none: 1e-4 for the demo, 2.5e-5 for other data")
     warmup_iters: int = flag(10, "steps of linear warm-up")
     decay_lr: bool = flag(True, "cosine decay of the learning rate to 0 at max_iters")
     weight_decay: float = flag(0.0, "AdamW's, on matrices")
@@ -166,8 +166,9 @@ def check_config(config: TrainConfig) -> None:
         if value is not None and value < 1:
             raise ValueError(f"--{name}={value}: must be 1 or more")
     for name in ("learning_rate", "warmup_iters", "weight_decay", "grad_clip", "eval_stories", "seed"):
-        if not (math.isfinite(getattr(config, name)) and getattr(config, name) >= 0):
-            raise ValueError(f"--{name}={getattr(config, name)}: must be finite and not negative")
+        value = getattr(config, name)
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"--{name}={value}: must be finite and not negative")
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(config, name) < 1:
             raise ValueError(f"--{name}={getattr(config, name)}: must be in [0, 1)")
@@ -387,9 +388,12 @@ def load_groups(config: TrainConfig, need: str, tokenizer: Tokenizer, policy: Ch
 def train(config: TrainConfig) -> None:
     check_config(config)
     objective, device = objective_of(config), checkpoints.pick_device(config.device)
+    defaults = {"max_iters": 160, "learning_rate": 2.5e-5}
     if not config.data:
         groups_file, reference_file = demo(config.loss)
         config = dataclasses.replace(config, data=groups_file, init_from=reference_file)
+        defaults = {"max_iters": 80, "learning_rate": 1e-4}
+    config = dataclasses.replace(config, **{k: v for k, v in defaults.items() if getattr(config, k) is None})
     policy, tokenizer = policy_at_start(config, device)
     groups, prompts = load_groups(config, objective.loss.data, tokenizer, policy)
     prompt_ids = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
@@ -417,7 +421,7 @@ def train(config: TrainConfig) -> None:
     ) if judged else None
 
     best_rate, online = -1.0, None
-    with open(in_run("log.jsonl"), "w", encoding="utf-8") as log, tqdm(total=config.max_iters, unit="step") as bar:
+    with open(in_run("log.jsonl"), "w", encoding="utf-8") as log, tqdm(total=config.max_iters, desc=config.loss, unit="step") as bar:
 
         def record(step: int, values: dict[str, float]) -> None:
             log.write(json.dumps({"step": step} | values) + "\n")

@@ -129,6 +129,7 @@ def ranked_records(path: str) -> list[dict]:
 
 DEMO_DIR = os.path.join("data", "demo")
 DEMO_STORIES, DEMO_VOCAB, DEMO_GROUPS, DEMO_SEED = 8000, 1024, 1024, 1337
+DEMO_VERSION = 2  # to be raised with every change of the grammar, of the reference's training, or of the judge
 DEMO_FILES = {"text": "stories.jsonl", "pair": "pairs.jsonl", "best": "best_of_n.jsonl", "ranking": "ranked.jsonl"}
 
 
@@ -144,10 +145,14 @@ def train_tokenizer(text_file: str, vocab_size: int, prefix: str) -> None:
 
 def demo_text() -> None:
     """data/demo/stories.jsonl and tokenizer.model. What a former, different recipe left there is removed."""
-    recipe = {"stories": DEMO_STORIES, "vocab": DEMO_VOCAB, "groups": DEMO_GROUPS, "seed": DEMO_SEED, "version": 1}
+    recipe = {"stories": DEMO_STORIES, "vocab": DEMO_VOCAB, "groups": DEMO_GROUPS, "seed": DEMO_SEED,
+              "version": DEMO_VERSION}
     recipe_file = os.path.join(DEMO_DIR, "recipe.json")
     if os.path.isdir(DEMO_DIR):
-        former = open(recipe_file, encoding="utf-8").read() if os.path.isfile(recipe_file) else ""
+        former = None
+        if os.path.isfile(recipe_file):
+            with open(recipe_file, encoding="utf-8") as f:
+                former = f.read()
         if former != json.dumps(recipe):
             shutil.rmtree(DEMO_DIR)
     os.makedirs(DEMO_DIR, exist_ok=True)

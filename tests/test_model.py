@@ -114,6 +114,7 @@ def test_a_rows_text_depends_on_neither_neighbours_nor_batch_size():
     for row, prompt in enumerate(prompts):
         assert generate(model, [prompt], 40, stop_ids=[3], seed=11, first_row=row) == [together[row]]
     assert generate(model, prompts, 40, stop_ids=[3], seed=12) != together
+    assert generate(model, torch.tensor([[1], [1]]), 9, seed=5) == generate(model, [[1], [1]], 9, seed=5)
 
 
 def test_a_sequence_ends_with_its_terminator_and_never_holds_it_before():

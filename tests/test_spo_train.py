@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from test_model import tiny
+from test_model import numpy_logits, tiny
 from test_tinystories_data import tokenizer, write  # noqa: F401 (a fixture)
 
 import checkpoint as checkpoints
@@ -230,6 +230,10 @@ def test_a_run_leaves_its_files_and_they_agree(workshop, capsys):
     assert sorted(os.listdir(f"{folder}/stories")) == [f"step_{step:06d}.jsonl" for step in (0, 4, 8)]
     best, exported = checkpoints.load(f"{folder}/best.pt"), checkpoints.load(f"{folder}/model.bin")
     assert all(torch.equal(a, b) for a, b in zip(best.model.state_dict().values(), exported.model.state_dict().values()))
+    greedy, ids = generate(best.model, [[1]], 12, temperature=0)[0], [1]
+    for _ in range(12):  # a reader of model.bin that is not ours tells the same story
+        ids.append(int(numpy_logits(f"{folder}/model.bin", ids).argmax()))
+    assert ids[1:] == greedy
     assert checkpoints.load(f"{folder}/ckpt.pt").step == 8 and best.config["loss"] == "spo_rank"
     evaluations = [entry for entry in log_of(folder) if "eval/kl" in entry]
     assert [entry["step"] for entry in evaluations] == [0, 4, 8] and evaluations[0]["eval/kl"] == 0.0

@@ -1,13 +1,8 @@
 """The paper's theorems on the real losses: what experiments/theorems.py prints and draws."""
 
-import os
-import sys
-
 import pytest
+import theorems
 import torch
-
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "experiments"))
-import theorems  # noqa: E402
 
 
 @pytest.mark.parametrize("case", theorems.CASES, ids=lambda case: f"{case[1]}-{case[3]}")

@@ -1,0 +1,52 @@
+"""The sweep over objectives: runs, budgets, table, figure; stopped and taken up again."""
+
+import json
+
+import frontier
+import pytest
+from test_spo_train import workshop  # noqa: F401 (a fixture)
+from test_tinystories_data import tokenizer  # noqa: F401 (a fixture)
+
+
+@pytest.fixture
+def flags(workshop, tokenizer, tmp_path):  # noqa: F811
+    return [
+        "--data=ranked.jsonl", "--init_from=start.pt", f"--tokenizer={tokenizer.path}", "--max_iters=2", "--eval_interval=1",
+        "--eval_stories=4", "--max_new_tokens=12", "--train_flags=--batch_size=4", f"--figure={tmp_path / 'figure.png'}",
+    ]
+
+
+def test_a_sweep_ends_in_a_table_and_a_figure_and_is_not_run_twice(flags, tmp_path, capsys):
+    frontier.main([*flags, "--methods=dpo_rank,spo_basic+none"])
+    out = capsys.readouterr().out
+    assert "at most 0.5 nats" in out and "at most inf nats" in out and "spo_basic+none" in out
+    with open("out/frontier/table.jsonl", encoding="utf-8") as f:
+        rows = [json.loads(line) for line in f]
+    assert {row["method"] for row in rows} == {"dpo_rank", "spo_basic+none"}
+    assert all(row["report/low"] <= row["report/win_rate"] <= row["report/high"] for row in rows)
+    with open("out/frontier/points.jsonl", encoding="utf-8") as f:
+        assert len([json.loads(line) for line in f]) == 4 * 3  # three betas and one run without, at steps 0, 1, 2
+    assert (tmp_path / "figure.png").stat().st_size > 5000
+    logs = [path.stat().st_mtime_ns for path in tmp_path.glob("out/frontier/*/log.jsonl")]
+    frontier.main([*flags, "--methods=dpo_rank,spo_basic+none"])
+    assert [path.stat().st_mtime_ns for path in tmp_path.glob("out/frontier/*/log.jsonl")] == logs
+
+
+def test_a_run_that_fails_is_named_with_its_output_and_is_not_taken_for_done(flags, tmp_path):
+    with pytest.raises(ValueError, match="--loss=dpo_rank .* failed, see out/frontier/dpo_rank_beta=0.0001/output.txt"):
+        frontier.main([*flags, "--methods=dpo_rank", "--learning_rate=-1"])
+    assert not list(tmp_path.glob("out/frontier/*/done"))
+
+
+def test_every_objective_has_a_sweep_of_flags_that_it_takes():
+    import inspect
+
+    assert set(frontier.SWEEPS) == set(frontier.LOSSES)
+    for loss, sweep in frontier.SWEEPS.items():
+        takes = set(inspect.signature(frontier.LOSSES[loss]).parameters)
+        assert set(sweep) <= takes | ({"beta"} if frontier.LOSSES[loss].regularizer != "none" else set())
+
+
+def test_an_unknown_method_is_refused(flags):
+    with pytest.raises(ValueError, match="'spoo' is no objective"):
+        frontier.main([*flags, "--methods=spoo"])
