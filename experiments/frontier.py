@@ -15,6 +15,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from tqdm import tqdm
@@ -62,7 +63,9 @@ class FrontierConfig:
     init_from: str = flag("", "the reference: a .pt or a llama2.c .bin; none: the demo's")
     tokenizer: str = flag("", "its tokenizer; none: tokenizer.model beside it")
     methods: str = flag("all", "objectives, separated by commas; all: every loss; table4: the regularizers")
-    max_iters: int = flag(40, "optimizer steps of each run")
+    jobs: int = flag(2, "runs at a time, each on its share of the cores")
+    max_iters: int = flag(50, "optimizer steps of each run")
+    batch_size: int = flag(16, "groups per step")
     eval_interval: int = flag(10, "steps between the points of a curve")
     eval_stories: int = flag(128, "stories of the selecting set; the reporting one has twice as many")
     learning_rate: float = flag(1e-4, "of every run")
@@ -128,7 +131,7 @@ def files_for(config: FrontierConfig) -> tuple[str, str, str, dict[str, str]]:
 def train_one(config: FrontierConfig, method: str, setting: dict, folder: str, inputs: list[str]) -> None:
     """One run of spo_train.py; what it prints goes into output.txt, and `done` appears when it has ended."""
     loss, _, regularizer = method.partition("+")
-    shared = ("max_iters", "eval_interval", "eval_stories", "learning_rate", "max_new_tokens", "seed")
+    shared = ("max_iters", "batch_size", "eval_interval", "eval_stories", "learning_rate", "max_new_tokens", "seed")
     command = [
         sys.executable, os.path.join(ROOT, "spo_train.py"), f"--loss={loss}", f"--out_dir={folder}", "--keep_checkpoints",
         *([f"--regularizer={regularizer}"] if regularizer else []), *inputs, *(f"--{k}={v}" for k, v in setting.items()),
@@ -136,21 +139,28 @@ def train_one(config: FrontierConfig, method: str, setting: dict, folder: str, i
     ]
     os.makedirs(folder, exist_ok=True)
     output = os.path.join(folder, "output.txt")
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // config.jobs))}
     with open(output, "w", encoding="utf-8") as f:
-        if subprocess.run(command, stdout=f, stderr=subprocess.STDOUT).returncode:
+        if subprocess.run(command, stdout=f, stderr=subprocess.STDOUT, env=os.environ | threads).returncode:
             raise ValueError(f"{' '.join(command)}: failed, see {output}")
     open(os.path.join(folder, "done"), "w").close()
 
 
 def run_all(config: FrontierConfig, reference: str, tokenizer: str, files: dict[str, str]) -> list[Point]:
     """Every run that is not there yet; returns the points of all."""
-    runs = [(method, setting) for method, sweep in methods_of(config).items() for setting in settings_of(sweep)]
-    points = []
-    for method, setting in tqdm(runs, desc="runs", unit="run"):
-        folder = os.path.join(config.out_dir, f"{method} {name_of(setting)}".replace(" ", "_"))
+    runs = [(method, setting, os.path.join(config.out_dir, f"{method} {name_of(setting)}".replace(" ", "_")))
+            for method, sweep in methods_of(config).items() for setting in settings_of(sweep)]
+
+    def train_if_missing(entry) -> None:
+        method, setting, folder = entry
         if not os.path.isfile(os.path.join(folder, "done")):
             inputs = [f"--data={files[kind_of_data(method)]}", f"--init_from={reference}"]
             train_one(config, method, setting, folder, inputs + [f"--tokenizer={tokenizer}"] * bool(tokenizer))
+
+    with ThreadPoolExecutor(config.jobs) as pool:
+        list(tqdm(pool.map(train_if_missing, runs), total=len(runs), desc="runs", unit="run"))
+    points = []
+    for method, setting, folder in runs:
         with open(os.path.join(folder, "log.jsonl"), encoding="utf-8") as f:
             for entry in map(json.loads, f):
                 if "eval/kl" in entry:

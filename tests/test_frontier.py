@@ -12,7 +12,7 @@ from test_tinystories_data import tokenizer  # noqa: F401 (a fixture)
 def flags(workshop, tokenizer, tmp_path):  # noqa: F811
     return [
         "--data=ranked.jsonl", "--init_from=start.pt", f"--tokenizer={tokenizer.path}", "--max_iters=2", "--eval_interval=1",
-        "--eval_stories=4", "--max_new_tokens=12", "--train_flags=--batch_size=4", f"--figure={tmp_path / 'figure.png'}",
+        "--eval_stories=4", "--max_new_tokens=12", "--batch_size=4", f"--figure={tmp_path / 'figure.png'}",
     ]
 
 
