@@ -13,7 +13,6 @@ import dataclasses
 import json
 import math
 import os
-import pickle
 import struct
 from dataclasses import dataclass, field
 
@@ -69,6 +68,21 @@ def write_jsonl(path: str, records) -> None:
     write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
 
 
+def copy_tokenizer(tokenizer, folder: str) -> None:
+    """tokenizer.model and, for run.c, tokenizer.bin into a folder. ValueError if another model's are there already."""
+    path = os.path.join(folder, "tokenizer.model")
+    with open(tokenizer.path, "rb") as f:
+        content = f.read()
+    if os.path.isfile(path):
+        with open(path, "rb") as f:
+            if f.read() != content:
+                raise ValueError(f"{path} is the tokenizer of another model; choose another folder, or remove it")
+    with atomic_write(path) as f:
+        f.write(content)
+    with atomic_write(os.path.join(folder, "tokenizer.bin")) as f:
+        f.write(tokenizer.to_llama2c())
+
+
 def pick_device(name: str) -> str:
     """The device of a --device flag; none: cuda where there is one, else cpu. ValueError if it is not there."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -104,24 +118,32 @@ def save_pt(path: str, checkpoint: Checkpoint, **extra) -> None:
 def load_pt(path: str) -> Checkpoint:
     try:
         entries = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError) as error:
+    except Exception as error:  # what a damaged file raises depends on which byte is wrong
         reason = "it holds Python objects and could run code" if "Unsupported" in str(error) else "it is damaged"
         raise ValueError(f"{path}: not loaded, {reason}, or it is no checkpoint of ours or llama2.c's") from None
-    if not isinstance(entries, dict) or "model" not in entries or "model_args" not in entries:
+    parts = [entries.get("model"), entries.get("model_args")] if isinstance(entries, dict) else [None]
+    if not all(isinstance(part, dict) for part in parts):
         raise ValueError(f"{path}: has no 'model' and 'model_args'; expected a checkpoint of ours or llama2.c's")
+    weights, model_args = parts
     known = {f.name for f in dataclasses.fields(ModelArgs)}
-    unknown = set(entries["model_args"]) - known
+    unknown = set(map(str, model_args)) - known
     if unknown:
         raise ValueError(f"{path}: model_args has {', '.join(sorted(unknown))}, which this model does not know")
+    try:
+        args = ModelArgs(**model_args)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from None
     # llama2.c saves compiled models, whose names carry a prefix
-    weights = {k.removeprefix("_orig_mod."): v for k, v in entries["model"].items()}
-    model = build(path, ModelArgs(**entries["model_args"]), weights)
-    config = entries.get("config")
-    return Checkpoint(model, config if isinstance(config, dict) else {}, int(entries.get("step", 0)))
+    model = build(path, args, {str(k).removeprefix("_orig_mod."): v for k, v in weights.items()})
+    config, step = entries.get("config"), entries.get("step")
+    return Checkpoint(model, config if isinstance(config, dict) else {}, step if isinstance(step, int) else 0)
 
 
 def build(path: str, args: ModelArgs, weights: dict[str, Tensor]) -> Transformer:
     """A Transformer that holds these weights; ValueError naming the first that is missing or does not fit."""
+    for name, weight in weights.items():
+        if not isinstance(weight, Tensor):
+            raise ValueError(f"{path}: {name} is no tensor")
     output, embedding = weights.get("output.weight"), weights.get("tok_embeddings.weight")
     tied = output is None or (embedding is not None and torch.equal(output, embedding))
     with torch.device("meta"):
@@ -222,6 +244,17 @@ def save_llama2c(path: str, model: Transformer, version: int = 0, group_size: in
                 array.tofile(f)
 
 
+def llama2c_size(args: ModelArgs, tied: bool, version: int, group_size: int) -> int:
+    """Bytes of a llama2.c file, by arithmetic alone."""
+    kv_dim = args.n_kv_heads * args.head_dim
+    vectors = (2 * args.n_layers + 1) * args.dim
+    per_block = 2 * args.dim * (args.dim + kv_dim) + 3 * args.dim * args.hidden_dim
+    numbers = args.n_layers * per_block + args.vocab_size * args.dim * (1 if tied else 2)
+    if version == 0:
+        return 28 + 4 * (vectors + numbers + args.max_seq_len * args.head_dim)  # the RoPE tables
+    return 256 + 4 * vectors + (4 * numbers if version == 1 else numbers + 4 * numbers // group_size)
+
+
 def load_llama2c(path: str) -> Checkpoint:
     """Read llama2.c's binary of any version; int8 weights come back as float32. Damaged: ValueError.
 
@@ -240,16 +273,14 @@ def load_llama2c(path: str) -> Checkpoint:
         tied, numbers[5] = numbers[5] > 0, abs(numbers[5])
     if version not in (0, 1, 2) or min(numbers) < 1 or max(numbers) > 2**24 or (version == 2 and group_size < 1):
         raise ValueError(f"{path}: not a llama2.c model (its header reads {numbers}, version {version})")
-    args = ModelArgs(**dict(zip(HEADER_FIELDS, numbers)))
-    # The size is checked before anything is allocated: a damaged header could ask for the whole memory.
-    with torch.device("meta"):
-        shapes = Transformer(args, bool(tied))
-    if version == 2 and any(t.numel() % group_size for t in matrices(shapes)):
-        raise ValueError(f"{path}: damaged: its matrices are not made of groups of {group_size}")
-    small, big = sum(t.numel() for t in norms(shapes)), sum(t.numel() for t in matrices(shapes))
-    rope = shapes.freqs_cos.numel() * 2
-    sizes = {0: 28 + 4 * (small + big + rope), 1: 256 + 4 * (small + big)}
-    size = sizes[version] if version < 2 else 256 + 4 * small + big + 4 * big // group_size
+    try:
+        args = ModelArgs(**dict(zip(HEADER_FIELDS, numbers)))
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged: {error}") from None
+    if version == 2 and (args.dim % group_size or args.hidden_dim % group_size):
+        raise ValueError(f"{path}: damaged: its rows are not made of groups of {group_size}")
+    # The size is checked before anything is built: a damaged header could ask for the whole memory.
+    size = llama2c_size(args, bool(tied), version, group_size)
     if len(data) != size:
         raise ValueError(f"{path}: damaged: {len(data)} bytes, its header asks for {size}")
     model, offset = Transformer(args, bool(tied)), 28 if version == 0 else 256

@@ -10,7 +10,7 @@ import torch
 import judge
 import tinystories_data as data
 from checkpoint import Checkpoint
-from groups import micro_batches, read_records
+from groups import micro_batches, read_groups
 from losses import token_kl
 from tokenizer import Tokenizer
 
@@ -55,14 +55,14 @@ class Evaluation:
         self.reference, self.tokenizer, self.seed, self.max_new_tokens = reference, tokenizer, seed, max_new_tokens
         select, report = eval_stories, 2 * eval_stories
         if baseline:
-            records, texts = read_records(baseline), judge.read_stories(baseline)
-            if len(texts) < report:
-                raise ValueError(f"--baseline={baseline}: {len(texts)} stories, the report needs {report}; "
-                                 f"make more or give --eval_stories={len(texts) // 2}")
-            prompts = [record.get("prompt", "") for _, record in records]
+            stories = read_groups(baseline)
+            if len(stories) < select + report:
+                raise ValueError(f"--baseline={baseline}: {len(stories)} stories, selecting and reporting need "
+                                 f"{select + report}; make more or give --eval_stories={len(stories) // 3}")
+            parts = {"select": stories[:select], "report": stories[select : select + report]}
             self.name = os.path.basename(baseline)
-            self.prompts = {"select": prompts[:select], "report": prompts[:report]}
-            self.baselines = {"select": texts[:select], "report": texts[:report]}
+            self.prompts = {which: [story.prompt for story in part] for which, part in parts.items()}
+            self.baselines = {which: [story.responses[0] for story in part] for which, part in parts.items()}
             return
         self.name = "the reference"
         self.prompts = {"select": data.spread(prompts, select), "report": data.spread(prompts, report)}
@@ -82,7 +82,8 @@ class Evaluation:
 
     @torch.no_grad()
     def judge(self, checkpoint: Checkpoint, which: str) -> Verdict:
-        records, samples = self.stories(checkpoint, which, SELECT if which == "select" else REPORT)
+        checkpoint.model.eval()
+        records, samples = self.stories(checkpoint, which, SELECT if which == "select" else REPORT, "judging")
         texts = [record["text"] for record in records]
         kl, model = 0.0, checkpoint.model
         for batch in micro_batches(samples, None, model.args.vocab_size, model.device):

@@ -6,7 +6,6 @@
 """
 
 import os
-import shutil
 from dataclasses import dataclass
 
 import checkpoint as checkpoints
@@ -48,12 +47,8 @@ def main(argv: list[str]) -> None:
     if tokenizer is None:
         print("  no tokenizer beside the checkpoint; give --tokenizer to have tokenizer.bin written as well")
         return
-    # Named after tokenizer.bin, which run.c looks for; the .model is what our own scripts read.
-    model_copy, binary = os.path.join(folder, "tokenizer.model"), os.path.join(folder, "tokenizer.bin")
-    if os.path.abspath(model_copy) != os.path.abspath(tokenizer.path):
-        shutil.copyfile(tokenizer.path, model_copy)
-    tokenizer.export(binary)
-    print(f"  beside it: {binary} and {model_copy}")
+    checkpoints.copy_tokenizer(tokenizer, folder)
+    print("  beside it: tokenizer.bin, which run.c reads, and tokenizer.model, which our own scripts read")
 
 
 if __name__ == "__main__":

@@ -38,6 +38,11 @@ class RankedGroup:
     line: int
 
 
+def is_unicode(text: str) -> bool:
+    """False for a text with half a surrogate pair, which JSON can spell and UTF-8 cannot."""
+    return not any("\ud800" <= c <= "\udfff" for c in text)
+
+
 def parse_group(record, where: str, line: int) -> RankedGroup:
     """One line's record -> a group. ValueError, beginning with `where`, for anything but the forms above."""
 
@@ -54,9 +59,9 @@ def parse_group(record, where: str, line: int) -> RankedGroup:
         finished = [finished] if isinstance(finished, bool) else finished
     else:
         responses, ranking = record.get("responses"), record.get("ranking")
-    need(isinstance(prompt, str), "prompt is not a text")
+    need(isinstance(prompt, str) and is_unicode(prompt), "prompt is not a text")
     need(isinstance(responses, list) and responses, 'needs "responses", "chosen" and "rejected", or "text"')
-    need(all(isinstance(r, str) for r in responses), "a response is missing or not a text")
+    need(all(isinstance(r, str) and is_unicode(r) for r in responses), "a response is missing or not a text")
     n, best = len(responses), record.get("best")
     finished = [True] * n if finished is None else finished
     need(isinstance(finished, list) and len(finished) == n and all(isinstance(f, bool) for f in finished),

@@ -61,8 +61,9 @@ def check(policy_logps: Tensor, others: dict[str, Tensor] | None = None, least: 
         expected = f"exactly {least}" if most == least else f"at least {least}"
         raise ValueError(f"policy_logps has {shape[1]} responses a group, this loss needs {expected}")
     for name, tensor in (others or {}).items():
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, policy_logps has {shape}")
+        if tensor is None or tuple(tensor.shape) != shape:
+            found = "is missing" if tensor is None else f"has shape {tuple(tensor.shape)}"
+            raise ValueError(f"{name} {found}, policy_logps has shape {shape}")
 
 
 # --- from logits to log-probs ------------------------------------------------------------------------------------
@@ -145,8 +146,8 @@ def weights(policy_logps: Tensor, gamma: float, weight_mean: Tensor | None) -> T
     """mu_k = 2 sigmoid(t_k - batch mean of t_k), Eq. 13, (B, n-1); no gradient flows through it."""
     statistic = weight_statistic(policy_logps, gamma)
     mean = statistic.mean(0) if weight_mean is None else torch.as_tensor(weight_mean).to(statistic)
-    if mean.dim() > 1 or mean.numel() not in (1, statistic.shape[1]):
-        raise ValueError(f"weight_mean has shape {tuple(mean.shape)}, expected ({statistic.shape[1]},)")
+    if mean.shape != statistic.shape[1:]:
+        raise ValueError(f"weight_mean has shape {tuple(mean.shape)}, expected ({statistic.shape[1]},), one per stage")
     return 2 * torch.sigmoid(statistic - mean)
 
 
@@ -189,7 +190,8 @@ def spo(
 
     policy_logps  (B, 2), column 0 chosen
     gamma         0: every weight is 1. The weight lies in (0.538, 1.462) and carries no gradient
-    weight_mean   mean of weight_statistic over the global batch (scalar, or its (n-1,) vector)
+    weight_mean   mean of weight_statistic over the global batch, a scalar
+    at step 0     as spo_basic
     """
     check(policy_logps, most=2)
     return spo_bon(policy_logps, alpha=alpha, gamma=gamma, weight_mean=weight_mean, centered=centered)
@@ -204,11 +206,18 @@ def spo_bon(
 
         L = -mu/alpha log( p_best^alpha / sum_i p_i^alpha ),   mu as in spo with t = (sum_i p_i)^gamma
 
-    The paper asks for some symmetric mu; Eq. 13 over all n columns is our reading. policy_logps (B, n), n >= 2.
+    The paper asks for some symmetric mu; Eq. 13 over all n columns is our reading.
+
+    policy_logps  (B, n), n >= 2
+    weight_mean   mean of weight_statistic over the global batch: of stage 1 (scalar), or its whole (n-1,) vector
+    at step 0     as spo_basic
     """
     check(policy_logps)
-    first = None if weight_mean is None else torch.as_tensor(weight_mean).reshape(-1)[0]
-    mu = weights(policy_logps, gamma, first)[:, 0]
+    if weight_mean is not None:
+        weight_mean = torch.as_tensor(weight_mean).reshape(-1)
+        if len(weight_mean) == 1:  # stage 1 is the only one used: its mean is all there is to know
+            weight_mean = weight_mean.expand(policy_logps.shape[1] - 1)
+    mu = weights(policy_logps, gamma, weight_mean)[:, 0]
     return mu * soft_choice(policy_logps, alpha, centered)
 
 
@@ -224,6 +233,7 @@ def spo_rank(
     policy_logps  (B, n), best first, n >= 2
     eta           stage k weighs eta^k, k from 1 (the paper's D.2): eta < 1 also weakens the loss against the KL
     weight_mean   (n-1,): mean of weight_statistic over the global batch, one per stage
+    at step 0     as spo_basic
     """
     check(policy_logps)
     n = policy_logps.shape[1]
@@ -261,7 +271,9 @@ def sft(policy_logps: Tensor, lengths: Tensor, *, mean_length: Tensor | None = N
 def best_sft(policy_logps: Tensor, lengths: Tensor, *, mean_length: Tensor | None = None) -> Tensor:
     """Best-response SFT: sft on column 0 alone.
 
-    policy_logps, lengths  (B, n), n >= 1;  mean_length: mean of lengths[:, 0] over the global batch
+    policy_logps, lengths  (B, n), n >= 1
+    mean_length            mean of lengths[:, 0] over the global batch
+    at step 0              the cross-entropy of the model it starts from, on the best responses
     """
     check(policy_logps, {"lengths": lengths}, least=1)
     return sft(policy_logps[:, :1], lengths[:, :1], mean_length=mean_length)
@@ -331,6 +343,8 @@ def kto(
     check(policy_logps, {"reference_logps": reference_logps}, most=2)
     logratios = policy_logps - reference_logps
     estimate = logratios.mean() if kl_estimate is None else torch.as_tensor(kl_estimate).to(logratios)
+    if estimate.numel() != 1:
+        raise ValueError(f"kl_estimate has shape {tuple(estimate.shape)}, expected one number for the global batch")
     z0 = estimate.detach().clamp(min=0)
     desirable = lambda_d * torch.sigmoid(-beta * (logratios[:, 0] - z0))  # 1 - sigmoid(x) = sigmoid(-x)
     undesirable = lambda_u * torch.sigmoid(-beta * (z0 - logratios[:, 1]))

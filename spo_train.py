@@ -13,12 +13,12 @@ win-rate), model.bin (best, for run.c), log.jsonl, config.json and the stories o
 
 import copy
 import dataclasses
+import glob
 import inspect
 import json
 import math
 import os
 import random
-import shutil
 import textwrap
 import time
 from collections.abc import Callable
@@ -181,6 +181,8 @@ def check_config(config: TrainConfig) -> None:
             raise ValueError(f"--{name}: needs --data as well; without --data the demo brings its own model")
     if config.data and not config.init_from:
         raise ValueError("--data: needs --init_from, the model to align (a .pt, a llama2.c .bin, or `scratch`)")
+    if config.baseline and (config.eval_stories == 0 or config.init_from == "scratch"):
+        raise ValueError("--baseline: nothing is judged with --eval_stories=0 or --init_from=scratch; leave it out")
     if config.init_from == "scratch" and not config.tokenizer:
         raise ValueError("--init_from=scratch: needs --tokenizer")
 
@@ -304,6 +306,7 @@ class OnlineSamples:
 
 def draw_online(config, policy: Checkpoint, reference: Transformer, prompts: list[list[int]], step: int) -> OnlineSamples:
     """Whole samples of the policy: temperature 1, no truncation, eval mode (Eq. 15 is about the policy itself)."""
+    policy.model.eval()
     chosen = random.Random(config.seed + step).choices(prompts, k=config.kl_batch_size)
     samples = data.sample(policy, chosen, (config.seed, ONLINE, step), config.max_new_tokens)
     batches = micro_batches(samples, config.micro_batch_size, policy.model.args.vocab_size, policy.model.device)
@@ -328,6 +331,7 @@ def gradient_step(
 ) -> dict[str, float]:
     """One optimizer step on the groups; returns what is logged of it. ValueError if it would not be finite."""
     started = time.perf_counter()
+    policy.train()
     batches = micro_batches(groups, config.micro_batch_size, policy.args.vocab_size, policy.device)
     logged = preference_backward(objective, policy, reference, batches)
     if online is not None:
@@ -351,7 +355,7 @@ def gradient_step(
 # --- the run -----------------------------------------------------------------------------------------------------------
 
 
-def demo(loss: str) -> tuple[str, str]:
+def demo(loss: str, device: str) -> tuple[str, str]:
     """Build what is missing of the offline demo; returns its dataset for a loss, and its reference model.
 
     Text and tokenizer, a reference model trained on them by this very loop, groups of its stories, ranked.
@@ -365,10 +369,10 @@ def demo(loss: str) -> tuple[str, str]:
             loss="sft", data=os.path.join(data.DEMO_DIR, data.DEMO_FILES["text"]), init_from="scratch",
             tokenizer=tokenizer, out_dir=f"{folder}.tmp", dim=96, n_layers=3, n_heads=3, max_seq_len=256,
             batch_size=16, max_iters=700, learning_rate=3e-3, warmup_iters=20, weight_decay=0.1, log_interval=100,
-            eval_interval=700, eval_stories=0,
+            eval_interval=700, eval_stories=0, device=device,
         ))
         os.rename(f"{folder}.tmp", folder)
-    checkpoint = checkpoints.load(reference)
+    checkpoint = checkpoints.load(reference, device)
     data.demo_groups(checkpoint, load_tokenizer(tokenizer, reference, checkpoint.model.args.vocab_size))
     return os.path.join(data.DEMO_DIR, data.DEMO_FILES[LOSSES[loss].data]), reference
 
@@ -382,7 +386,29 @@ def load_groups(config: TrainConfig, need: str, tokenizer: Tokenizer, policy: Ch
         print(f"{config.data}: {len(lines)} of {len(groups)} groups dropped, {reason} (first in line {lines[0]})")
     if not encoded:
         raise ValueError(f"{config.data}: none of its {len(groups)} groups can be used: {', '.join(drops)}")
-    return encoded, sorted({group.prompt for group in groups})
+    used = {group.line for group in encoded}
+    return encoded, sorted({group.prompt for group in groups if group.line in used})
+
+
+def new_run(config: TrainConfig, policy: Checkpoint, tokenizer: Tokenizer) -> Callable[[str], str]:
+    """Make out_dir the folder of this run: what an earlier run left there is removed. Returns name -> path in it."""
+
+    def in_run(name: str) -> str:
+        return os.path.join(config.out_dir, name)
+
+    files = ("ckpt.pt", "best.pt", "model.bin", "log.jsonl", "config.json", "tokenizer.model", "tokenizer.bin")
+    former = [in_run(name) for name in files] + glob.glob(in_run("step_*.pt")) + glob.glob(in_run("stories/*.jsonl"))
+    inputs = {os.path.realpath(p) for p in (config.init_from, tokenizer.path, config.data, config.baseline) if p}
+    for path in former:
+        if os.path.realpath(path) in inputs:
+            raise ValueError(f"--out_dir={config.out_dir}: this run reads {path}, and would replace what is in that folder; "
+                             "choose another --out_dir")
+    for path in filter(os.path.exists, former):
+        os.remove(path)
+    os.makedirs(in_run("stories"), exist_ok=True)
+    checkpoints.write_text(in_run("config.json"), json.dumps(policy.config, indent=1))
+    checkpoints.copy_tokenizer(tokenizer, config.out_dir)
+    return in_run
 
 
 def train(config: TrainConfig) -> None:
@@ -390,7 +416,7 @@ def train(config: TrainConfig) -> None:
     objective, device = objective_of(config), checkpoints.pick_device(config.device)
     defaults = {"max_iters": 160, "learning_rate": 2.5e-5}
     if not config.data:
-        groups_file, reference_file = demo(config.loss)
+        groups_file, reference_file = demo(config.loss, device)
         config = dataclasses.replace(config, data=groups_file, init_from=reference_file)
         defaults = {"max_iters": 80, "learning_rate": 1e-4}
     config = dataclasses.replace(config, **{k: v for k, v in defaults.items() if getattr(config, k) is None})
@@ -404,11 +430,7 @@ def train(config: TrainConfig) -> None:
     start = copy.deepcopy(policy) if judged or objective.needs_reference else None
     reference = start.model.requires_grad_(False) if objective.needs_reference else None
 
-    os.makedirs(os.path.join(config.out_dir, "stories"), exist_ok=True)
-    in_run = lambda name: os.path.join(config.out_dir, name)  # noqa: E731
-    checkpoints.write_text(in_run("config.json"), json.dumps(policy.config, indent=1))
-    shutil.copyfile(tokenizer.path, in_run("tokenizer.model"))
-    tokenizer.export(in_run("tokenizer.bin"))
+    in_run = new_run(config, policy, tokenizer)
     tokens = sum(len(r) for g in groups for r in g.responses) / len(groups) * config.batch_size
     start_value = objective.start(len(groups[0].responses))
     known = "" if start_value is None else f", which is {start_value:.4f} while the policy equals the reference"
@@ -430,7 +452,6 @@ def train(config: TrainConfig) -> None:
         for step in range(config.max_iters + 1):
             policy.step = step
             if step % config.eval_interval == 0 or step == config.max_iters:
-                policy.model.eval()
                 checkpoints.save_pt(in_run("ckpt.pt"), policy)
                 if config.keep_checkpoints:
                     checkpoints.save_pt(in_run(f"step_{step:06d}.pt"), policy)
@@ -450,16 +471,13 @@ def train(config: TrainConfig) -> None:
                 break
 
             if objective.online and step % config.kl_interval == 0:
-                policy.model.eval()
                 online = draw_online(config, policy, reference, prompt_ids, step)
-            policy.model.train()
             chosen = groups_of_step(groups, config.batch_size, step, config.seed)
             logged = gradient_step(config, objective, policy.model, reference, chosen, online, optimizer, step)
             if step % config.log_interval == 0 or step == config.max_iters - 1:
                 record(step, logged)
                 bar.write(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in logged.items()))
             bar.update()
-        policy.model.eval()
         if judged:
             best = checkpoints.load(in_run("best.pt"), device)
             report(evaluation, {"before": start, "best": best, "last": policy}, record)

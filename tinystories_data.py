@@ -43,7 +43,7 @@ def sample(
     progress  the label of a progress bar; None: no bar
     """
     groups = []
-    with tqdm(total=len(prompts), desc=progress, unit="story", disable=progress is None) as bar:
+    with tqdm(total=len(prompts), desc=progress, unit="story", disable=progress is None, leave=False) as bar:
         for start in range(0, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]
             responses = generate(
@@ -119,9 +119,9 @@ def ranked_records(path: str) -> list[dict]:
     """The records of a file of full rankings; ValueError naming the first line that is something else."""
     records = read_records(path)
     for number, record in records:
-        parse_group(record, f"{path} line {number}", number)
-        if "ranking" not in record:
-            raise ValueError(f"{path} line {number}: needs a full ranking")
+        group = parse_group(record, f"{path} line {number}", number)
+        if group.order != "ranking" or record.get("ranking") is None:
+            raise ValueError(f'{path} line {number}: needs "responses" and their full "ranking"')
     return [record for _, record in records]
 
 

@@ -32,18 +32,16 @@ class Tokenizer:
         """Ids to text; BOS, EOS and other control ids print as nothing."""
         return self.model.decode(ids)
 
-    def export(self, path: str) -> None:
-        """Write llama2.c's tokenizer.bin: the longest piece in bytes, then (score, length, bytes) per piece."""
+    def to_llama2c(self) -> bytes:
+        """The content of llama2.c's tokenizer.bin: the longest piece in bytes, then (score, length, bytes) per piece."""
         pieces = []
         for i in range(self.vocab_size):
             piece = self.model.id_to_piece(i).replace("\u2581", " ")  # sentencepiece's mark for a space
             if i in (self.bos_id, self.eos_id):
                 piece = f"\n{piece}\n"  # as llama2.c writes them, so that no text can spell one
             pieces.append((self.model.get_score(i), piece.encode("utf-8")))
-        with open(path, "wb") as f:
-            f.write(struct.pack("<I", max(len(piece) for _, piece in pieces)))
-            for score, piece in pieces:
-                f.write(struct.pack("<fI", score, len(piece)) + piece)
+        longest = struct.pack("<I", max(len(piece) for _, piece in pieces))
+        return longest + b"".join(struct.pack("<fI", score, len(piece)) + piece for score, piece in pieces)
 
 
 def load_tokenizer(path: str, checkpoint_path: str, vocab_size: int) -> Tokenizer:

@@ -10,6 +10,7 @@ the selecting seeds; the table reports it on fresh seeds, with its 95% interval.
 again, so that a stopped sweep goes on. `loss+regularizer` is an objective, too (Table 4).
 """
 
+import hashlib
 import itertools
 import json
 import os
@@ -24,19 +25,20 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import checkpoint as checkpoints  # noqa: E402
 import tinystories_data as data  # noqa: E402
-from checkpoint import write_jsonl  # noqa: E402
+from checkpoint import write_jsonl, write_text  # noqa: E402
 from config import flag, parse, run  # noqa: E402
 from evaluation import Evaluation  # noqa: E402
 from groups import read_groups  # noqa: E402
 from losses import LOSSES  # noqa: E402
 from tokenizer import load_tokenizer  # noqa: E402
 
-# The paper's sweeps: AlpacaFarm's for the pairwise losses, TinyStories' for the others. alpha of SPO is 0.001.
+# The paper's sweeps: AlpacaFarm's for the pairwise losses (beta of SPO is not printed there: that of TinyStories),
+# TinyStories' for the others (alpha 0.001).
 SWEEPS = {
-    "spo_basic": {"beta": [0.01, 0.1]},
-    "spo": {"beta": [0.01, 0.1]},
-    "spo_bon": {"beta": [0.01, 0.1]},
-    "spo_rank": {"beta": [0.01, 0.1], "eta": [1, 0.5]},
+    "spo_basic": {"alpha": [0.001, 0.01, 0.1], "beta": [0.01, 0.1]},
+    "spo": {"alpha": [0.001, 0.01, 0.1], "beta": [0.01, 0.1]},
+    "spo_bon": {"beta": [0.01, 0.1], "gamma": [0, 0.01]},
+    "spo_rank": {"beta": [0.01, 0.1], "eta": [1, 0.5], "gamma": [0, 0.01]},
     "dpo": {"beta": [0.001, 0.01, 0.1]},
     "ipo": {"tau": [0.001, 0.01, 0.1]},
     "kto": {"beta": [0.001, 0.01, 0.1]},
@@ -99,6 +101,13 @@ def methods_of(config: FrontierConfig) -> dict[str, dict[str, list[float]]]:
     return {method: (SWEEPS | TABLE_4)[method] for method in named}
 
 
+def budgets_of(config: FrontierConfig) -> list[float]:
+    try:
+        return [float(budget) for budget in config.budgets.split(",")]
+    except ValueError:
+        raise ValueError(f"--budgets={config.budgets}: expected numbers separated by commas, such as 1,4,inf") from None
+
+
 def settings_of(sweep: dict[str, list[float]]) -> list[dict[str, float]]:
     return [dict(zip(sweep, chosen)) for chosen in itertools.product(*sweep.values())]
 
@@ -114,36 +123,49 @@ def name_of(setting: dict) -> str:
 def files_for(config: FrontierConfig) -> tuple[str, str, str, dict[str, str]]:
     """(reference, tokenizer, ranked groups, {kind of data: file})."""
     if not config.data:
-        subprocess.run([sys.executable, os.path.join(ROOT, "spo_train.py"), "--max_iters=1", "--eval_stories=0",
-                        f"--out_dir={config.out_dir}/demo"], check=True)  # builds the demo if it is not there
+        demo = [sys.executable, os.path.join(ROOT, "spo_train.py"), "--max_iters=1", "--eval_stories=0"]
+        if subprocess.run([*demo, f"--out_dir={config.out_dir}/demo"]).returncode:  # builds what is not there
+            raise ValueError("the demo could not be built: see above")
         files = {kind: os.path.join(data.DEMO_DIR, file) for kind, file in data.DEMO_FILES.items()}
-        return os.path.join(data.DEMO_DIR, "reference", "ckpt.pt"), "", files["ranking"], files
+        reference = os.path.join(data.DEMO_DIR, "reference", "ckpt.pt")
+        return reference, "", files["ranking"], files | {"text": files["ranking"]}
     if not config.init_from:
         raise ValueError("--data: needs --init_from, the model that the stories are from")
-    files = {"ranking": config.data} | {k: os.path.join(config.out_dir, f"{k}.jsonl") for k in ("best", "pair", "text")}
+    files = {"ranking": config.data, "text": config.data}
+    files |= {kind: os.path.join(config.out_dir, f"{kind}.jsonl") for kind in ("best", "pair")}
     records = data.ranked_records(config.data)
     write_jsonl(files["best"], map(data.to_best_of_n, records))
     write_jsonl(files["pair"], (data.to_pairs(record, "best_worst")[0] for record in records))
-    write_jsonl(files["text"], records)
     return config.init_from, config.tokenizer, config.data, files
 
 
-def train_one(config: FrontierConfig, method: str, setting: dict, folder: str, inputs: list[str]) -> None:
-    """One run of spo_train.py; what it prints goes into output.txt, and `done` appears when it has ended."""
+def train_one(config: FrontierConfig, method: str, setting: dict, folder: str, data_file: str, model: list[str]) -> None:
+    """One run of spo_train.py, unless this very run is there; what it prints goes into output.txt.
+
+    The file `done` appears when it has ended; it holds the command and the hash of the data.
+    """
     loss, _, regularizer = method.partition("+")
     shared = ("max_iters", "batch_size", "eval_interval", "eval_stories", "learning_rate", "max_new_tokens", "seed")
     command = [
         sys.executable, os.path.join(ROOT, "spo_train.py"), f"--loss={loss}", f"--out_dir={folder}", "--keep_checkpoints",
-        *([f"--regularizer={regularizer}"] if regularizer else []), *inputs, *(f"--{k}={v}" for k, v in setting.items()),
+        *([f"--regularizer={regularizer}"] if regularizer else []), f"--data={data_file}", *model,
+        *(f"--{k}={v}" for k, v in setting.items()),
         *(f"--{k}={getattr(config, k)}" for k in shared), *config.train_flags.split(),
     ]
+    with open(data_file, "rb") as f:
+        identity = " ".join(command[2:]) + " " + hashlib.sha256(f.read()).hexdigest()
+    done, output = os.path.join(folder, "done"), os.path.join(folder, "output.txt")
+    if os.path.isfile(done):
+        with open(done, encoding="utf-8") as f:
+            if f.read() == identity:
+                return
+        os.remove(done)
     os.makedirs(folder, exist_ok=True)
-    output = os.path.join(folder, "output.txt")
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // config.jobs))}
     with open(output, "w", encoding="utf-8") as f:
         if subprocess.run(command, stdout=f, stderr=subprocess.STDOUT, env=os.environ | threads).returncode:
             raise ValueError(f"{' '.join(command)}: failed, see {output}")
-    open(os.path.join(folder, "done"), "w").close()
+    write_text(done, identity)
 
 
 def run_all(config: FrontierConfig, reference: str, tokenizer: str, files: dict[str, str]) -> list[Point]:
@@ -151,14 +173,14 @@ def run_all(config: FrontierConfig, reference: str, tokenizer: str, files: dict[
     runs = [(method, setting, os.path.join(config.out_dir, f"{method} {name_of(setting)}".replace(" ", "_")))
             for method, sweep in methods_of(config).items() for setting in settings_of(sweep)]
 
-    def train_if_missing(entry) -> None:
+    model = [f"--init_from={reference}"] + [f"--tokenizer={tokenizer}"] * bool(tokenizer)
+
+    def train_entry(entry) -> None:
         method, setting, folder = entry
-        if not os.path.isfile(os.path.join(folder, "done")):
-            inputs = [f"--data={files[kind_of_data(method)]}", f"--init_from={reference}"]
-            train_one(config, method, setting, folder, inputs + [f"--tokenizer={tokenizer}"] * bool(tokenizer))
+        train_one(config, method, setting, folder, files[kind_of_data(method)], model)
 
     with ThreadPoolExecutor(config.jobs) as pool:
-        list(tqdm(pool.map(train_if_missing, runs), total=len(runs), desc="runs", unit="run"))
+        list(tqdm(pool.map(train_entry, runs), total=len(runs), desc="runs", unit="run"))
     points = []
     for method, setting, folder in runs:
         with open(os.path.join(folder, "log.jsonl"), encoding="utf-8") as f:
@@ -173,7 +195,7 @@ def run_all(config: FrontierConfig, reference: str, tokenizer: str, files: dict[
 def table(config: FrontierConfig, points: list[Point], evaluation: Evaluation) -> list[dict]:
     """The best of each objective within each KL budget, on fresh seeds; printed, and returned as records."""
     rows, verdicts = [], {}
-    for budget in map(float, config.budgets.split(",")):
+    for budget in budgets_of(config):
         print(f"\nKL to the reference of at most {budget:g} nats: win-rate over the reference on fresh stories [95%]\n")
         print(f"{'objective':<22}{'win-rate':<34}{'score':<7}{'KL':<6}{'step':<6}{'setting':<24}paper's (GPT-4o)")
         entered = []
@@ -193,7 +215,7 @@ def table(config: FrontierConfig, points: list[Point], evaluation: Evaluation) -
 
 
 def draw(path: str, points: list[Point]) -> None:
-    """Score against KL: for each objective the upper envelope of all its evaluations (no better score at less KL)."""
+    """Score and win-rate against KL. Thin: each run along its training. Thick: the best of an objective up to a KL."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -201,27 +223,39 @@ def draw(path: str, points: list[Point]) -> None:
 
     titles = {"pair": "pairs (best, worst)", "best": "best of n, text", "text": "best of n, text", "ranking": "rankings"}
     shown = list(dict.fromkeys(titles[kind_of_data(point.method)] for point in points))
-    figure, axes = plt.subplots(1, len(shown), figsize=(4.5 * len(shown), 4.2), sharey=True, squeeze=False)
-    for axis, title in zip(axes[0], shown):
-        axis.set(xlabel="KL to the reference (nats)", title=title, xscale="log", xlim=(0.05, None))
-    for method in dict.fromkeys(point.method for point in points):
-        curve, best = [], float("-inf")
-        for point in sorted((p for p in points if p.method == method), key=lambda p: (p.kl, -p.score)):
-            if point.score > best:
-                best = point.score
-                curve.append((max(point.kl, 0.05), point.score))
-        style = {"marker": "o", "linewidth": 2} if method.startswith("spo") else {"marker": ".", "linestyle": "--"}
-        axes[0][shown.index(titles[kind_of_data(method)])].plot(*zip(*curve), label=method, **style)
-    for axis in axes[0]:
-        axis.legend(fontsize=8)
+    figure, axes = plt.subplots(2, len(shown), figsize=(4.6 * len(shown), 7.5), sharex=True, sharey="row", squeeze=False)
+    for (row, measure), (column, title) in itertools.product(enumerate(("score", "win_rate")), enumerate(shown)):
+        axis = axes[row][column]
+        methods = [m for m in dict.fromkeys(p.method for p in points) if titles[kind_of_data(m)] == title]
+        for number, method in enumerate(methods):
+            mine = [p for p in points if p.method == method]
+            for setting in dict.fromkeys(p.setting for p in mine):
+                run_points = [(max(p.kl, 0.05), getattr(p, measure)) for p in mine if p.setting == setting]
+                axis.plot(*zip(*run_points), color=f"C{number}", linewidth=0.6, alpha=0.4)
+            envelope = []
+            for point in sorted(mine, key=lambda p: p.kl):
+                if not envelope or getattr(point, measure) > envelope[-1][1]:
+                    envelope.append((max(point.kl, 0.05), getattr(point, measure)))
+            style = {"marker": "o", "linewidth": 2} if method.startswith("spo") else {"marker": ".", "linestyle": "--"}
+            axis.plot(*zip(*envelope), color=f"C{number}", label=method, **style)
+        axis.set(xscale="log", xlim=(0.045, None))
+        axis.set(title=title) if row == 0 else axis.set(xlabel="KL to the reference (nats)")
+        axis.legend(fontsize=8) if row == 0 else None
     axes[0][0].set_ylabel("judge's score")
+    axes[1][0].set_ylabel("win-rate over the reference")
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100)
     print(f"\n{path}: the figure")
 
 
 def main(argv: list[str]) -> None:
     config = parse(FrontierConfig, argv, "frontier.py", "Every objective: the judge's score against the KL.")
+    methods_of(config), budgets_of(config)
+    if config.jobs < 1:
+        raise ValueError(f"--jobs={config.jobs}: must be 1 or more")
+    folder = os.path.dirname(config.figure) or "."
+    if os.path.abspath(folder) != os.path.abspath(config.out_dir) and not os.path.isdir(folder):
+        raise ValueError(f"--figure={config.figure}: there is no folder {folder}")
     os.makedirs(config.out_dir, exist_ok=True)
     reference, tokenizer, ranked, files = files_for(config)
     points = run_all(config, reference, tokenizer, files)

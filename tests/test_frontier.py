@@ -47,6 +47,11 @@ def test_every_objective_has_a_sweep_of_flags_that_it_takes():
         assert set(sweep) <= takes | ({"beta"} if frontier.LOSSES[loss].regularizer != "none" else set())
 
 
-def test_an_unknown_method_is_refused(flags):
-    with pytest.raises(ValueError, match="'spoo' is no objective"):
-        frontier.main([*flags, "--methods=spoo"])
+@pytest.mark.parametrize("flag,message", [
+    ("--methods=spoo", "'spoo' is no objective"), ("--budgets=1,x", "--budgets=1,x: expected numbers"),
+    ("--jobs=0", "--jobs=0"), ("--figure=nowhere/f.png", "there is no folder nowhere"),
+])
+def test_bad_flags_are_refused_before_anything_runs(flags, flag, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        frontier.main([*flags, flag])
+    assert not (tmp_path / "out").exists()

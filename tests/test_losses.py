@@ -382,9 +382,11 @@ def test_centering_changes_the_value_by_a_constant_and_not_the_gradient():
 
 @pytest.mark.parametrize("name", list(LOSSES))
 def test_gaps_of_ten_thousand_nats_leave_loss_and_gradient_finite(name):
-    for gap in (-1e4, -100.0, 0.0, 100.0, 1e4):
-        logps = torch.tensor([[-200.0 + gap, -200.0]], requires_grad=True)
-        value = call(name, logps, torch.full((1, 2), -200.0), torch.full((1, 2), 99))
+    n = SLOW[name][0]
+    sharp = {"alpha": 1.0} if name.startswith("spo") else {"beta": 1.0} if "beta" in SLOW[name][1] else {}
+    for gap, settings in itertools.product((-1e4, -100.0, 0.0, 100.0, 1e4), ({}, sharp)):
+        logps = torch.tensor([[-200.0 + gap] + [-200.0] * (n - 2) + [-200.0 - gap]], requires_grad=True)
+        value = call(name, logps, torch.full((1, n), -200.0), torch.full((1, n), 99), **settings)
         value.sum().backward()
         assert value.shape == (1,) and torch.isfinite(value).all() and torch.isfinite(logps.grad).all()
 
@@ -406,6 +408,12 @@ def test_wrong_shapes_are_refused_in_words():
         LOSSES["spo_rank"](story_logps(3, 1))
     with pytest.raises(ValueError, match="weight_mean"):
         LOSSES["spo_rank"](story_logps(3, 4), weight_mean=torch.zeros(2))
+    with pytest.raises(ValueError, match="weight_mean"):
+        LOSSES["spo_rank"](story_logps(3, 4), weight_mean=0.5)
+    with pytest.raises(ValueError, match="kl_estimate has shape"):
+        LOSSES["kto"](story_logps(3, 2), story_logps(3, 2), kl_estimate=torch.zeros(3))
+    with pytest.raises(ValueError, match="lengths is missing"):
+        LOSSES["ipo"](story_logps(3, 2), story_logps(3, 2), norm="mean")
 
 
 # --- log-probs and KL ----------------------------------------------------------------------------------------------

@@ -119,7 +119,7 @@ def test_online_samples_are_untruncated_draws_of_the_policy_in_eval_mode(monkeyp
         return generate(model, prompts, max_new_tokens, temperature, top_k, top_p, **rest)
 
     monkeypatch.setattr(data, "generate", spy)
-    policy = Checkpoint(tiny(), {"eos_id": 1})
+    policy = Checkpoint(tiny().train(), {"eos_id": 1})
     online = spo_train.draw_online(TrainConfig(max_new_tokens=12), policy, tiny(), [[1]], 0)
     assert calls == [(1.0, None, None, False)]
     assert sum(len(b.tokens) for b in online.batches) == 32
@@ -176,6 +176,18 @@ def workshop(tmp_path, tokenizer, monkeypatch):  # noqa: F811
 def log_of(folder: str) -> list[dict]:
     with open(f"{folder}/log.jsonl", encoding="utf-8") as f:
         return [json.loads(line) for line in f]
+
+
+def test_samples_of_the_policy_are_drawn_anew_every_kl_interval(workshop, monkeypatch):
+    steps, original = [], spo_train.draw_online
+
+    def spy(config, policy, reference, prompts, step):
+        steps.append(step)
+        return original(config, policy, reference, prompts, step)
+
+    monkeypatch.setattr(spo_train, "draw_online", spy)
+    workshop("spo_rank", "--kl_interval=3", "--kl_batch_size=4", "--eval_stories=0")
+    assert steps == [0, 3, 6]
 
 
 @pytest.mark.parametrize("loss", list(LOSSES))
@@ -236,7 +248,10 @@ def test_a_run_leaves_its_files_and_they_agree(workshop, capsys):
     assert ids[1:] == greedy
     assert checkpoints.load(f"{folder}/ckpt.pt").step == 8 and best.config["loss"] == "spo_rank"
     evaluations = [entry for entry in log_of(folder) if "eval/kl" in entry]
-    assert [entry["step"] for entry in evaluations] == [0, 4, 8] and evaluations[0]["eval/kl"] == 0.0
+    assert [entry["step"] for entry in evaluations] == [0, 4, 8]
+    assert evaluations[0]["eval/kl"] == 0.0 < evaluations[1]["eval/kl"] < evaluations[2]["eval/kl"]
+    kinds = [key for entry in log_of(folder) for key in entry if key.endswith("/score")]
+    assert kinds == ["eval/score"] * 3 + ["before/score", "best/score", "last/score"]
     assert "before (step 0)" in out and "after" in out and "last (step 8)" in out
 
 
@@ -248,11 +263,31 @@ def test_the_same_seed_gives_the_same_run_and_micro_batches_do_not_show(workshop
     assert all(torch.allclose(a, b, atol=2e-4) for a, b in zip(weights[0].values(), weights[2].values()))
 
 
+def test_a_new_run_replaces_the_old_one_but_never_what_it_reads(workshop):
+    workshop("spo_rank", "--keep_checkpoints")
+    assert os.path.isfile("out/step_000008.pt")
+    for flag in ("--init_from=out/best.pt", "--baseline=out/stories/step_000008.jsonl"):
+        with pytest.raises(ValueError, match="--out_dir=out: this run reads .*out/.* choose another --out_dir"):
+            workshop("spo_rank", flag, "--eval_stories=1")
+    assert os.path.isfile("out/step_000008.pt") and os.path.isfile("out/best.pt")
+    workshop("spo_rank", "--eval_stories=0")
+    assert not os.path.exists("out/best.pt") and not os.path.exists("out/step_000008.pt") and not os.listdir("out/stories")
+
+
+def test_prompts_of_groups_that_were_dropped_are_not_sampled_from(workshop, tmp_path):
+    good = [{"prompt": "the", "responses": [f"owl {i}", "key"], "ranking": [0, 1]} for i in range(4)]
+    bad = {"prompt": "a long way " * 40, "responses": ["a", "b"], "ranking": [0, 1]}
+    write(tmp_path / "ranked.jsonl", bad, *good)
+    workshop("spo_rank", "--max_iters=2")
+    with open("out/stories/step_000000.jsonl", encoding="utf-8") as f:
+        assert {json.loads(line)["prompt"] for line in f} == {"the"}
+
+
 def test_the_baseline_can_be_any_stories(workshop, tmp_path, capsys):
-    write(tmp_path / "others.jsonl", *({"text": f"A treasure {i}."} for i in range(8)))
+    write(tmp_path / "others.jsonl", *({"text": f"A treasure {i}."} for i in range(12)))
     workshop("best_sft", "--baseline=others.jsonl")
     assert "win-rate over others.jsonl" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="8 stories, the report needs 10"):
+    with pytest.raises(ValueError, match="12 stories, selecting and reporting need 15"):
         workshop("best_sft", "--baseline=others.jsonl", "--eval_stories=5")
 
 
@@ -285,6 +320,7 @@ def test_a_model_is_trained_from_scratch_on_text(workshop):
     ("ipo", ["--tau=0"], "--tau=0.0: must be finite and above 0"),
     ("dpo", ["--regularizer=global_kl"], "--regularizer=global_kl: the beta of dpo is its own"),
     ("cpo", ["--nll=median"], "invalid choice: 'median'"),
+    ("spo_rank", ["--baseline=ranked.jsonl", "--eval_stories=0"], "--baseline: nothing is judged with"),
     ("spo_rank", ["--batch_size=0"], "--batch_size=0: must be 1 or more"),
     ("spo_rank", ["--seed=-1"], "--seed=-1: must be finite and not negative"),
     ("spo_rank", ["--dim=64"], "--dim: the shape comes with --init_from=start.pt"),
