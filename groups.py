@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tokenizer import Tokenizer
 
-# --- groups ------------------------------------------------------------------------------------------------------------
+# --- groups --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def require(groups: list[RankedGroup], need: str, path: str, loss: str) -> None:
             raise ValueError(f'{where}: --loss={loss} needs the best response named ("best" or "ranking")')
 
 
-# --- tokens and batches ------------------------------------------------------------------------------------------------
+# --- tokens and batches --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

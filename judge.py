@@ -14,107 +14,125 @@ from dataclasses import dataclass
 
 from config import flag, parse, run
 
-# --- the offline judge -----------------------------------------------------------------------------------------------
+# --- the offline judge ---------------------------------------------------------------------------
 
 # Words that a story for older readers has and one for small children mostly lacks; inflections are found by `stem`.
 RICH_WORDS = set("""
-abandon ability absolute accident accompany ache achieve admire admit adventure advice afternoon agree although amaze
-amuse ancient anger announce anxious apology appear appreciate approach argue arrange arrive ashamed astonish attempt
-attention autumn avoid awake awful balance barely battle beautiful behave belief belong beneath betray bewilder beyond
-bitter blanket blossom boast bold borrow bother bottom brave breath breathe breeze brief bright brilliant brook bundle
-burden calm candle captain capture careful carve castle caution cavern celebrate challenge chamber character charm cheer
-chore clever cliff climb clumsy coast collapse collect comfort command complain complete concern confess confident
-confuse consider content continue cottage courage cradle craft crawl creak creature crimson crowd crumble cunning curious
-curtain custom damp danger daring dawn decide declare deep defeat delicate delicious delight depart describe deserve
-desire despair desperate destroy determine different difficult direction disappear disappoint discover discuss disguise
-distance distant disturb doubt dreadful drift drown dusk eager earn echo edge effort elder elegant embrace emerald
-emerge emotion empty enchant encourage endless enemy enormous entire envy escape eventual evil examine exclaim exhaust
-exist expect experience explain explore expression extraordinary faint faithful familiar famous fascinate fear feast
-fierce final flicker float flutter foolish forbid foreign forest forgive fortune fragile freedom frequent fright frost
-frown frustrate fury gather gaze generous gentle genuine ghost giggle glance gleam glimmer glisten gloomy glow golden
-gossip graceful gradual grateful greed grief grim guard guide guilt harbor harsh harvest haste haunt heal heart heavy
-hesitate hidden hollow honest honor hope horizon howl huge humble hunger hurry ignore imagine immediate important
-impossible impress incredible inspect instead intend invent invisible invite island jealous journey justice keen kingdom
-knowledge ladder lantern lean legend lesson lighthouse linger listen lonely loyal lullaby magic magnificent majestic
-marvel meadow melancholy melody memory merchant mercy messenger midnight mischief misery mist mistake moan modest moment
-moonlight moonlit mountain mourn murmur mysterious mystery narrow neglect nervous noble notice obey observe ocean odd
-offer orchard ordinary ought overcome palace panic patience patient pause peaceful peculiar perfect perhaps persuade
-plead pleasant pleasure plenty polite ponder poor portrait possess powerful praise precious predict prefer prepare
-pretend prince princess prison problem promise protect proud prove puzzle quarrel quest quiet quilt quiver rare reach
-realize reason recall receive recognize recover reflect refuse regret relief reluctant remain remarkable remember remind
-repair replace reply rescue respect responsible restless return reveal reward riddle ripple roam rough ruin rumor rustle
-sacred sacrifice sail sailor satisfy scatter scholar scold search secret sense serious several shadow shatter shelter
-shimmer shiver shore sigh silence silent silver simple single slender slight slope slumber smooth sob solemn solution
-solve sorrow soul sparkle special spirit splendid stare startle steady stern storm strange stranger stream strength
-stretch struggle stubborn stumble succeed sudden suffer suggest sunlight sunset surface surprise surround survive suspect
-swamp sway swift sympathy tale talent tangle tease temper temple tempt tender terrible terrify thief thought thoughtful
-thread threat thrill thunder tide timid tower trace tradition trail traveler treasure tremble triumph trouble trust truth
-twilight twist unexpected unfortunate unknown unusual urge useful valley valuable vanish vast velvet victory village
-voyage wander warn weary weather weave weep whisper wicked wild wilderness willow wisdom wise wither within witness
-wonder wonderful worry wound wreck yearn yield
+abandon ability absolute accident accompany ache achieve admire admit adventure advice afternoon
+agree although amaze amuse ancient anger announce anxious apology appear appreciate approach argue
+arrange arrive ashamed astonish attempt attention autumn avoid awake awful balance barely battle
+beautiful behave belief belong beneath betray bewilder beyond bitter blanket blossom boast bold
+borrow bother bottom brave breath breathe breeze brief bright brilliant brook bundle burden calm
+candle captain capture careful carve castle caution cavern celebrate challenge chamber character
+charm cheer chore clever cliff climb clumsy coast collapse collect comfort command complain complete
+concern confess confident confuse consider content continue cottage courage cradle craft crawl creak
+creature crimson crowd crumble cunning curious curtain custom damp danger daring dawn decide declare
+deep defeat delicate delicious delight depart describe deserve desire despair desperate destroy
+determine different difficult direction disappear disappoint discover discuss disguise distance
+distant disturb doubt dreadful drift drown dusk eager earn echo edge effort elder elegant embrace
+emerald emerge emotion empty enchant encourage endless enemy enormous entire envy escape eventual
+evil examine exclaim exhaust exist expect experience explain explore expression extraordinary faint
+faithful familiar famous fascinate fear feast fierce final flicker float flutter foolish forbid
+foreign forest forgive fortune fragile freedom frequent fright frost frown frustrate fury gather
+gaze generous gentle genuine ghost giggle glance gleam glimmer glisten gloomy glow golden gossip
+graceful gradual grateful greed grief grim guard guide guilt harbor harsh harvest haste haunt heal
+heart heavy hesitate hidden hollow honest honor hope horizon howl huge humble hunger hurry ignore
+imagine immediate important impossible impress incredible inspect instead intend invent invisible
+invite island jealous journey justice keen kingdom knowledge ladder lantern lean legend lesson
+lighthouse linger listen lonely loyal lullaby magic magnificent majestic marvel meadow melancholy
+melody memory merchant mercy messenger midnight mischief misery mist mistake moan modest moment
+moonlight moonlit mountain mourn murmur mysterious mystery narrow neglect nervous noble notice obey
+observe ocean odd offer orchard ordinary ought overcome palace panic patience patient pause peaceful
+peculiar perfect perhaps persuade plead pleasant pleasure plenty polite ponder poor portrait possess
+powerful praise precious predict prefer prepare pretend prince princess prison problem promise
+protect proud prove puzzle quarrel quest quiet quilt quiver rare reach realize reason recall receive
+recognize recover reflect refuse regret relief reluctant remain remarkable remember remind repair
+replace reply rescue respect responsible restless return reveal reward riddle ripple roam rough ruin
+rumor rustle sacred sacrifice sail sailor satisfy scatter scholar scold search secret sense serious
+several shadow shatter shelter shimmer shiver shore sigh silence silent silver simple single slender
+slight slope slumber smooth sob solemn solution solve sorrow soul sparkle special spirit splendid
+stare startle steady stern storm strange stranger stream strength stretch struggle stubborn stumble
+succeed sudden suffer suggest sunlight sunset surface surprise surround survive suspect swamp sway
+swift sympathy tale talent tangle tease temper temple tempt tender terrible terrify thief thought
+thoughtful thread threat thrill thunder tide timid tower trace tradition trail traveler treasure
+tremble triumph trouble trust truth twilight twist unexpected unfortunate unknown unusual urge
+useful valley valuable vanish vast velvet victory village voyage wander warn weary weather weave
+weep whisper wicked wild wilderness willow wisdom wise wither within witness wonder wonderful worry
+wound wreck yearn yield
 """.split())
 
 # Words that any reader knows. Together with the lists above and below they tell words from broken ones.
 COMMON_WORDS = set("""
-able above accidentally add afraid after ago air alive almost alone along already always angry animal another answer
-anybody anymore anyone anything anyway apart apple arm around art ask asleep ate aunt awake away baby back backyard
-bad bag bake baker ball balloon banana band bank bark barn basket bath bathroom beach bean bear beat became become bed
-bedroom bee before beg began begin beginning believe bell bench bent best better big biggest bike bird birthday bit
-bite black bled blew block blow blue board boat body bone book boot bored boring born both bottle bought bounce bow
-bowl box boy branch bread break breakfast bred brick bridge bring broke broken brother brought brown brush bubble
-bucket bug build built bunny burn burnt bus bush busy butter butterfly button buy bye cage cake call came camera camp
-candy cannot cap car card care carpet carry cart cat catch caught cause cave chair chase check cheek cheese chest chew
-chicken child children chin chocolate choose chosen church circle city clap class clean clear clock close cloth
-clothes cloud clown coat coin cold color comb come comfortable comfy companion cook cookie cool copy corn corner cost
-couch count country course cousin cover cow cozy crash crayon cream creative cried cross crown cry cup cupboard
-cushion cut cute dad daddy dance dark date daughter day dead deal dear deer desk diamond dice dig dine dinner dirt
-dirty dish dive doctor dog doing doll done donkey door dragon draw drawer drawn dream dreamt dress drew drink drive
-drop drove drum dry duck dug dust each ear early earth ease east easy eat eaten egg eight elephant eleven else end
-enjoy enough enter especially even evening ever everybody everyone everything everywhere excited exciting extra eye
-face fact fair fairy fall fallen family fancy far farm farmer fast fat father favorite feather fed feed feel feet fell
-felt fence few field fight figure fill find fine finger finish fire first fish fit five fix flag flash flashlight flat
-fled flew floor flour flower flown fluffy fly fold follow food foot forever forget forgot forgotten fork forward found
-four fox free fresh fridge friend friendly frog front frozen fruit full fun funny fur furniture furry game garage
-garden gate gave get giant gift giraffe girl give given glad glass glove glue go goal goat god gold gone good goodbye
-got gotten grab grade grandfather grandma grandmother grandpa grape grass gray great green grew grey ground group grow
-grown guess guest guy hair half hall hammer hand handle hang happen happy hard hat hate having head health hear heard
-heat held hello helmet help hen hero hey hi hid hide high hill hit hold hole home hop horse hose hospital hot hour
-house hug hundred hung hungry hunt hurt husband ice idea inch inside interesting iron itself jacket jam jar jelly job
-join joke joy juice jump jungle keep kept key kick kid kill kind king kiss kitchen kite kitten kitty knee knelt knew
-knife knock know lady laid lake lamb lamp land lap large last late later laugh laundry law lay lazy lead leaf leapt
-learn leave led left leg lemon lent less let letter lick lid lie life lift light like line lion lip list little live
-lived load lock log long look lose lost lot loud love low loyal luck lucky lunch machine mad made magical mail main
-make mama man many mark market mask mat match math matter maybe meal mean meant meat medicine meet melt men mess met
-metal mice middle might milk mind mine minute mirror miss mix mom mommy money monkey monster month mood moon moral
-more morning most mother mouse mouth move movie much mud mum mummy muscle museum mushroom music nail name nap naughty
-nearby nearly neat neck need neighbor nest net never new news next nice night nine nobody nod noise none noon nor
-north nose note nothing now number nurse nut o'clock oak often oh oil okay old once ones onion only open orange order
-other others outside oven owl own owned owner pack page paid pain paint pair pan pants papa paper parade parent park
-part party pass past path pay pea peace peel pen pencil penny people pepper person pet phone photo piano pick picnic
-picture pie piece pig pile pillow pilot pink pipe pirate pit pizza place plan plane planet plant plate play playground
-please pocket point pole police polish polished pond pony pool pop pot potato pour power practice present press pretty
-prize pull pumpkin puppet puppy purple purse push put queen question quick quit quite rabbit race rain rainbow ran
-rang rat rather read ready real really red rejoice rejoiced relax relieved rest rich ride right ring rise river road
-roar rob robot rock rocket rode roll roof room root rope rose round row rub rude rug rule run rushed sad safe said
-salad salt same sand sandwich sang sat save saw say scare scary school science scream sea seat second see seed seek
-seem seen selfish sell send sent set seven shake shape share sharp shed sheep sheet shelf shell shine shiny ship shirt
-shoe shook shoot shop short shot shoulder shout shovel show shower shown shut shy sick side sight sign silly since
-sing sink sir sister sit six size skin skip skirt sky sled sleep sleepy slept slid slide slip slipped slow small smart
-smell smile smoke snack snail snake sniff snow soap soccer sock soda sofa soft sold soldier somebody someone something
-sometimes somewhere son song soon sore sorry sort sound soup sour space spare speak speed spell spend spent spicy
-spider spill spin spoke spoon sport spot spread spring spun square squash squeeze squirrel stage stair stamp stand
-star start station stay steal step stick sticky still stole stolen stone stood stop store story stove straight street
-string strong stuck student study stuff such sugar suit summer sun sung sunny sunshine super supper sure surf
-surrender swam sweep sweet swept swim swing swung table tail take taken talk tall tap task taste taught tea teach
-teacher team tear teddy teeth tell ten tent test thank thick thin thing think third thirsty thirteen though three
-threw throat throw thrown thumb ticket tidy tie tiger tight time tiny tip tire toast today toe together told tomato
-tomorrow tongue tonight took tool tooth top torn toss touch towards towel town toy track traffic train trap trash
-travel treat tree trick tried trip truck true try tub tube tumbled tummy turkey turn turtle tv twelve twenty twice
-twin two ugly umbrella uncle understand understood until upon upset upstairs use usual van vase vegetable video view
-visit voice volcano wagon wait wake walk wall want warm wash wasn't watch water wave way weak wear week welcome well
-went west wet whale wheel whenever white whole whose wide wife win window wing winter wipe wish without woke woken
-wolf woman won won't wood wooden wool word wore work world worm worn worse wrap write written wrong wrote yard yeah
-year yell yellow yes yesterday yet you're young yourself yummy zebra zoo
+able above accidentally add afraid after ago air alive almost alone along already always angry
+animal another answer anybody anymore anyone anything anyway apart apple arm around art ask asleep
+ate aunt awake away baby back backyard bad bag bake baker ball balloon banana band bank bark barn
+basket bath bathroom beach bean bear beat became become bed bedroom bee before beg began begin
+beginning believe bell bench bent best better big biggest bike bird birthday bit bite black bled
+blew block blow blue board boat body bone book boot bored boring born both bottle bought bounce bow
+bowl box boy branch bread break breakfast bred brick bridge bring broke broken brother brought brown
+brush bubble bucket bug build built bunny burn burnt bus bush busy butter butterfly button buy bye
+cage cake call came camera camp candy cannot cap car card care carpet carry cart cat catch caught
+cause cave chair chase check cheek cheese chest chew chicken child children chin chocolate choose
+chosen church circle city clap class clean clear clock close cloth clothes cloud clown coat coin
+cold color comb come comfortable comfy companion cook cookie cool copy corn corner cost couch count
+country course cousin cover cow cozy crash crayon cream creative cried cross crown cry cup cupboard
+cushion cut cute dad daddy dance dark date daughter day dead deal dear deer desk diamond dice dig
+dine dinner dirt dirty dish dive doctor dog doing doll done donkey door dragon draw drawer drawn
+dream dreamt dress drew drink drive drop drove drum dry duck dug dust each ear early earth ease east
+easy eat eaten egg eight elephant eleven else end enjoy enough enter especially even evening ever
+everybody everyone everything everywhere excited exciting extra eye face fact fair fairy fall fallen
+family fancy far farm farmer fast fat father favorite feather fed feed feel feet fell felt fence few
+field fight figure fill find fine finger finish fire first fish fit five fix flag flash flashlight
+flat fled flew floor flour flower flown fluffy fly fold follow food foot forever forget forgot
+forgotten fork forward found four fox free fresh fridge friend friendly frog front frozen fruit full
+fun funny fur furniture furry game garage garden gate gave get giant gift giraffe girl give given
+glad glass glove glue go goal goat god gold gone good goodbye got gotten grab grade grandfather
+grandma grandmother grandpa grape grass gray great green grew grey ground group grow grown guess
+guest guy hair half hall hammer hand handle hang happen happy hard hat hate having head health hear
+heard heat held hello helmet help hen hero hey hi hid hide high hill hit hold hole home hop horse
+hose hospital hot hour house hug hundred hung hungry hunt hurt husband ice idea inch inside
+interesting iron itself jacket jam jar jelly job join joke joy juice jump jungle keep kept key kick
+kid kill kind king kiss kitchen kite kitten kitty knee knelt knew knife knock know lady laid lake
+lamb lamp land lap large last late later laugh laundry law lay lazy lead leaf leapt learn leave led
+left leg lemon lent less let letter lick lid lie life lift light like line lion lip list little live
+lived load lock log long look lose lost lot loud love low loyal luck lucky lunch machine mad made
+magical mail main make mama man many mark market mask mat match math matter maybe meal mean meant
+meat medicine meet melt men mess met metal mice middle might milk mind mine minute mirror miss mix
+mom mommy money monkey monster month mood moon moral more morning most mother mouse mouth move movie
+much mud mum mummy muscle museum mushroom music nail name nap naughty nearby nearly neat neck need
+neighbor nest net never new news next nice night nine nobody nod noise none noon nor north nose note
+nothing now number nurse nut o'clock oak often oh oil okay old once ones onion only open orange
+order other others outside oven owl own owned owner pack page paid pain paint pair pan pants papa
+paper parade parent park part party pass past path pay pea peace peel pen pencil penny people pepper
+person pet phone photo piano pick picnic picture pie piece pig pile pillow pilot pink pipe pirate
+pit pizza place plan plane planet plant plate play playground please pocket point pole police polish
+polished pond pony pool pop pot potato pour power practice present press pretty prize pull pumpkin
+puppet puppy purple purse push put queen question quick quit quite rabbit race rain rainbow ran rang
+rat rather read ready real really red rejoice rejoiced relax relieved rest rich ride right ring rise
+river road roar rob robot rock rocket rode roll roof room root rope rose round row rub rude rug rule
+run rushed sad safe said salad salt same sand sandwich sang sat save saw say scare scary school
+science scream sea seat second see seed seek seem seen selfish sell send sent set seven shake shape
+share sharp shed sheep sheet shelf shell shine shiny ship shirt shoe shook shoot shop short shot
+shoulder shout shovel show shower shown shut shy sick side sight sign silly since sing sink sir
+sister sit six size skin skip skirt sky sled sleep sleepy slept slid slide slip slipped slow small
+smart smell smile smoke snack snail snake sniff snow soap soccer sock soda sofa soft sold soldier
+somebody someone something sometimes somewhere son song soon sore sorry sort sound soup sour space
+spare speak speed spell spend spent spicy spider spill spin spoke spoon sport spot spread spring
+spun square squash squeeze squirrel stage stair stamp stand star start station stay steal step stick
+sticky still stole stolen stone stood stop store story stove straight street string strong stuck
+student study stuff such sugar suit summer sun sung sunny sunshine super supper sure surf surrender
+swam sweep sweet swept swim swing swung table tail take taken talk tall tap task taste taught tea
+teach teacher team tear teddy teeth tell ten tent test thank thick thin thing think third thirsty
+thirteen though three threw throat throw thrown thumb ticket tidy tie tiger tight time tiny tip tire
+toast today toe together told tomato tomorrow tongue tonight took tool tooth top torn toss touch
+towards towel town toy track traffic train trap trash travel treat tree trick tried trip truck true
+try tub tube tumbled tummy turkey turn turtle tv twelve twenty twice twin two ugly umbrella uncle
+understand understood until upon upset upstairs use usual van vase vegetable video view visit voice
+volcano wagon wait wake walk wall want warm wash wasn't watch water wave way weak wear week welcome
+well went west wet whale wheel whenever white whole whose wide wife win window wing winter wipe wish
+without woke woken wolf woman won won't wood wooden wool word wore work world worm worn worse wrap
+write written wrong wrote yard yeah year yell yellow yes yesterday yet you're young yourself yummy
+zebra zoo
 """.split())
 
 DETERMINERS = set("the a an my your our their its every".split())
@@ -125,9 +143,9 @@ BE_HAVE = set("was were is are am had has".split())
 MODALS = set("could would should must can't couldn't didn't don't wouldn't".split())
 JOINERS = set("and but or".split())
 OTHER_FUNCTION = set("""
-it you his her this that these those there here what who which when where while because if as so than then not no very
-too be been being have do does did will can all some any one up down out off over again just also how why it's he's
-she's that's i'm i'll let's
+it you his her this that these those there here what who which when where while because if as so
+than then not no very too be been being have do does did will can all some any one up down out off
+over again just also how why it's he's she's that's i'm i'll let's
 """.split())
 FUNCTION = DETERMINERS | PREPOSITIONS | SUBJECTS | OBJECTS | BE_HAVE | MODALS | JOINERS | OTHER_FUNCTION
 MAY_REPEAT = set("very so no bye ha many really that had far knock tick hop up round on more".split())
@@ -283,7 +301,7 @@ def compare(a: str, b: str) -> float:
     return 0.5 if first == second else float(first > second)
 
 
-# --- win-rates ---------------------------------------------------------------------------------------------------------
+# --- win-rates -----------------------------------------------------------------------------------
 
 
 @dataclass

@@ -66,7 +66,7 @@ def check(policy_logps: Tensor, others: dict[str, Tensor] | None = None, least: 
             raise ValueError(f"{name} {found}, policy_logps has shape {shape}")
 
 
-# --- from logits to log-probs ------------------------------------------------------------------------------------
+# --- from logits to log-probs --------------------------------------------------------------------
 
 
 def check_logits(logits: Tensor, mask: Tensor) -> None:
@@ -128,7 +128,7 @@ def stage_logsumexp(values: Tensor) -> Tensor:
     return torch.stack([values[:, k:].logsumexp(1) for k in range(values.shape[1] - 1)], dim=1)
 
 
-# --- Soft Preference Optimization ----------------------------------------------------------------------------------
+# --- Soft Preference Optimization ----------------------------------------------------------------
 
 
 def weight_statistic(policy_logps: Tensor, gamma: float) -> Tensor:
@@ -243,7 +243,7 @@ def spo_rank(
     return (decay * mu * torch.stack(stages, dim=1)).sum(1)
 
 
-# --- baselines -----------------------------------------------------------------------------------------------------
+# --- baselines -----------------------------------------------------------------------------------
 
 
 def mean_length_of_all(lengths: Tensor) -> Tensor:

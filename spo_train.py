@@ -86,7 +86,7 @@ class TrainConfig:
     seed: int = flag(1337, "of the data order, of every sample, and of the weights from scratch")
 
 
-# --- what the flags mean -----------------------------------------------------------------------------------------------
+# --- what the flags mean -------------------------------------------------------------------------
 
 
 def reads(*functions: Callable) -> set[str]:
@@ -187,7 +187,7 @@ def check_config(config: TrainConfig) -> None:
         raise ValueError("--init_from=scratch: needs --tokenizer")
 
 
-# --- the pieces of a step ----------------------------------------------------------------------------------------------
+# --- the pieces of a step ------------------------------------------------------------------------
 
 
 def policy_at_start(config: TrainConfig, device: str) -> tuple[Checkpoint, Tokenizer]:
@@ -352,7 +352,7 @@ def gradient_step(
     return logged | {"lr": learning_rate(config, step), "tokens_per_second": tokens / (time.perf_counter() - started)}
 
 
-# --- the run -----------------------------------------------------------------------------------------------------------
+# --- the run -------------------------------------------------------------------------------------
 
 
 def demo(loss: str, device: str) -> tuple[str, str]:

@@ -29,7 +29,7 @@ from groups import EncodedGroup, encode_groups, parse_group, read_groups, read_r
 from model import generate
 from tokenizer import Tokenizer, load_tokenizer
 
-# --- stories from a model ----------------------------------------------------------------------------------------------
+# --- stories from a model ------------------------------------------------------------------------
 
 
 def sample(
@@ -125,7 +125,7 @@ def ranked_records(path: str) -> list[dict]:
     return [record for _, record in records]
 
 
-# --- the offline demo --------------------------------------------------------------------------------------------------
+# --- the offline demo ----------------------------------------------------------------------------
 
 DEMO_DIR = os.path.join("data", "demo")
 DEMO_STORIES, DEMO_VOCAB, DEMO_GROUPS, DEMO_SEED = 8000, 1024, 1024, 1337
@@ -184,7 +184,7 @@ def demo_groups(reference: Checkpoint, tokenizer: Tokenizer) -> None:
     write_jsonl(os.path.join(DEMO_DIR, DEMO_FILES["pair"]), (to_pairs(r, "best_worst")[0] for r in records))
 
 
-# --- commands ----------------------------------------------------------------------------------------------------------
+# --- commands ------------------------------------------------------------------------------------
 
 
 @dataclass

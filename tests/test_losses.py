@@ -284,7 +284,7 @@ def test_reading_a_ranking_by_places_instead_of_indices_shows_in_the_loss():
     assert LOSSES["spo_rank"](by_response[:, [2, 0, 1]], alpha=1.0, gamma=0.0).item() > best_first.item() + 5
 
 
-# --- identities --------------------------------------------------------------------------------------------------------
+# --- identities ----------------------------------------------------------------------------------
 
 
 def test_ranked_baselines_collapse_to_dpo_for_pairs():
@@ -330,7 +330,7 @@ def test_alpha_0_is_the_limit_of_small_alpha():
         assert torch.allclose(LOSSES[name](logps, alpha=1e-7, centered=True), limit, atol=1e-4)
 
 
-# --- regularizers ------------------------------------------------------------------------------------------------------
+# --- regularizers --------------------------------------------------------------------------------
 
 
 def test_importance_by_hand():
@@ -416,7 +416,7 @@ def test_wrong_shapes_are_refused_in_words():
         LOSSES["ipo"](story_logps(3, 2), story_logps(3, 2), norm="mean")
 
 
-# --- log-probs and KL ----------------------------------------------------------------------------------------------
+# --- log-probs and KL ----------------------------------------------------------------------------
 
 
 def random_batch(seed: int = 0):

@@ -140,7 +140,7 @@ def test_generate_ends_with_the_context_and_refuses_a_prompt_that_fills_it():
         generate(tiny(), [[1] * 64], 5)
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
+# --- files ---------------------------------------------------------------------------------------
 
 
 def same_weights(a: Transformer, b: Transformer) -> bool:
@@ -264,7 +264,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-# --- the published stories260K ---------------------------------------------------------------------------------------
+# --- the published stories260K -------------------------------------------------------------------
 
 
 def test_stories260k_tells_its_known_story(spo_data, capsys):

@@ -144,7 +144,7 @@ def test_an_epoch_uses_every_group_once_in_an_order_of_its_own():
     assert [g.line for g in across] == lines[0] + lines[1][:5]
 
 
-# --- whole runs ------------------------------------------------------------------------------------------------------
+# --- whole runs ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -306,7 +306,7 @@ def test_a_model_is_trained_from_scratch_on_text(workshop):
     assert checkpoints.load(f"{folder}/model.bin").model.args.dim == 32
 
 
-# --- bad input: one line, exit code 2 ----------------------------------------------------------------------------------
+# --- bad input: one line, exit code 2 ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("loss,flags,message", [
@@ -366,7 +366,7 @@ def test_every_script_says_it_in_one_line(command, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-# --- the demo --------------------------------------------------------------------------------------------------------
+# --- the demo ------------------------------------------------------------------------------------
 
 
 def test_the_demo_builds_itself_goes_on_after_a_kill_and_is_then_reused(tmp_path, monkeypatch):
