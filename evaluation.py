@@ -63,13 +63,10 @@ class Evaluation:
             self.name = os.path.basename(baseline)
             self.prompts = {which: [story.prompt for story in part] for which, part in parts.items()}
             self.baselines = {which: [story.responses[0] for story in part] for which, part in parts.items()}
-            return
-        self.name = "the reference"
-        self.prompts = {"select": data.spread(prompts, select), "report": data.spread(prompts, report)}
-        self.baselines = {}
-        for which, purpose in (("select", SELECT_BASELINE), ("report", REPORT_BASELINE)):
-            records = self.stories(reference, which, purpose, f"stories of the reference ({which})")[0]
-            self.baselines[which] = [record["text"] for record in records]
+        else:
+            self.name = "the reference"
+            self.prompts = {"select": data.spread(prompts, select), "report": data.spread(prompts, report)}
+            self.baselines = {}  # the reference's own stories, drawn when they are first needed
 
     def stories(self, checkpoint: Checkpoint, which: str, purpose: int, progress: str | None = None):
         """(records, samples) of a checkpoint."""
@@ -83,6 +80,10 @@ class Evaluation:
     @torch.no_grad()
     def judge(self, checkpoint: Checkpoint, which: str) -> Verdict:
         checkpoint.model.eval()
+        if which not in self.baselines:
+            purpose = SELECT_BASELINE if which == "select" else REPORT_BASELINE
+            records, _ = self.stories(self.reference, which, purpose, "stories of the reference")
+            self.baselines[which] = [record["text"] for record in records]
         records, samples = self.stories(checkpoint, which, SELECT if which == "select" else REPORT, "judging")
         texts = [record["text"] for record in records]
         kl, model = 0.0, checkpoint.model

@@ -80,6 +80,7 @@ class TrainConfig:
     eval_interval: int = flag(20, "steps between evaluations")
     eval_stories: int = flag(128, "stories judged at an evaluation, twice as many fresh ones at the end; 0: none")
     baseline: str = flag("", "stories to win against (JSONL); none: the reference's own")
+    report: bool = flag(True, "end with a table on fresh stories: before, best and last")
     keep_checkpoints: bool = flag(False, "keep the weights of every evaluation, as step_N.pt")
     log_interval: int = flag(5, "steps between log lines")
     device: str = flag("", "cpu, cuda, cuda:1, mps; none: cuda where there is one, else cpu")
@@ -478,7 +479,7 @@ def train(config: TrainConfig) -> None:
                 record(step, logged)
                 bar.write(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in logged.items()))
             bar.update()
-        if judged:
+        if judged and config.report:
             best = checkpoints.load(in_run("best.pt"), device)
             report(evaluation, {"before": start, "best": best, "last": policy}, record)
             print(f"\n{config.out_dir}: best.pt, ckpt.pt, model.bin; sample with "

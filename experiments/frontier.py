@@ -147,7 +147,8 @@ def train_one(config: FrontierConfig, method: str, setting: dict, folder: str, d
     loss, _, regularizer = method.partition("+")
     shared = ("max_iters", "batch_size", "eval_interval", "eval_stories", "learning_rate", "max_new_tokens", "seed")
     command = [
-        sys.executable, os.path.join(ROOT, "spo_train.py"), f"--loss={loss}", f"--out_dir={folder}", "--keep_checkpoints",
+        sys.executable, os.path.join(ROOT, "spo_train.py"), f"--loss={loss}", f"--out_dir={folder}",
+        "--keep_checkpoints", "--report=false",
         *([f"--regularizer={regularizer}"] if regularizer else []), f"--data={data_file}", *model,
         *(f"--{k}={v}" for k, v in setting.items()),
         *(f"--{k}={getattr(config, k)}" for k in shared), *config.train_flags.split(),
