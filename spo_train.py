@@ -66,13 +66,13 @@ class TrainConfig:
     max_seq_len: int = flag(256, "context, with --init_from=scratch")
     batch_size: int = flag(32, "groups per optimizer step")
     micro_batch_size: int | None = flag(None, "groups per forward pass: memory, never the result; none: what fits")
-    max_iters: int | None = flag(None, "optimizer steps; none: 80 for the demo, 160 for other data")
-    learning_rate: float | None = flag(None, "peak of AdamW's; none: 1e-4 for the demo, 2.5e-5 for other data")
-    warmup_iters: int = flag(10, "steps of linear warm-up")
+    max_iters: int | None = flag(None, "optimizer steps; none: 80 for the demo, one epoch of other data")
+    learning_rate: float = flag(1e-4, "peak learning rate of AdamW")
+    warmup_iters: int = flag(5, "steps of linear warm-up")
     decay_lr: bool = flag(True, "cosine decay of the learning rate to 0 at max_iters")
     weight_decay: float = flag(0.0, "AdamW's, on matrices")
-    adam_beta1: float = flag(0.9, "AdamW's")
-    adam_beta2: float = flag(0.95, "AdamW's")
+    adam_beta1: float = flag(0.95, "AdamW's; gradients of preferences are mostly noise, so the mean is a long one")
+    adam_beta2: float = flag(0.99, "AdamW's")
     grad_clip: float = flag(1.0, "gradient norm to clip at; 0: no clipping")
     kl_interval: int = flag(8, "steps between fresh samples of the policy (T in the paper)")
     kl_batch_size: int = flag(32, "how many samples")
@@ -370,7 +370,7 @@ def demo(loss: str, device: str) -> tuple[str, str]:
             loss="sft", data=os.path.join(data.DEMO_DIR, data.DEMO_FILES["text"]), init_from="scratch",
             tokenizer=tokenizer, out_dir=f"{folder}.tmp", dim=96, n_layers=3, n_heads=3, max_seq_len=256,
             batch_size=16, max_iters=700, learning_rate=3e-3, warmup_iters=20, weight_decay=0.1, log_interval=100,
-            eval_interval=700, eval_stories=0, device=device,
+            adam_beta1=0.9, adam_beta2=0.95, eval_interval=700, eval_stories=0, device=device,
         ))
         os.rename(f"{folder}.tmp", folder)
     checkpoint = checkpoints.load(reference, device)
@@ -415,14 +415,14 @@ def new_run(config: TrainConfig, policy: Checkpoint, tokenizer: Tokenizer) -> Ca
 def train(config: TrainConfig) -> None:
     check_config(config)
     objective, device = objective_of(config), checkpoints.pick_device(config.device)
-    defaults = {"max_iters": 160, "learning_rate": 2.5e-5}
     if not config.data:
         groups_file, reference_file = demo(config.loss, device)
-        config = dataclasses.replace(config, data=groups_file, init_from=reference_file)
-        defaults = {"max_iters": 80, "learning_rate": 1e-4}
-    config = dataclasses.replace(config, **{k: v for k, v in defaults.items() if getattr(config, k) is None})
+        config = dataclasses.replace(config, data=groups_file, init_from=reference_file, max_iters=config.max_iters or 80)
     policy, tokenizer = policy_at_start(config, device)
     groups, prompts = load_groups(config, objective.loss.data, tokenizer, policy)
+    if config.max_iters is None:  # a second look at a group teaches its wording more than its quality
+        config = dataclasses.replace(config, max_iters=math.ceil(len(groups) / config.batch_size))
+    policy.config |= dataclasses.asdict(config)
     prompt_ids = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
     optimizer = make_optimizer(config, policy.model)
 
