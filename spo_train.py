@@ -32,7 +32,7 @@ import checkpoint as checkpoints
 import tinystories_data as data
 from checkpoint import Checkpoint
 from config import flag, parse, run
-from evaluation import ONLINE, Evaluation, report
+from evaluation import ONLINE, Evaluation, Verdict, report
 from groups import Batch, EncodedGroup, encode_groups, micro_batches, read_groups, require
 from losses import LOSSES, REGULARIZERS, clamped, importance, sequence_logps, token_kl
 from model import ModelArgs, Transformer
@@ -412,6 +412,31 @@ def new_run(config: TrainConfig, policy: Checkpoint, tokenizer: Tokenizer) -> Ca
     return in_run
 
 
+def describe(config: TrainConfig, objective: Objective, policy: Checkpoint, groups: list[EncodedGroup]) -> str:
+    n = len(groups[0].responses)
+    parameters = sum(p.numel() for p in policy.model.parameters())
+    tokens = sum(len(r) for g in groups for r in g.responses) / len(groups) * config.batch_size
+    start = objective.start(n)
+    known = "" if start is None else f", which is {start:.4f} while the policy equals the reference"
+    return (f"{parameters:,} parameters on {policy.model.device}; {len(groups)} groups of {n} in {config.data}; "
+            f"{config.max_iters} steps of {tokens:,.0f} tokens\nobjective: {objective}{known}")
+
+
+def save(config: TrainConfig, in_run: Callable[[str], str], policy: Checkpoint, verdict: Verdict | None, best: float) -> float:
+    """The files of an evaluation (verdict None: of a model that nobody judges); returns the best win-rate so far."""
+    checkpoints.save_pt(in_run("ckpt.pt"), policy)
+    if config.keep_checkpoints:
+        checkpoints.save_pt(in_run(f"step_{policy.step:06d}.pt"), policy)
+    if verdict is not None:
+        checkpoints.write_jsonl(in_run(f"stories/step_{policy.step:06d}.jsonl"), verdict.stories)
+        if verdict.win_rate.rate <= best:
+            return best
+        best = verdict.win_rate.rate
+        checkpoints.save_pt(in_run("best.pt"), policy, win_rate=best)
+    checkpoints.save_llama2c(in_run("model.bin"), policy.model)
+    return best
+
+
 def train(config: TrainConfig) -> None:
     check_config(config)
     objective, device = objective_of(config), checkpoints.pick_device(config.device)
@@ -430,21 +455,16 @@ def train(config: TrainConfig) -> None:
     judged = config.eval_stories > 0 and config.init_from != "scratch"
     start = copy.deepcopy(policy) if judged or objective.needs_reference else None
     reference = start.model.requires_grad_(False) if objective.needs_reference else None
-
-    in_run = new_run(config, policy, tokenizer)
-    tokens = sum(len(r) for g in groups for r in g.responses) / len(groups) * config.batch_size
-    start_value = objective.start(len(groups[0].responses))
-    known = "" if start_value is None else f", which is {start_value:.4f} while the policy equals the reference"
-    print(f"{sum(p.numel() for p in policy.model.parameters()):,} parameters on {device}; {len(groups)} groups of "
-          f"{len(groups[0].responses)} in {config.data}; {tokens:,.0f} tokens a step\n"
-          f"objective: {objective}{known}", flush=True)
     evaluation = Evaluation(
         start, tokenizer, prompts, config.eval_stories, seed=config.seed, max_new_tokens=config.max_new_tokens,
         baseline=config.baseline,
     ) if judged else None
+    in_run = new_run(config, policy, tokenizer)
+    print(describe(config, objective, policy, groups), flush=True)
 
     best_rate, online = -1.0, None
-    with open(in_run("log.jsonl"), "w", encoding="utf-8") as log, tqdm(total=config.max_iters, desc=config.loss, unit="step") as bar:
+    bar = tqdm(total=config.max_iters, desc=config.loss, unit="step")
+    with open(in_run("log.jsonl"), "w", encoding="utf-8") as log, bar:
 
         def record(step: int, values: dict[str, float]) -> None:
             log.write(json.dumps({"step": step} | values) + "\n")
@@ -453,21 +473,12 @@ def train(config: TrainConfig) -> None:
         for step in range(config.max_iters + 1):
             policy.step = step
             if step % config.eval_interval == 0 or step == config.max_iters:
-                checkpoints.save_pt(in_run("ckpt.pt"), policy)
-                if config.keep_checkpoints:
-                    checkpoints.save_pt(in_run(f"step_{step:06d}.pt"), policy)
+                verdict = evaluation.judge(policy, "select") if judged else None
+                best_rate = save(config, in_run, policy, verdict, best_rate)
                 if judged:
-                    verdict = evaluation.judge(policy, "select")
-                    rate = verdict.win_rate
-                    checkpoints.write_jsonl(in_run(f"stories/step_{step:06d}.jsonl"), verdict.stories)
                     record(step, verdict.logged("eval"))
                     bar.write(f"step {step}: win-rate over {evaluation.name} {verdict}\n"
                               f"    {textwrap.shorten(verdict.stories[0]['text'], 300)}")
-                if not judged or rate.rate > best_rate:
-                    checkpoints.save_llama2c(in_run("model.bin"), policy.model)
-                if judged and rate.rate > best_rate:
-                    best_rate = rate.rate
-                    checkpoints.save_pt(in_run("best.pt"), policy, win_rate=best_rate)
             if step == config.max_iters:
                 break
 
