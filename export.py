@@ -43,7 +43,8 @@ def main(argv: list[str]) -> None:
         checkpoints.save_llama2c(config.filepath, checkpoint.model, config.version, config.group_size)
     print(f"{config.filepath}: version {config.version}, {os.path.getsize(config.filepath):,} bytes")
     if config.version == 2 and config.group_size is None and largest_group_size(args) < 64:
-        print(f"  groups of {largest_group_size(args)}: 64 does not divide dim {args.dim} and hidden_dim {args.hidden_dim}")
+        print(f"  groups of {largest_group_size(args)}: 64 does not divide dim {args.dim} and "
+              f"hidden_dim {args.hidden_dim}")
     if tokenizer is None:
         print("  no tokenizer beside the checkpoint; give --tokenizer to have tokenizer.bin written as well")
         return

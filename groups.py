@@ -115,7 +115,8 @@ def require(groups: list[RankedGroup], need: str, path: str, loss: str) -> None:
         if n != size:
             raise ValueError(f"{where}: group has {n} responses, expected {size} as in line {groups[0].line}")
         if need == "pair" and n != 2:
-            raise ValueError(f"{where}: --loss={loss} compares pairs, the group has {n} responses; make some: {convert}")
+            raise ValueError(f"{where}: --loss={loss} compares pairs, the group has {n} responses; "
+                             f"make some: {convert}")
         if need in ("pair", "ranking") and group.order != "ranking":
             raise ValueError(f"{where}: --loss={loss} needs a full ranking, the group tells only "
                              f"{'its best' if group.order == 'best' else 'texts'}")

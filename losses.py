@@ -325,7 +325,10 @@ def mean_logratio(policy_logps: Tensor, reference_logps: Tensor) -> Tensor:
     return (policy_logps - reference_logps).detach().mean(1)
 
 
-@objective(data="pair", statistic=("kl_estimate", mean_logratio), start=lambda lambda_d, lambda_u: (lambda_d + lambda_u) / 4)
+@objective(
+    data="pair", statistic=("kl_estimate", mean_logratio),
+    start=lambda lambda_d, lambda_u: (lambda_d + lambda_u) / 4,
+)
 def kto(
     policy_logps: Tensor, reference_logps: Tensor, *, beta: float = 0.1, lambda_d: float = 1.0, lambda_u: float = 1.0,
     kl_estimate: Tensor | None = None,
@@ -470,7 +473,7 @@ def global_kl(online_kl: Tensor) -> Tensor:
 
 @regularizer
 def logp(policy_logps: Tensor) -> Tensor:
-    """Likelihood of the best response, -logp_1 in nats; beta * spo_basic + this is CPO up to a factor. (B, n) -> (B,)"""
+    """Likelihood of the best response, -logp_1 in nats: with spo_basic it makes CPO. (B, n) -> (B,)"""
     return -policy_logps[:, 0]
 
 

@@ -305,7 +305,9 @@ class OnlineSamples:
     reference_logits: list[Tensor]
 
 
-def draw_online(config, policy: Checkpoint, reference: Transformer, prompts: list[list[int]], step: int) -> OnlineSamples:
+def draw_online(
+    config: TrainConfig, policy: Checkpoint, reference: Transformer, prompts: list[list[int]], step: int
+) -> OnlineSamples:
     """Whole samples of the policy: temperature 1, no truncation, eval mode (Eq. 15 is about the policy itself)."""
     policy.model.eval()
     chosen = random.Random(config.seed + step).choices(prompts, k=config.kl_batch_size)
@@ -341,8 +343,8 @@ def gradient_step(
     logged = {name: float(value) for name, value in logged.items()}
     if not (math.isfinite(logged["loss"]) and math.isfinite(logged["grad_norm"])):
         raise ValueError(
-            f"step {step}: loss is {logged['loss']}, grad norm {logged['grad_norm']}; ckpt.pt holds the last evaluation. "
-            f"Try --learning_rate={config.learning_rate / 4:g}; the batch holds lines "
+            f"step {step}: loss is {logged['loss']}, grad norm {logged['grad_norm']}; ckpt.pt holds the last "
+            f"evaluation. Try --learning_rate={config.learning_rate / 4:g}; the batch holds lines "
             f"{sorted(group.line for group in groups)} of {config.data}"
         )
     for group in optimizer.param_groups:
@@ -402,8 +404,8 @@ def new_run(config: TrainConfig, policy: Checkpoint, tokenizer: Tokenizer) -> Ca
     inputs = {os.path.realpath(p) for p in (config.init_from, tokenizer.path, config.data, config.baseline) if p}
     for path in former:
         if os.path.realpath(path) in inputs:
-            raise ValueError(f"--out_dir={config.out_dir}: this run reads {path}, and would replace what is in that folder; "
-                             "choose another --out_dir")
+            raise ValueError(f"--out_dir={config.out_dir}: this run reads {path}, and would replace what is in "
+                             "that folder; choose another --out_dir")
     for path in filter(os.path.exists, former):
         os.remove(path)
     os.makedirs(in_run("stories"), exist_ok=True)
@@ -422,7 +424,9 @@ def describe(config: TrainConfig, objective: Objective, policy: Checkpoint, grou
             f"{config.max_iters} steps of {tokens:,.0f} tokens\nobjective: {objective}{known}")
 
 
-def save(config: TrainConfig, in_run: Callable[[str], str], policy: Checkpoint, verdict: Verdict | None, best: float) -> float:
+def save(
+    config: TrainConfig, in_run: Callable[[str], str], policy: Checkpoint, verdict: Verdict | None, best: float
+) -> float:
     """The files of an evaluation (verdict None: of a model that nobody judges); returns the best win-rate so far."""
     checkpoints.save_pt(in_run("ckpt.pt"), policy)
     if config.keep_checkpoints:
@@ -441,8 +445,9 @@ def train(config: TrainConfig) -> None:
     check_config(config)
     objective, device = objective_of(config), checkpoints.pick_device(config.device)
     if not config.data:
-        groups_file, reference_file = demo(config.loss, device)
-        config = dataclasses.replace(config, data=groups_file, init_from=reference_file, max_iters=config.max_iters or 80)
+        groups_file, reference = demo(config.loss, device)
+        steps = config.max_iters or 80
+        config = dataclasses.replace(config, data=groups_file, init_from=reference, max_iters=steps)
     policy, tokenizer = policy_at_start(config, device)
     groups, prompts = load_groups(config, objective.loss.data, tokenizer, policy)
     if config.max_iters is None:  # a second look at a group teaches its wording more than its quality

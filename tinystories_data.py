@@ -1,7 +1,7 @@
 """TinyStories: text -> ranked groups -> files -> batches.
 
     python tinystories_data.py demo                                     # the offline demo's stories and tokenizer
-    python tinystories_data.py generate --checkpoint=stories260K.bin --tokenizer=tok512.model --num_stories=4096 --out=stories.jsonl
+    python tinystories_data.py generate --checkpoint=stories260K.bin --tokenizer=tok512.model --out=stories.jsonl
     python tinystories_data.py rank --stories=stories.jsonl --out=ranked.jsonl --group_size=4 --judge=offline
     python tinystories_data.py best_of_n --data=ranked.jsonl --out=best_of_n.jsonl
     python tinystories_data.py pairs --data=ranked.jsonl --out=pairs.jsonl --pairs=best_worst

@@ -54,8 +54,8 @@ SWEEPS = {
 TABLE_4 = {"spo_basic+none": {}} | {  # the weights of the paper's ablation are not printed there: ours
     f"spo_basic+{name}": {"beta": [0.01, 0.1, 1]} for name in ("global_kl", "logp", "tokenwise", "importance")
 }
-# Win-rates that the paper prints, judged by GPT-4o on its own models: another scale than the offline judge's, shown for the
-# order of the rows. Only rows that were checked against it are here.
+# Win-rates that the paper prints, judged by GPT-4o on its own models: another scale than the offline judge's,
+# shown for the order of the rows. Only rows that were checked against it are here.
 PAPER = {"spo_basic+logp": 54.1}
 
 
@@ -139,7 +139,9 @@ def files_for(config: FrontierConfig) -> tuple[str, str, str, dict[str, str]]:
     return config.init_from, config.tokenizer, config.data, files
 
 
-def train_one(config: FrontierConfig, method: str, setting: dict, folder: str, data_file: str, model: list[str]) -> None:
+def train_one(
+    config: FrontierConfig, method: str, setting: dict, folder: str, data_file: str, model: list[str]
+) -> None:
     """One run of spo_train.py, unless this very run is there; what it prints goes into output.txt.
 
     The file `done` appears when it has ended; it holds the command and the hash of the data.
@@ -222,9 +224,11 @@ def draw(path: str, points: list[Point]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    titles = {"pair": "pairs (best, worst)", "best": "best of n, text", "text": "best of n, text", "ranking": "rankings"}
+    best_of_n = "best of n, text"
+    titles = {"pair": "pairs (best, worst)", "best": best_of_n, "text": best_of_n, "ranking": "rankings"}
     shown = list(dict.fromkeys(titles[kind_of_data(point.method)] for point in points))
-    figure, axes = plt.subplots(2, len(shown), figsize=(4.6 * len(shown), 7.5), sharex=True, sharey="row", squeeze=False)
+    size = (4.6 * len(shown), 7.5)
+    figure, axes = plt.subplots(2, len(shown), figsize=size, sharex=True, sharey="row", squeeze=False)
     for (row, measure), (column, title) in itertools.product(enumerate(("score", "win_rate")), enumerate(shown)):
         axis = axes[row][column]
         methods = [m for m in dict.fromkeys(p.method for p in points) if titles[kind_of_data(m)] == title]

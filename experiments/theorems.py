@@ -4,8 +4,9 @@
 
 Five responses with rewards r, a policy that is a softmax of five free logits, and data whose preferences follow
 Bradley-Terry (rankings: Plackett-Luce) on r while what is compared with what is drawn from a random, UNEVEN query
-measure. Every expectation is exact: a weighted sum over all possible rows. The theorems say that the only fixed point is
-softmax(r / alpha), for pairs (1; weighted: 2), best-of-n (3) and rankings (4), whatever the query measure and the weight.
+measure. Every expectation is exact: a weighted sum over all possible rows. The theorems say that the only fixed
+point is softmax(r / alpha), for pairs (1; weighted: 2), best-of-n (3) and rankings (4), whatever the query measure
+and the weight.
 """
 
 import itertools
@@ -50,7 +51,8 @@ def preference_data(n: int, ranked: bool, seed: int, even: bool = False) -> Data
             stages = n - 1 if ranked else 1
             strengths = REWARDS[list(order)].exp()
             rows.append(order)
-            probabilities.append(weight * torch.stack([strengths[k] / strengths[k:].sum() for k in range(stages)]).prod())
+            choices = torch.stack([strengths[k] / strengths[k:].sum() for k in range(stages)])
+            probabilities.append(weight * choices.prod())
     return Data(torch.tensor(rows), torch.stack(probabilities))
 
 
