@@ -146,6 +146,8 @@ def weights(policy_logps: Tensor, gamma: float, weight_mean: Tensor | None) -> T
     """mu_k = 2 sigmoid(t_k - batch mean of t_k), Eq. 13, (B, n-1); no gradient flows through it."""
     statistic = weight_statistic(policy_logps, gamma)
     mean = statistic.mean(0) if weight_mean is None else torch.as_tensor(weight_mean).to(statistic)
+    if mean.dim() == 0 and statistic.shape[1] == 1:
+        mean = mean.reshape(1)
     if mean.shape != statistic.shape[1:]:
         raise ValueError(f"weight_mean has shape {tuple(mean.shape)}, expected ({statistic.shape[1]},), one per stage")
     return 2 * torch.sigmoid(statistic - mean)
