@@ -200,7 +200,7 @@ def table(config: FrontierConfig, points: list[Point], evaluation: Evaluation) -
     rows, verdicts = [], {}
     for budget in budgets_of(config):
         print(f"\nKL to the reference of at most {budget:g} nats: win-rate over the reference on fresh stories [95%]\n")
-        print(f"{'objective':<22}{'win-rate':<34}{'score':<7}{'KL':<6}{'step':<6}{'setting':<24}paper's (GPT-4o)")
+        print(f"{'objective':<22}{'win-rate':<34}{'score':<7}{'KL':<6}{'step':<6}{'setting':<30}paper's (GPT-4o)")
         entered = []
         for method in dict.fromkeys(point.method for point in points):
             within = [p for p in points if p.method == method and p.kl <= budget and p.step > 0]
@@ -211,7 +211,7 @@ def table(config: FrontierConfig, points: list[Point], evaluation: Evaluation) -
                 entered.append((best, verdicts[best.path]))
         for best, verdict in sorted(entered, key=lambda pair: -pair[1].win_rate.rate):
             print(f"{best.method:<22}{verdict.win_rate!s:<34}{verdict.score:<7.2f}{verdict.kl:<6.2f}{best.step:<6}"
-                  f"{best.setting:<24}{PAPER.get(best.method, '-')}")
+                  f"{best.setting:<30}{PAPER.get(best.method, '-')}")
             rows.append({"budget": budget, "method": best.method, "setting": best.setting, "step": best.step}
                         | verdict.logged("report"))
     return rows
