@@ -1,9 +1,14 @@
 """The sweep over objectives: runs, budgets, table, figure; stopped and taken up again."""
 
+import inspect
 import json
+import os
+import subprocess
 
 import frontier
 import pytest
+from config import parse
+from spo_train import TrainConfig
 from test_spo_train import workshop  # noqa: F401 (a fixture)
 from test_tinystories_data import tokenizer  # noqa: F401 (a fixture)
 
@@ -39,8 +44,6 @@ def test_a_run_that_fails_is_named_with_its_output_and_is_not_taken_for_done(fla
 
 
 def test_every_objective_has_a_sweep_of_flags_that_it_takes():
-    import inspect
-
     assert set(frontier.SWEEPS) == set(frontier.LOSSES)
     for loss, sweep in frontier.SWEEPS.items():
         takes = set(inspect.signature(frontier.LOSSES[loss]).parameters)
@@ -55,3 +58,28 @@ def test_bad_flags_are_refused_before_anything_runs(flags, flag, message, tmp_pa
     with pytest.raises(ValueError, match=message):
         frontier.main([*flags, flag])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("table", ["table2", "table3", "table4"])
+@pytest.mark.parametrize("scale", ["demo", "260K", "110M"])
+def test_the_table_scripts_call_what_is_there(table, scale, tmp_path):
+    """With a `python` that writes down its arguments: every flag and method is one that the frontier takes."""
+    (tmp_path / "bin").mkdir()
+    stub = tmp_path / "bin" / "python"
+    stub.write_text('#!/bin/sh\nprintf "%s\\n" "$@" >"$(basename "$1").args"\n', encoding="utf-8")
+    stub.chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SCALE": scale,
+                                "CHECKPOINT": "model.pt", "TOKENIZER": "t.model"}
+    script = os.path.join(frontier.ROOT, "experiments", f"{table}.sh")
+    subprocess.run(["bash", script], cwd=tmp_path, env=environment, check=True)
+    arguments = (tmp_path / "frontier.py.args").read_text(encoding="utf-8").splitlines()[1:]
+    config = parse(frontier.FrontierConfig, arguments, "frontier.py")
+    assert frontier.methods_of(config) and frontier.budgets_of(config) == [float("inf")]
+    assert config.out_dir == f"out/{table}-{scale}" and bool(config.data) == (scale != "demo")
+    parse(TrainConfig, config.train_flags.split(), "spo_train.py")
+
+
+def test_an_unknown_scale_is_refused(tmp_path):
+    script = os.path.join(frontier.ROOT, "experiments", "table2.sh")
+    done = subprocess.run(["bash", script], cwd=tmp_path, env=os.environ | {"SCALE": "7B"}, capture_output=True, text=True)
+    assert done.returncode == 2 and "SCALE=7B: choose demo, 260K or 110M" in done.stderr
