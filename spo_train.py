@@ -450,7 +450,7 @@ def train(config: TrainConfig) -> None:
         config = dataclasses.replace(config, data=groups_file, init_from=reference, max_iters=steps)
     policy, tokenizer = policy_at_start(config, device)
     groups, prompts = load_groups(config, objective.loss.data, tokenizer, policy)
-    if config.max_iters is None:  # a second look at a group teaches its wording more than its quality
+    if config.max_iters is None:  # one epoch: the least that uses every group
         config = dataclasses.replace(config, max_iters=math.ceil(len(groups) / config.batch_size))
     policy.config |= dataclasses.asdict(config)
     prompt_ids = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
