@@ -35,8 +35,11 @@ def parse(config_class, argv: list[str], prog: str, description: str = ""):
     """
     parser = OneLineParser(prog=prog, description=description, allow_abbrev=False)
     hints = typing.get_type_hints(config_class)
-    names = [field.name for field in dataclasses.fields(config_class)]
-    for field in dataclasses.fields(config_class):
+    # a class's own flags first, then those that it inherits
+    owners = [vars(owner).get("__annotations__", {}) for owner in config_class.__mro__]
+    fields = sorted(dataclasses.fields(config_class), key=lambda field: [field.name in names for names in owners].index(True))
+    names = [field.name for field in fields]
+    for field in fields:
         kind, text = hints[field.name], field.metadata["help"].replace("%", "%%")
         if isinstance(kind, types.UnionType):  # `float | None`: a float, or None where it is not given
             kind = next(t for t in kind.__args__ if t is not type(None))
@@ -63,7 +66,7 @@ def parse(config_class, argv: list[str], prog: str, description: str = ""):
 def run(main) -> None:
     """Call main(argv); what the user caused (ValueError, OSError) is one line on stderr and exit code 2.
 
-    SPO_DEBUG=1 shows the traceback instead.
+    A server that cannot be reached (ConnectionError) is exit code 3. SPO_DEBUG=1 shows the traceback instead.
     """
     try:
         main(sys.argv[1:])
@@ -72,7 +75,7 @@ def run(main) -> None:
             raise
         text = f"{error.strerror}: {error.filename}" if getattr(error, "filename", None) else str(error)
         print(f"{os.path.basename(sys.argv[0])}: {' '.join(text.split())}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(3 if isinstance(error, ConnectionError) else 2)
     except KeyboardInterrupt:
         print("\nstopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)

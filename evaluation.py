@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
-import judge
-import tinystories_data as data
+import offline_judge
+from chat import BudgetSpent
 from checkpoint import Checkpoint
 from groups import micro_batches, read_groups
+from judge import Judge, WinRate, compare_all
 from losses import token_kl
+from sampling import sample, spread, story_records
 from tokenizer import Tokenizer
 
 # What stories are drawn for: the second number of their seed, so that no two uses share a stream.
@@ -20,20 +22,33 @@ ONLINE, SELECT, SELECT_BASELINE, REPORT, REPORT_BASELINE = range(5)
 
 @dataclass
 class Verdict:
-    """An evaluation: the win-rate, the mean score of the judge, the KL to the reference in nats, and the stories."""
+    """An evaluation: the win-rate, the offline judge's mean score, the KL to the reference in nats, and the stories.
 
-    win_rate: judge.WinRate
+    win_rate  None where the judge could not be asked any more: `reason` says why
+    """
+
+    win_rate: WinRate | None
     score: float
     kl: float
     stories: list[dict]
+    reason: str = ""
+
+    @property
+    def rate(self) -> float:
+        """To select the best by: the win-rate, or -1 where there is none that can be trusted."""
+        return self.win_rate.rate if self.win_rate and self.win_rate.trusted else -1.0
 
     def logged(self, prefix: str) -> dict[str, float]:
-        rate = self.win_rate
-        values = {"win_rate": rate.rate, "low": rate.low, "high": rate.high, "score": self.score, "kl": self.kl}
+        rate, values = self.win_rate, {"score": self.score, "kl": self.kl}
+        if rate is not None and rate.trusted:
+            values = {"win_rate": rate.rate, "low": rate.low, "high": rate.high,
+                      "length_controlled": rate.length_controlled} | values
+        if rate is not None:
+            values |= {"ties": rate.ties, "invalid": rate.invalid}
         return {f"{prefix}/{name}": value for name, value in values.items()}
 
     def __str__(self) -> str:
-        return f"{str(self.win_rate):<32} score {self.score:.2f}, KL {self.kl:.1f} nats"
+        return f"{self.reason or str(self.win_rate):<32} score {self.score:.2f}, KL {self.kl:.1f} nats"
 
 
 class Evaluation:
@@ -44,15 +59,17 @@ class Evaluation:
 
     def __init__(
         self, reference: Checkpoint, tokenizer: Tokenizer, prompts: list[str], eval_stories: int, *,
-        seed: int, max_new_tokens: int = 256, baseline: str = "",
+        judge: Judge, seed: int, max_new_tokens: int = 256, baseline: str = "",
     ):
         """
+        judge         who compares the stories
         reference     what the KL is measured to, and whose stories are to be won against
         prompts       of the dataset: each is used equally often
         eval_stories  of the selecting set; the reporting one has twice as many
         baseline      a file of stories to win against instead, with their prompts. ValueError if it has too few
         """
         self.reference, self.tokenizer, self.seed, self.max_new_tokens = reference, tokenizer, seed, max_new_tokens
+        self.judge, self.has_judged = judge, False
         select, report = eval_stories, 2 * eval_stories
         if baseline:
             stories = read_groups(baseline)
@@ -62,35 +79,50 @@ class Evaluation:
             parts = {"select": stories[:select], "report": stories[select : select + report]}
             self.name = os.path.basename(baseline)
             self.prompts = {which: [story.prompt for story in part] for which, part in parts.items()}
-            self.baselines = {which: [story.responses[0] for story in part] for which, part in parts.items()}
+            self.baselines = {which: [story.prompt + story.responses[0] for story in part] for which, part in parts.items()}
         else:
             self.name = "the reference"
-            self.prompts = {"select": data.spread(prompts, select), "report": data.spread(prompts, report)}
+            self.prompts = {"select": spread(prompts, select), "report": spread(prompts, report)}
             self.baselines = {}  # the reference's own stories, drawn when they are first needed
 
     def stories(self, checkpoint: Checkpoint, which: str, purpose: int, progress: str | None = None):
         """(records, samples) of a checkpoint."""
         prompts = [self.tokenizer.encode(prompt, bos=True) for prompt in self.prompts[which]]
         seed = (self.seed, purpose)
-        samples = data.sample(checkpoint, prompts, seed, self.max_new_tokens, progress=progress)
-        records = data.story_records(samples, self.prompts[which], self.tokenizer, checkpoint.eos_id,
+        samples = sample(checkpoint, prompts, seed, self.max_new_tokens, progress=progress)
+        records = story_records(samples, self.prompts[which], self.tokenizer, checkpoint.eos_id,
                                      seed=seed, checkpoint=f"step {checkpoint.step}")
         return records, samples
 
     @torch.no_grad()
-    def judge(self, checkpoint: Checkpoint, which: str) -> Verdict:
+    def evaluate(self, checkpoint: Checkpoint, which: str) -> Verdict:
         checkpoint.model.eval()
         if which not in self.baselines:
             purpose = SELECT_BASELINE if which == "select" else REPORT_BASELINE
             records, _ = self.stories(self.reference, which, purpose, "stories of the reference")
-            self.baselines[which] = [record["text"] for record in records]
-        records, samples = self.stories(checkpoint, which, SELECT if which == "select" else REPORT, "judging")
-        texts = [record["text"] for record in records]
+            self.baselines[which] = [record["prompt"] + record["text"] for record in records]
+        records, samples = self.stories(checkpoint, which, SELECT if which == "select" else REPORT, "stories")
         kl, model = 0.0, checkpoint.model
         for batch in micro_batches(samples, None, model.args.vocab_size, model.device):
             kl += float(token_kl(model(batch.tokens), self.reference.model(batch.tokens), batch.mask).sum())
-        score = sum(map(judge.score, texts)) / len(texts)
-        return Verdict(judge.compare_all(texts, self.baselines[which]), score, kl / len(texts), records)
+        texts = [record["prompt"] + record["text"] for record in records]
+        score = sum(map(offline_judge.score, texts)) / len(texts)
+        win_rate, reason = self.compare(texts, self.baselines[which])
+        return Verdict(win_rate, score, kl / len(texts), records, reason)
+
+    def compare(self, texts: list[str], baseline: list[str]) -> tuple[WinRate | None, str]:
+        """The win-rate; or None and why, if the judge could be asked before and cannot be now.
+
+        A run should not end because its judge's budget has, or its network. If it never could be asked, that is raised.
+        """
+        try:
+            win_rate = compare_all(self.judge, texts, baseline, "judging")
+        except (BudgetSpent, ConnectionError) as error:
+            if not self.has_judged:
+                raise
+            return None, f"no win-rate: {error}"
+        self.has_judged = True
+        return win_rate, ""
 
 
 def side_by_side(left: str, right: str, titles: tuple[str, str], width: int = 48) -> str:
@@ -105,11 +137,13 @@ def report(evaluation: Evaluation, checkpoints: dict[str, Checkpoint], record: C
 
     record  called with (step, values) of each, for the log; the values are called "name/win_rate" and so on
     """
-    print(f"\nwin-rate over {evaluation.name} on fresh stories, offline judge [95% interval]")
+    print(f"\nwin-rate over {evaluation.name} on fresh stories, {evaluation.judge.name} [95% interval]")
     stories = []
     for name, checkpoint in checkpoints.items():
-        verdict = evaluation.judge(checkpoint, "report")
+        verdict = evaluation.evaluate(checkpoint, "report")
         record(checkpoint.step, verdict.logged(name))
         stories.append(verdict.stories[0]["text"])
         print(f"  {f'{name} (step {checkpoint.step})':<18} {verdict}")
+    if evaluation.judge.note:
+        print(evaluation.judge.note)
     print("\n" + side_by_side(stories[0], stories[1], ("before", "after")))

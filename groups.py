@@ -181,15 +181,16 @@ def encode_groups(
 ) -> tuple[list[EncodedGroup], dict[str, list[int]]]:
     """Groups -> token ids; and those dropped, as {reason: their lines}.
 
-    Prompt and response are encoded apart, so that the boundary does not depend on the text around it. A group
-    with an empty response, two identical ones, or a sequence longer than max_seq_len is dropped: it teaches
-    nothing, or something else than what was judged.
+    Prompt and response are encoded apart, so that the boundary does not depend on the text around it. A response is
+    what follows the prompt to the letter: it brings its own leading space, if there is one. A group with an empty
+    response, two identical ones, or a sequence longer than max_seq_len is dropped: it teaches nothing, or something
+    else than what was judged.
     """
     encoded, drops = [], {}
     for group in groups:
         prompt = tokenizer.encode(group.prompt, bos=True)
         responses = [
-            tokenizer.encode(text) + [eos_id] * ended for text, ended in zip(group.responses, group.finished)
+            tokenizer.encode_after(group.prompt, text) + [eos_id] * ended for text, ended in zip(group.responses, group.finished)
         ]
         if any(not text.strip() for text in group.responses):
             reason = "an empty response"

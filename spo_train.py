@@ -13,6 +13,7 @@ win-rate), model.bin (best, for run.c), log.jsonl, config.json and the stories o
 
 import copy
 import dataclasses
+import functools
 import glob
 import inspect
 import json
@@ -21,7 +22,7 @@ import os
 import random
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,15 +35,19 @@ from checkpoint import Checkpoint
 from config import flag, parse, run
 from evaluation import ONLINE, Evaluation, Verdict, report
 from groups import Batch, EncodedGroup, encode_groups, micro_batches, read_groups, require
+from judge import JudgeFlags, make_judge
 from losses import LOSSES, REGULARIZERS, clamped, importance, sequence_logps, token_kl
 from model import ModelArgs, Transformer
+from pretokenize import TokenWindows
+from sampling import sample
 from tokenizer import Tokenizer, load_tokenizer
 
 SHAPE_FLAGS = ("dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len")
 ONLINE_FLAGS = ("kl_interval", "kl_batch_size")
 
+
 @dataclass
-class TrainConfig:
+class TrainConfig(JudgeFlags):
     loss: str = flag("spo_rank", "the objective, a name in losses.LOSSES", choices=list(LOSSES))
     regularizer: str = flag("", "what beta weighs, for a loss with no beta of its own; none: the loss's default",
                             choices=["", *REGULARIZERS])
@@ -182,6 +187,8 @@ def check_config(config: TrainConfig) -> None:
             raise ValueError(f"--{name}: needs --data as well; without --data the demo brings its own model")
     if config.data and not config.init_from:
         raise ValueError("--data: needs --init_from, the model to align (a .pt, a llama2.c .bin, or `scratch`)")
+    if config.judge != "offline" and config.eval_stories == 0:
+        raise ValueError(f"--judge={config.judge}: nothing is judged with --eval_stories=0; leave it out")
     if config.baseline and (config.eval_stories == 0 or config.init_from == "scratch"):
         raise ValueError("--baseline: nothing is judged with --eval_stories=0 or --init_from=scratch; leave it out")
     if config.init_from == "scratch" and not config.tokenizer:
@@ -223,14 +230,17 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def groups_of_step(groups: list[EncodedGroup], batch_size: int, step: int, seed: int) -> list[EncodedGroup]:
+@functools.lru_cache(maxsize=2)
+def order_of_epoch(count: int, seed: int) -> list[int]:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def groups_of_step(groups: Sequence[EncodedGroup], batch_size: int, step: int, seed: int) -> list[EncodedGroup]:
     """The batch of a step: epochs are permutations seeded by (seed, epoch), read one after the other."""
     chosen = []
     for position in range(step * batch_size, (step + 1) * batch_size):
         epoch, i = divmod(position, len(groups))
-        if i == 0 or not chosen:
-            order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed + epoch)).tolist()
-        chosen.append(groups[order[i]])
+        chosen.append(groups[order_of_epoch(len(groups), seed + epoch)[i]])
     return chosen
 
 
@@ -311,7 +321,7 @@ def draw_online(
     """Whole samples of the policy: temperature 1, no truncation, eval mode (Eq. 15 is about the policy itself)."""
     policy.model.eval()
     chosen = random.Random(config.seed + step).choices(prompts, k=config.kl_batch_size)
-    samples = data.sample(policy, chosen, (config.seed, ONLINE, step), config.max_new_tokens)
+    samples = sample(policy, chosen, (config.seed, ONLINE, step), config.max_new_tokens)
     batches = micro_batches(samples, config.micro_batch_size, policy.model.args.vocab_size, policy.model.device)
     with torch.no_grad():
         return OnlineSamples(batches, [reference(batch.tokens) for batch in batches])
@@ -382,6 +392,10 @@ def demo(loss: str, device: str) -> tuple[str, str]:
 
 def load_groups(config: TrainConfig, need: str, tokenizer: Tokenizer, policy: Checkpoint):
     """(encoded groups, the different prompts) of the dataset. ValueError if it does not suit the loss."""
+    if os.path.isdir(config.data) or config.data.endswith(".bin"):
+        if need != "text":
+            raise ValueError(f"--data={config.data}: token files are text for --loss=sft; {config.loss} needs groups (JSONL)")
+        return TokenWindows(config.data, policy.model.args.max_seq_len, policy.model.args.vocab_size), [""]
     groups = read_groups(config.data)
     require(groups, need, config.data, config.loss)
     encoded, drops = encode_groups(groups, tokenizer, policy.eos_id, policy.model.args.max_seq_len)
@@ -417,7 +431,8 @@ def new_run(config: TrainConfig, policy: Checkpoint, tokenizer: Tokenizer) -> Ca
 def describe(config: TrainConfig, objective: Objective, policy: Checkpoint, groups: list[EncodedGroup]) -> str:
     n = len(groups[0].responses)
     parameters = sum(p.numel() for p in policy.model.parameters())
-    tokens = sum(len(r) for g in groups for r in g.responses) / len(groups) * config.batch_size
+    some = [groups[i] for i in range(min(1000, len(groups)))]
+    tokens = sum(len(r) for g in some for r in g.responses) / len(some) * config.batch_size
     start = objective.start(n)
     known = "" if start is None else f", which is {start:.4f} while the policy equals the reference"
     return (f"{parameters:,} parameters on {policy.model.device}; {len(groups)} groups of {n} in {config.data}; "
@@ -433,9 +448,9 @@ def save(
         checkpoints.save_pt(in_run(f"step_{policy.step:06d}.pt"), policy)
     if verdict is not None:
         checkpoints.write_jsonl(in_run(f"stories/step_{policy.step:06d}.jsonl"), verdict.stories)
-        if verdict.win_rate.rate <= best:
+        if verdict.rate <= best:
             return best
-        best = verdict.win_rate.rate
+        best = verdict.rate
         checkpoints.save_pt(in_run("best.pt"), policy, win_rate=best)
     checkpoints.save_llama2c(in_run("model.bin"), policy.model)
     return best
@@ -461,8 +476,8 @@ def train(config: TrainConfig) -> None:
     start = copy.deepcopy(policy) if judged or objective.needs_reference else None
     reference = start.model.requires_grad_(False) if objective.needs_reference else None
     evaluation = Evaluation(
-        start, tokenizer, prompts, config.eval_stories, seed=config.seed, max_new_tokens=config.max_new_tokens,
-        baseline=config.baseline,
+        start, tokenizer, prompts, config.eval_stories, judge=make_judge(config), seed=config.seed,
+        max_new_tokens=config.max_new_tokens, baseline=config.baseline,
     ) if judged else None
     in_run = new_run(config, policy, tokenizer)
     print(describe(config, objective, policy, groups), flush=True)
@@ -478,7 +493,7 @@ def train(config: TrainConfig) -> None:
         for step in range(config.max_iters + 1):
             policy.step = step
             if step % config.eval_interval == 0 or step == config.max_iters:
-                verdict = evaluation.judge(policy, "select") if judged else None
+                verdict = evaluation.evaluate(policy, "select") if judged else None
                 best_rate = save(config, in_run, policy, verdict, best_rate)
                 if judged:
                     record(step, verdict.logged("eval"))
@@ -496,6 +511,8 @@ def train(config: TrainConfig) -> None:
                 bar.write(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in logged.items()))
             bar.update()
         if judged and config.report:
+            if best_rate < 0:
+                raise ValueError("the judge gave no win-rate that can be trusted, so there is no best.pt; see ckpt.pt")
             best = checkpoints.load(in_run("best.pt"), device)
             report(evaluation, {"before": start, "best": best, "last": policy}, record)
             print(f"\n{config.out_dir}: best.pt, ckpt.pt, model.bin; sample with "

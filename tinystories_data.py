@@ -1,6 +1,9 @@
-"""TinyStories: text -> ranked groups -> files -> batches.
+"""TinyStories: text -> stories of a model -> ranked groups.
 
     python tinystories_data.py demo                                     # the offline demo's stories and tokenizer
+    python tinystories_data.py download --model=stories15M              # a checkpoint and its tokenizer; without: the text
+    python tinystories_data.py train_vocab --vocab_size=4096            # a tokenizer of one's own, as llama2.c
+    python tinystories_data.py pretokenize --vocab_size=4096            # the text as token files, for --loss=sft
     python tinystories_data.py generate --checkpoint=stories260K.bin --tokenizer=tok512.model --out=stories.jsonl
     python tinystories_data.py rank --stories=stories.jsonl --out=ranked.jsonl --group_size=4 --judge=offline
     python tinystories_data.py best_of_n --data=ranked.jsonl --out=best_of_n.jsonl
@@ -11,87 +14,90 @@ Their files are those of groups.py; stories are JSONL with "prompt", "text", "fi
 """
 
 import json
+import math
 import os
 import random
 import shutil
+import time
 from collections import Counter
 from dataclasses import asdict, dataclass
 
-import sentencepiece
-from tqdm import tqdm
-
 import checkpoint as checkpoints
 import demo_stories
-import judge
+import download
+import pretokenize
 from checkpoint import Checkpoint, write_jsonl, write_text
 from config import flag, parse, run
-from groups import EncodedGroup, encode_groups, parse_group, read_groups, read_records
-from model import generate
+from groups import encode_groups, parse_group, read_groups, read_records
+from judge import (
+    BothOrders, Judge, JudgeFlags, OfflineJudge, estimate, make_judge, position_bias, rank_in_both_orders,
+)
+from pretokenize import train_tokenizer
+from sampling import StoriesOnTheWay, sample, sample_batches, spread, story_records
 from tokenizer import Tokenizer, load_tokenizer
 
-# --- stories from a model ------------------------------------------------------------------------
+TEXT = "TinyStories_all_data"  # the archive of the hub, and the folder of its shards
+MAX_UNPACKED = 20 * 10**9  # bytes; the archive's shards are about a third of that
 
 
-def sample(
-    checkpoint: Checkpoint, prompts: list[list[int]], seed: int | tuple[int, ...], max_new_tokens: int = 256,
-    *, batch_size: int = 128, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
-    progress: str | None = None,
-) -> list[EncodedGroup]:
-    """One response of the model to each prompt, with its terminator if it ended, as groups of one.
+@dataclass(frozen=True)
+class PublishedModel:
+    """A checkpoint of karpathy/tinyllamas on the Hugging Face hub. sha256 "": the hub announces it.
 
-    Response i draws from the stream of (seed, i), whatever the batch size.
-    progress  the label of a progress bar; None: no bar
+    tokenizer  a file of the same place; "": the Llama 2 tokenizer
     """
-    groups = []
-    with tqdm(total=len(prompts), desc=progress, unit="story", disable=progress is None, leave=False) as bar:
-        for start in range(0, len(prompts), batch_size):
-            batch = prompts[start : start + batch_size]
-            responses = generate(
-                checkpoint.model, batch, max_new_tokens, temperature, top_k, top_p,
-                stop_ids=[checkpoint.eos_id], seed=seed, first_row=start,
-            )
-            groups += [EncodedGroup(p, [r], start + i) for i, (p, r) in enumerate(zip(batch, responses))]
-            bar.update(len(batch))
-    return groups
+
+    file: str
+    sha256: str = ""
+    tokenizer: str = ""
+    tokenizer_sha256: str = "9e556afd44213b6bd1be2b850ebbbd98f5481437a8021afaf58ee7fb1818d347"
 
 
-def spread(prompts: list, count: int) -> list:
-    """`count` prompts: each of them in a block of (nearly) equal length, so that neighbours can be ranked together."""
-    return [prompts[i * len(prompts) // count] for i in range(count)]
+MODELS = {
+    "stories260K": PublishedModel(
+        "stories260K/stories260K.bin", "b0a507e7ad0f626624f17112325e66691f9076d622e1d3274d103d00299f2696", "stories260K/tok512.model", "fec6aa960a1fb3ebf71d26f9b0e486afcbd76c34cf0fbfb93e21126ca9f778d3"),
+    "stories15M": PublishedModel("stories15M.pt"),
+    "stories42M": PublishedModel("stories42M.pt"),
+    "stories110M": PublishedModel("stories110M.pt"),
+}
+
+# --- from stories to rankings --------------------------------------------------------------------
 
 
-def story_records(
-    samples: list[EncodedGroup], prompts: list[str], tokenizer: Tokenizer, eos_id: int, **extra
-) -> list[dict]:
-    """Samples -> records {"prompt", "text", "finished", "index"} and `extra` (seed, checkpoint).
+def group_stories(stories: list[dict], group_size: int) -> tuple[list[list[dict]], Counter]:
+    """Consecutive stories with the same prompt, by group_size; and why others are left out, as {reason: groups}.
 
-    "text" is what the model wrote behind the prompt; "finished" is False where it was cut at the length limit.
+    A rest too small for a group is left out, and so are groups that no judge could rank.
     """
-    records = []
-    for prompt, group in zip(prompts, samples):
-        ids, finished = group.responses[0], group.responses[0][-1] == eos_id
-        text = tokenizer.decode(ids[:-1] if finished else ids)
-        records.append({"prompt": prompt, "text": text, "finished": finished, "index": group.line} | extra)
-    return records
-
-
-def rank_stories(stories: list[dict], group_size: int, rank) -> list[dict]:
-    """Consecutive stories with the same prompt -> ranked groups; a rest too small for a group is left out.
-
-    rank  texts -> indices, best first (judge.rank)
-    """
-    groups, members = [], []
+    groups, left_out, members = [], Counter(), []
     for story in stories:
-        if members and members[0].get("prompt", "") != story.get("prompt", ""):
+        if members and members[0]["prompt"] != story["prompt"]:
             members = []
         members.append(story)
         if len(members) == group_size:
             texts = [m["text"] for m in members]
-            finished = [m.get("finished", True) for m in members]
-            groups.append({"prompt": story.get("prompt", ""), "responses": texts, "finished": finished,
-                           "ranking": rank(texts)})
+            reason = "an empty story" if not all(map(str.strip, texts)) else \
+                "identical stories" if len(set(texts)) < group_size else ""
+            if reason:
+                left_out[reason] += 1
+            else:
+                groups.append(members)
             members = []
-    return groups
+    return groups, left_out
+
+
+def rank_groups(judge: Judge, groups: list[list[dict]], label: str) -> list[BothOrders]:
+    """What the judge says of each group's stories, prompt and text, in both orders. label: of the progress bar."""
+    return rank_in_both_orders(judge, [[m["prompt"] + m["text"] for m in group] for group in groups], label)
+
+
+def agreed_records(groups: list[list[dict]], results: list[BothOrders]) -> list[dict]:
+    """The ranked records of the groups whose two rankings agree."""
+    return [
+        {"prompt": members[0]["prompt"], "responses": [m["text"] for m in members],
+         "finished": [m.get("finished", True) for m in members], "ranking": result.ranking}
+        for members, result in zip(groups, results) if result.ranking is not None
+    ]
 
 
 def to_best_of_n(record: dict) -> dict:
@@ -129,18 +135,8 @@ def ranked_records(path: str) -> list[dict]:
 
 DEMO_DIR = os.path.join("data", "demo")
 DEMO_STORIES, DEMO_VOCAB, DEMO_GROUPS, DEMO_SEED = 8000, 1024, 1024, 1337
-DEMO_VERSION = 2  # to be raised with every change of the grammar, of the reference's training, or of the judge
+DEMO_VERSION = 3  # to be raised with every change of the grammar, of the reference's training, or of the judge
 DEMO_FILES = {"text": "stories.jsonl", "pair": "pairs.jsonl", "best": "best_of_n.jsonl", "ranking": "ranked.jsonl"}
-
-
-def train_tokenizer(text_file: str, vocab_size: int, prefix: str) -> None:
-    """A BPE sentencepiece model with llama2.c's settings: bytes as fallback, digits apart, no normalisation."""
-    sentencepiece.SentencePieceTrainer.train(
-        input=text_file, model_prefix=prefix, model_type="bpe", vocab_size=vocab_size, character_coverage=1.0,
-        input_format="text", num_threads=1, split_digits=True,
-        allow_whitespace_only_pieces=True, byte_fallback=True, unk_surface=r" \342\201\207 ",
-        normalization_rule_name="identity", minloglevel=2,
-    )
 
 
 def demo_text() -> None:
@@ -178,7 +174,8 @@ def demo_groups(reference: Checkpoint, tokenizer: Tokenizer) -> None:
         prompts = [""] * (4 * DEMO_GROUPS)
         samples = sample(reference, [tokenizer.encode("", bos=True)] * len(prompts), DEMO_SEED, progress="sampling")
         stories = story_records(samples, prompts, tokenizer, reference.eos_id)
-        write_jsonl(ranked, rank_stories(tqdm(stories, desc="ranking", unit="story"), 4, judge.rank))
+        groups, _ = group_stories(stories, 4)
+        write_jsonl(ranked, agreed_records(groups, rank_groups(OfflineJudge(), groups, "ranking")))
     records = ranked_records(ranked)
     write_jsonl(os.path.join(DEMO_DIR, DEMO_FILES["best"]), map(to_best_of_n, records))
     write_jsonl(os.path.join(DEMO_DIR, DEMO_FILES["pair"]), (to_pairs(r, "best_worst")[0] for r in records))
@@ -190,6 +187,33 @@ def demo_groups(reference: Checkpoint, tokenizer: Tokenizer) -> None:
 @dataclass
 class DemoConfig:
     pass
+
+
+@dataclass
+class DownloadConfig:
+    model: str = flag("", f"a checkpoint and its tokenizer: {', '.join(MODELS)}; none: the TinyStories text")
+    data_dir: str = flag("data", "where it goes: DATA_DIR/MODEL/ or DATA_DIR/TinyStories_all_data/")
+    hub_url: str = flag("https://huggingface.co", "the Hugging Face hub, or a mirror of it")
+    tokenizer_url: str = flag("https://raw.githubusercontent.com/karpathy/llama2.c/master/tokenizer.model",
+                              "the Llama 2 tokenizer, which is not on the hub")
+    sha256: str = flag("", "of the checkpoint or the archive, where a mirror announces none; `unchecked`: take what comes")
+
+
+@dataclass
+class TrainVocabConfig:
+    vocab_size: int = flag(4096, "pieces, control and byte pieces included")
+    data: str = flag(os.path.join("data", TEXT), "TinyStories shards (.json), or JSONL with a text in each line")
+    num_shards: int = flag(10, "how many of the shards to learn from")
+    data_dir: str = flag("data", "the tokenizer becomes DATA_DIR/tok{vocab_size}.model")
+
+
+@dataclass
+class PretokenizeConfig:
+    vocab_size: int = flag(0, "of a tokenizer that train_vocab made; 0: of the Llama 2 tokenizer, DATA_DIR/tokenizer.model")
+    tokenizer: str = flag("", "another sentencepiece model")
+    data: str = flag(os.path.join("data", TEXT), "TinyStories shards (.json), or JSONL with a text in each line")
+    data_dir: str = flag("data", "the token files go to DATA_DIR/, in a folder named like the tokenizer")
+    workers: int = flag(os.cpu_count() or 1, "processes, each with a shard at a time")
 
 
 @dataclass
@@ -209,11 +233,11 @@ class GenerateConfig:
 
 
 @dataclass
-class RankConfig:
+class RankConfig(JudgeFlags):
     stories: str = flag("", "stories to rank, as generate writes them")
     out: str = flag("ranked.jsonl", "where the ranked groups go")
     group_size: int = flag(4, "stories per group")
-    judge: str = flag("offline", "who ranks", choices=list(judge.JUDGES))
+    dry_run: bool = flag(False, "only say what the API judge would be asked, and what that costs")
 
 
 @dataclass
@@ -241,6 +265,51 @@ def demo_command(config: DemoConfig) -> None:
     print(f"{DEMO_DIR}: {DEMO_STORIES} stories and their tokenizer; `python spo_train.py` trains on them")
 
 
+def download_command(config: DownloadConfig) -> None:
+    hub = config.hub_url.rstrip("/")
+    if not config.model:
+        folder = os.path.join(config.data_dir, TEXT)
+        if os.path.isdir(folder):
+            print(f"{folder}: there already")
+            return
+        archive = f"{folder}.tar.gz"
+        download.fetch(f"{hub}/datasets/roneneldan/TinyStories/resolve/main/{TEXT}.tar.gz", archive, config.sha256)
+        print(f"unpacking to {folder}", flush=True)
+        download.unpack(archive, folder, MAX_UNPACKED)
+        os.remove(archive)
+        print(f"{folder}: {len(os.listdir(folder))} shards")
+        return
+    name = config.model if config.model.startswith("stories") else f"stories{config.model}"
+    if name not in MODELS:
+        raise ValueError(f"--model={config.model}: there are {', '.join(MODELS)}")
+    model, folder = MODELS[name], os.path.join(config.data_dir, name)
+    path = os.path.join(folder, os.path.basename(model.file))
+    download.fetch(f"{hub}/karpathy/tinyllamas/resolve/main/{model.file}", path, config.sha256 or model.sha256)
+    url = f"{hub}/karpathy/tinyllamas/resolve/main/{model.tokenizer}" if model.tokenizer else config.tokenizer_url
+    download.fetch(url, os.path.join(folder, "tokenizer.model"), model.tokenizer_sha256)
+    print(f"python sample.py --checkpoint={path}")
+
+
+def train_vocab_command(config: TrainVocabConfig) -> None:
+    out = os.path.join(config.data_dir, f"tok{config.vocab_size}.model")
+    os.makedirs(config.data_dir, exist_ok=True)
+    pretokenize.train_vocab(config.data, config.vocab_size, out, config.num_shards)
+    print(f"{out}: {config.vocab_size} pieces")
+
+
+def pretokenize_command(config: PretokenizeConfig) -> None:
+    if config.workers < 1:
+        raise ValueError(f"--workers={config.workers}: must be 1 or more")
+    if config.tokenizer and config.vocab_size:
+        raise ValueError("--vocab_size: --tokenizer brings its own")
+    name = f"tok{config.vocab_size}.model" if config.vocab_size else "tokenizer.model"
+    tokenizer = config.tokenizer or os.path.join(config.data_dir, name)
+    folder = os.path.join(config.data_dir, os.path.splitext(os.path.basename(tokenizer))[0])
+    tokens = pretokenize.pretokenize(config.data, tokenizer, folder, config.workers)
+    print(f"{folder}: {tokens:,} tokens; python spo_train.py --loss=sft --data={folder} --init_from=scratch "
+          f"--tokenizer={folder}/tokenizer.model --max_iters=1000")
+
+
 def generate_command(config: GenerateConfig) -> None:
     checkpoint = checkpoints.load(config.checkpoint, checkpoints.pick_device(config.device))
     tokenizer = load_tokenizer(config.tokenizer, config.checkpoint, checkpoint.model.args.vocab_size)
@@ -250,16 +319,27 @@ def generate_command(config: GenerateConfig) -> None:
     if config.num_stories < 1 or config.batch_size < 1 or not prompts:
         raise ValueError("--num_stories, --batch_size and the number of prompts must be 1 or more")
     prompts = spread(prompts, config.num_stories)
-    samples = sample(
+    settings = {name: value for name, value in asdict(config).items() if name not in ("out", "batch_size", "device")}
+    for name in ("checkpoint", "tokenizer", "prompts"):  # a file is what it holds, not what it is called
+        path = tokenizer.path if name == "tokenizer" else settings[name]
+        settings[name] = download.sha256_of(path) if path else ""
+    stories = StoriesOnTheWay(config.out, settings)
+    first, started = stories.go_on(config.batch_size), time.monotonic()
+    batches = sample_batches(
         checkpoint, [tokenizer.encode(p, bos=True) for p in prompts], config.seed, config.max_new_tokens,
         batch_size=config.batch_size, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
-        progress="generating",
+        first=first, progress="generating",
     )
-    records = story_records(samples, prompts, tokenizer, checkpoint.eos_id, seed=config.seed,
-                            checkpoint=os.path.basename(config.checkpoint))
+    for batch in batches:
+        stories.add(story_records(batch, prompts[len(stories.records):], tokenizer, checkpoint.eos_id, seed=config.seed,
+                                  checkpoint=os.path.basename(config.checkpoint)))
+    records = stories.records
     write_jsonl(config.out, records)
+    os.remove(stories.path)
     unfinished = sum(not r["finished"] for r in records)
-    print(f"{config.out}: {len(records)} stories, {unfinished} of them cut at {config.max_new_tokens} tokens")
+    speed = (len(records) - first) / (time.monotonic() - started)
+    print(f"{config.out}: {len(records)} stories, {unfinished} of them cut at {config.max_new_tokens} tokens; "
+          f"{speed:.1f} stories/s" + f", the first {first} from an interrupted run" * bool(first))
 
 
 def parse_prompt(record, where: str) -> str:
@@ -277,12 +357,26 @@ def rank_command(config: RankConfig) -> None:
         stories.append(record | {"prompt": record.get("prompt", "")})
     if config.group_size < 2:
         raise ValueError(f"--group_size={config.group_size}: a ranking needs at least 2")
-    bar = tqdm(stories, desc="ranking", unit="story")
-    groups = rank_stories(bar, config.group_size, judge.JUDGES[config.judge])
+    groups, left_out = group_stories(stories, config.group_size)
     if not groups:
         raise ValueError(f"{config.stories}: {len(stories)} stories make no group of {config.group_size}")
-    write_jsonl(config.out, groups)
-    print(f"{config.out}: {len(groups)} groups of {config.group_size}, ranked by the {config.judge} judge")
+    for reason, count in left_out.items():
+        print(f"{config.stories}: {count} groups left out, {reason}")
+    judge = make_judge(config, config.dry_run)
+    if config.dry_run:
+        print(estimate(judge, [[m["prompt"] + m["text"] for m in group] for group in groups]))
+        return
+    results = rank_groups(judge, groups, "ranking")
+    records, n = agreed_records(groups, results), config.group_size
+    invalid = sum(not result.valid for result in results)
+    print(f"asked {len(groups)} groups of {n} in both orders, {judge.name}\n"
+          f"kept {len(records)}, {len(records) / len(groups):.1%} (a coin would keep {1 / math.factorial(n):.1%}); disagreed "
+          f"{len(groups) - len(records) - invalid}, invalid {invalid}\n{position_bias(results, n)}"
+          + f"\n{judge.note}" * bool(judge.note))
+    if not records:
+        raise ValueError(f"{config.out}: not written, no group was ranked alike in both orders")
+    write_jsonl(config.out, records)
+    print(f"{config.out}: {len(records)} ranked groups")
 
 
 def best_of_n_command(config: BestOfNConfig) -> None:
@@ -316,8 +410,9 @@ def check_command(config: CheckConfig) -> None:
 
 
 COMMANDS = {
-    "demo": (DemoConfig, demo_command), "generate": (GenerateConfig, generate_command),
-    "rank": (RankConfig, rank_command), "best_of_n": (BestOfNConfig, best_of_n_command),
+    "demo": (DemoConfig, demo_command), "download": (DownloadConfig, download_command),
+    "train_vocab": (TrainVocabConfig, train_vocab_command), "pretokenize": (PretokenizeConfig, pretokenize_command),
+    "generate": (GenerateConfig, generate_command), "rank": (RankConfig, rank_command), "best_of_n": (BestOfNConfig, best_of_n_command),
     "pairs": (PairsConfig, pairs_command), "check": (CheckConfig, check_command),
 }
 

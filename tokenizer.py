@@ -28,6 +28,21 @@ class Tokenizer:
         ids = self.model.encode(text)
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
+    def encode_after(self, prompt: str, text: str) -> list[int]:
+        """The ids of a text that goes on where the prompt ended, not of one that begins.
+
+        sentencepiece puts a space before a text that begins: "," would become " ,". Behind a newline, which is a byte
+        of its own and joins nothing, it does not. Behind an empty prompt the text begins.
+        """
+        if not prompt:
+            return self.encode(text)
+        newline = self.model.encode("\n")
+        return self.model.encode("\n" + text)[len(newline):]
+
+    def decode_after(self, prompt_ids: list[int], ids: list[int]) -> str:
+        """The text that ids add to a prompt's, its leading space included."""
+        return self.decode(prompt_ids + ids)[len(self.decode(prompt_ids)):]
+
     def decode(self, ids: list[int]) -> str:
         """Ids to text; BOS, EOS and other control ids print as nothing."""
         return self.model.decode(ids)

@@ -10,6 +10,7 @@ the selecting seeds; the table reports it on fresh seeds, with its 95% interval.
 again, so that a stopped sweep goes on. `loss+regularizer` is an objective, too (Table 4).
 """
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -29,6 +30,7 @@ from checkpoint import write_jsonl, write_text  # noqa: E402
 from config import flag, parse, run  # noqa: E402
 from evaluation import Evaluation  # noqa: E402
 from groups import read_groups  # noqa: E402
+from judge import JudgeFlags, given, make_judge  # noqa: E402
 from losses import LOSSES  # noqa: E402
 from tokenizer import load_tokenizer  # noqa: E402
 
@@ -60,7 +62,7 @@ PAPER = {"spo_basic+logp": 54.1}
 
 
 @dataclass
-class FrontierConfig:
+class FrontierConfig(JudgeFlags):
     data: str = flag("", "ranked groups; none: the demo's. Best-of-n groups and best-worst pairs are derived from them")
     init_from: str = flag("", "the reference: a .pt or a llama2.c .bin; none: the demo's")
     tokenizer: str = flag("", "its tokenizer; none: tokenizer.model beside it")
@@ -139,11 +141,24 @@ def files_for(config: FrontierConfig) -> tuple[str, str, str, dict[str, str]]:
     return config.init_from, config.tokenizer, config.data, files
 
 
+def share_of(config: FrontierConfig, folder: str) -> FrontierConfig:
+    """The configuration with a journal in folder, since only one process writes one, and the folder's part of max_usd.
+
+    All runs have the same part, and so has the table of the best.
+    """
+    if config.judge == "offline":
+        return config
+    parts = 1 + sum(len(settings_of(sweep)) for sweep in methods_of(config).values())
+    budget = None if config.max_usd is None else config.max_usd / parts
+    return dataclasses.replace(config, journal=os.path.join(folder, "journal.jsonl"), max_usd=budget)
+
+
 def train_one(
-    config: FrontierConfig, method: str, setting: dict, folder: str, data_file: str, model: list[str]
+    config: FrontierConfig, method: str, setting: dict, folder: str, data_file: str, common: list[str]
 ) -> None:
     """One run of spo_train.py, unless this very run is there; what it prints goes into output.txt.
 
+    common  the flags of the model and of the judge
     The file `done` appears when it has ended; it holds the command and the hash of the data.
     """
     loss, _, regularizer = method.partition("+")
@@ -151,7 +166,7 @@ def train_one(
     command = [
         sys.executable, os.path.join(ROOT, "spo_train.py"), f"--loss={loss}", f"--out_dir={folder}",
         "--keep_checkpoints", "--report=false",
-        *([f"--regularizer={regularizer}"] if regularizer else []), f"--data={data_file}", *model,
+        *([f"--regularizer={regularizer}"] if regularizer else []), f"--data={data_file}", *common,
         *(f"--{k}={v}" for k, v in setting.items()),
         *(f"--{k}={getattr(config, k)}" for k in shared), *config.train_flags.split(),
     ]
@@ -180,7 +195,8 @@ def run_all(config: FrontierConfig, reference: str, tokenizer: str, files: dict[
 
     def train_entry(entry) -> None:
         method, setting, folder = entry
-        train_one(config, method, setting, folder, files[kind_of_data(method)], model)
+        common = [*model, *(f"--{name}={value}" for name, value in given(share_of(config, folder)).items())]
+        train_one(config, method, setting, folder, files[kind_of_data(method)], common)
 
     with ThreadPoolExecutor(config.jobs) as pool:
         list(tqdm(pool.map(train_entry, runs), total=len(runs), desc="runs", unit="run"))
@@ -188,7 +204,7 @@ def run_all(config: FrontierConfig, reference: str, tokenizer: str, files: dict[
     for method, setting, folder in runs:
         with open(os.path.join(folder, "log.jsonl"), encoding="utf-8") as f:
             for entry in map(json.loads, f):
-                if "eval/kl" in entry:
+                if "eval/win_rate" in entry:  # and not where the judge's budget was spent
                     path = os.path.join(folder, f"step_{entry['step']:06d}.pt")
                     points.append(Point(method, name_of(setting), entry["step"], entry["eval/win_rate"],
                                         entry["eval/score"], entry["eval/kl"], path))
@@ -207,10 +223,10 @@ def table(config: FrontierConfig, points: list[Point], evaluation: Evaluation) -
             if within:
                 best = max(within, key=lambda p: (p.win_rate, p.score))
                 if best.path not in verdicts:
-                    verdicts[best.path] = evaluation.judge(checkpoints.load(best.path), "report")
+                    verdicts[best.path] = evaluation.evaluate(checkpoints.load(best.path), "report")
                 entered.append((best, verdicts[best.path]))
-        for best, verdict in sorted(entered, key=lambda pair: -pair[1].win_rate.rate):
-            print(f"{best.method:<22}{verdict.win_rate!s:<34}{verdict.score:<7.2f}{verdict.kl:<6.2f}{best.step:<6}"
+        for best, verdict in sorted(entered, key=lambda pair: -pair[1].rate):
+            print(f"{best.method:<22}{verdict.reason or str(verdict.win_rate):<34}{verdict.score:<7.2f}{verdict.kl:<6.2f}{best.step:<6}"
                   f"{best.setting:<30}{PAPER.get(best.method, '-')}")
             rows.append({"budget": budget, "method": best.method, "setting": best.setting, "step": best.step}
                         | verdict.logged("report"))
@@ -267,8 +283,8 @@ def main(argv: list[str]) -> None:
     checkpoint = checkpoints.load(reference)
     evaluation = Evaluation(
         checkpoint, load_tokenizer(tokenizer, reference, checkpoint.model.args.vocab_size),
-        sorted({group.prompt for group in read_groups(ranked)}), config.eval_stories, seed=config.seed,
-        max_new_tokens=config.max_new_tokens,
+        sorted({group.prompt for group in read_groups(ranked)}), config.eval_stories,
+        judge=make_judge(share_of(config, config.out_dir)), seed=config.seed, max_new_tokens=config.max_new_tokens,
     )
     write_jsonl(os.path.join(config.out_dir, "table.jsonl"), table(config, points, evaluation))
     write_jsonl(os.path.join(config.out_dir, "points.jsonl"), (vars(point) for point in points))

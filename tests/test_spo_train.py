@@ -13,6 +13,7 @@ from test_model import numpy_logits, tiny
 from test_tinystories_data import tokenizer, write  # noqa: F401 (a fixture)
 
 import checkpoint as checkpoints
+import sampling
 import spo_train
 import tinystories_data as data
 from checkpoint import Checkpoint
@@ -118,7 +119,7 @@ def test_online_samples_are_untruncated_draws_of_the_policy_in_eval_mode(monkeyp
         calls.append((temperature, top_k, top_p, model.training))
         return generate(model, prompts, max_new_tokens, temperature, top_k, top_p, **rest)
 
-    monkeypatch.setattr(data, "generate", spy)
+    monkeypatch.setattr(sampling, "generate", spy)
     policy = Checkpoint(tiny().train(), {"eos_id": 1})
     online = spo_train.draw_online(TrainConfig(max_new_tokens=12), policy, tiny(), [[1]], 0)
     assert calls == [(1.0, None, None, False)]

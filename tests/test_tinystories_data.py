@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ import demo_stories
 import tinystories_data as data
 from checkpoint import Checkpoint, save_pt
 from groups import EncodedGroup, RankedGroup, encode_groups, make_batch, read_groups, require
+from judge import BothOrders
+from sampling import spread
 from tokenizer import Tokenizer
 
 
@@ -99,7 +102,7 @@ def test_groups_of_different_sizes_are_refused(tmp_path):
 
 
 def test_terminator_is_scored_and_kept_and_none_is_invented(tokenizer):
-    groups = [RankedGroup("Once upon", ("a time.", "a day"), (True, False), "ranking", 1)]
+    groups = [RankedGroup("Once upon", (" a time.", " a day"), (True, False), "ranking", 1)]
     (group,), drops = encode_groups(groups, tokenizer, eos_id=1, max_seq_len=64)
     assert group.prompt == tokenizer.encode("Once upon", bos=True) and group.prompt[0] == 1 and not drops
     assert group.responses == [tokenizer.encode("a time.") + [1], tokenizer.encode("a day")]
@@ -107,6 +110,15 @@ def test_terminator_is_scored_and_kept_and_none_is_invented(tokenizer):
     scored = [row[mask].tolist() for row, mask in zip(batch.tokens, batch.mask)]
     assert scored == group.responses  # neither BOS, nor prompt, nor padding
     assert batch.lengths.tolist() == [[len(r) for r in group.responses]]
+
+
+def test_a_response_is_what_follows_the_prompt_to_the_letter(tokenizer):
+    """A text that begins gets sentencepiece's space; one that goes on has its own, or none."""
+    for prompt, text in [("Once upon a time", ", there was"), ("Once upon a time", " there"), ("Lil", "y ran."), ("", "Once")]:
+        start, ids = tokenizer.encode(prompt, bos=True), tokenizer.encode_after(prompt, text)
+        assert tokenizer.decode(start + ids) == prompt + text and tokenizer.decode_after(start, ids) == text
+        groups = [RankedGroup(prompt, (text, " x"), (True, True), "ranking", 1)]
+        assert encode_groups(groups, tokenizer, 1, 64)[0][0].responses[0] == ids + [1]
 
 
 def test_the_mask_goes_by_length_not_by_token_value():
@@ -127,8 +139,8 @@ def test_empty_identical_and_overlong_responses_are_dropped_and_counted(tokenize
 
 def test_a_ranking_is_indices_best_first_all_the_way_down(tmp_path):
     """A 3-cycle: [1, 2, 0] read as places instead of indices would put "a" second."""
-    stories = [{"text": t} for t in ("a", "b", "c")]
-    (record,) = data.rank_stories(stories, 3, lambda texts: [1, 2, 0])
+    members = [{"prompt": "", "text": t} for t in ("a", "b", "c")]
+    (record,) = data.agreed_records([members], [BothOrders([1, 2, 0], [1, 2, 0])])
     path = write(tmp_path / "d.jsonl", record)
     assert read_groups(path)[0].responses == ("b", "c", "a")
     best = write(tmp_path / "best.jsonl", data.to_best_of_n(record))
@@ -141,9 +153,15 @@ def test_a_ranking_is_indices_best_first_all_the_way_down(tmp_path):
 
 def test_groups_never_mix_prompts():
     stories = [{"prompt": p, "text": f"{p}{i}"} for p in "xyz" for i in range(3)]
-    groups = data.rank_stories(stories, 2, lambda texts: [0, 1])
-    assert [g["responses"] for g in groups] == [["x0", "x1"], ["y0", "y1"], ["z0", "z1"]]
-    assert data.spread(["x", "y"], 6) == ["x", "x", "x", "y", "y", "y"]
+    groups, left_out = data.group_stories(stories, 2)
+    assert [[m["text"] for m in g] for g in groups] == [["x0", "x1"], ["y0", "y1"], ["z0", "z1"]] and not left_out
+    assert spread(["x", "y"], 6) == ["x", "x", "x", "y", "y", "y"]
+
+
+def test_groups_that_no_judge_could_rank_are_left_out_and_counted():
+    stories = [{"prompt": "", "text": t} for t in ("a", "b", "a", "a", "a", " ")]
+    groups, left_out = data.group_stories(stories, 2)
+    assert groups == [stories[:2]] and left_out == {"identical stories": 1, "an empty story": 1}
 
 
 def test_from_generate_to_check(tmp_path, tokenizer, capsys):
@@ -152,17 +170,17 @@ def test_from_generate_to_check(tmp_path, tokenizer, capsys):
 
     model, file = tiny(vocab_size=512), lambda name: str(tmp_path / name)
     save_pt(file("m.pt"), Checkpoint(model, {"eos_id": 1}))
-    common = [f"--checkpoint={file('m.pt')}", f"--tokenizer={tokenizer.path}", "--max_new_tokens=40", "--num_stories=10"]
+    common = [f"--checkpoint={file('m.pt')}", f"--tokenizer={tokenizer.path}", "--max_new_tokens=40", "--num_stories=60"]
     data.main(["generate", *common, f"--out={file('s.jsonl')}", "--batch_size=3"])
     data.main(["generate", *common, f"--out={file('t.jsonl')}"])
     assert (tmp_path / "s.jsonl").read_bytes() == (tmp_path / "t.jsonl").read_bytes()  # whatever the batch size
     data.main(["rank", f"--stories={file('s.jsonl')}", f"--out={file('r.jsonl')}", "--group_size=5"])
     data.main(["best_of_n", f"--data={file('r.jsonl')}", f"--out={file('b.jsonl')}"])
     data.main(["pairs", f"--data={file('r.jsonl')}", f"--out={file('p.jsonl')}", "--pairs=all"])
-    capsys.readouterr()
+    kept = int(re.search(r"kept (\d+)", capsys.readouterr().out)[1])  # some of these stories are alike to the judge
     data.main(["check", f"--data={file('b.jsonl')}", f"--tokenizer={tokenizer.path}"])
-    assert "2 of 5 responses, known of their order: best" in capsys.readouterr().out
-    assert len(read_groups(file("p.jsonl"))) == 20
+    assert f"{kept} of 5 responses, known of their order: best" in capsys.readouterr().out
+    assert 0 < kept and len(read_groups(file("p.jsonl"))) == 10 * kept
     with pytest.raises(ValueError, match="b.jsonl line 1: needs .* full"):
         data.main(["pairs", f"--data={file('b.jsonl')}"])
 

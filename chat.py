@@ -1,0 +1,371 @@
+"""A chat endpoint that can be trusted overnight: requests sent again after failures, journaled, within a budget.
+
+For any OpenAI-compatible `/v1/chat/completions`. Knows nothing of stories: it is given a key and a prompt, and
+returns a reply. What goes wrong is one of four things:
+
+    refused     408, 409, 429, 5xx, no connection: nothing was done; sent again after a pause, which Retry-After can set
+    lost        no answer in time, a broken connection, half an answer: sent again; the work may be billed ("uncertain")
+    stopped     401, 402, 403, 400, an exhausted quota: no further request, one line that says why
+    unusable    an answer that does not say what was asked for: journaled like any other; its asker decides
+"""
+
+import base64
+import contextlib
+import email.utils
+import json
+import os
+import queue
+import random
+import threading
+import time
+import urllib.parse
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import requests
+import urllib3
+
+from config import flag
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs with one journal are not noticed there
+    fcntl = None
+
+OPENAI = "https://api.openai.com/v1"
+OVERHEAD_TOKENS = 64  # what a chat template adds to a prompt, at most
+
+
+@dataclass
+class ChatFlags:
+    base_url: str = flag(OPENAI, "the API, up to and with /v1")
+    journal: str = flag("journal.jsonl", "every reply of the API judge, so that none is asked for, or paid, twice")
+    workers: int = flag(8, "requests to the API judge at a time")
+    judge_timeout: float = flag(120.0, "seconds for one request")
+    judge_retries: int = flag(10, "how often a request is sent again when the network or the server fails")
+    judge_temperature: float = flag(0.0, "the API judge's sampling temperature")
+    judge_max_tokens: int = flag(2048, "the longest reply, in tokens")
+    judge_token_field: str = flag("max_tokens", "what the API calls that limit",
+                                  choices=["max_tokens", "max_completion_tokens"])
+    usd_per_million_in: float = flag(0.0, "price of a million prompt tokens")
+    usd_per_million_out: float = flag(0.0, "price of a million reply tokens")
+    max_usd: float | None = flag(None, "stop before the request that could pass this, counting what the journal holds")
+
+
+class BudgetSpent(ValueError):
+    """The next request could pass --max_usd."""
+
+
+class Journal:
+    """An append-only JSONL file of what was asked and what came back; flushed to the disk before it counts.
+
+        {"id": 7, "asked": KEY, "usd": the most that it can cost}
+        {"id": 7, "key": KEY, "reply": {...}, "usd": what it cost}     or     {"id": 7, "refused": 429}
+
+    An "asked" without a second line was lost, in a kill perhaps: it may be billed, so its bound counts as spent.
+    """
+
+    def __init__(self, path: str):
+        """Opens or creates the file. ValueError if it is another run's at the moment, or no journal."""
+        self.path, self.lock = path, threading.Lock()
+        self.replies: dict[str, list[dict]] = {}  # key -> its replies, in order
+        self.open_asks: dict[int, float] = {}  # id -> bound, of what has no second line
+        self.paid, self.next_id = 0.0, 0
+        if os.path.dirname(path):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+        self.file = open(path, "a+b", buffering=0)
+        if fcntl is not None:
+            try:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                self.file.close()
+                raise ValueError(f"--journal={path}: another run is writing it; wait, or give another file") from None
+        self.file.seek(0)
+        content = self.file.read()
+        whole = content.rfind(b"\n") + 1
+        for number, line in enumerate(content[:whole].splitlines(), start=1):
+            try:
+                self.note(json.loads(line))
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                self.file.close()
+                raise ValueError(f"{path} line {number}: not a line of a journal; give another --journal") from None
+        if whole < len(content):
+            self.file.truncate(whole)  # a kill while the last line was written
+
+    def note(self, line: dict) -> None:
+        number = int(line["id"])
+        self.next_id = max(self.next_id, number + 1)
+        if "asked" in line:
+            self.open_asks[number] = float(line["usd"])
+            return
+        self.open_asks.pop(number, None)
+        if "reply" in line:
+            line["reply"]["text"]  # a reply has a text, None perhaps
+            self.paid += float(line["usd"])
+            self.replies.setdefault(str(line["key"]), []).append(line["reply"])
+
+    def append(self, line: dict) -> None:
+        with self.lock:
+            self.file.write((json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
+            os.fsync(self.file.fileno())
+            self.note(line)
+
+    def ask(self, key: str, usd: float) -> int:
+        with self.lock:
+            number, self.next_id = self.next_id, self.next_id + 1
+        self.append({"id": number, "asked": key, "usd": usd})
+        return number
+
+    @property
+    def spent(self) -> float:
+        """US dollars: what the replies cost, and the bounds of what is on its way or was lost."""
+        with self.lock:
+            return self.paid + sum(self.open_asks.values())
+
+
+def check_flags(flags: ChatFlags) -> None:
+    """ValueError, naming the flag, for what cannot work."""
+    for name in ("workers", "judge_max_tokens"):
+        if getattr(flags, name) < 1:
+            raise ValueError(f"--{name}={getattr(flags, name)}: must be 1 or more")
+    for name in ("judge_retries", "usd_per_million_in", "usd_per_million_out", "max_usd", "judge_temperature"):
+        if not (getattr(flags, name) or 0) >= 0:
+            raise ValueError(f"--{name}={getattr(flags, name)}: must not be negative")
+    if not flags.judge_timeout > 0:
+        raise ValueError(f"--judge_timeout={flags.judge_timeout}: must be above 0")
+    if flags.max_usd is not None and not (flags.usd_per_million_in and flags.usd_per_million_out):
+        raise ValueError("--max_usd: needs --usd_per_million_in and --usd_per_million_out, the prices of this model")
+    url = urllib.parse.urlsplit(flags.base_url)
+    if url.scheme not in ("http", "https") or not url.hostname or "@" in url.netloc:
+        raise ValueError(f"--base_url: expected something like {OPENAI} or http://localhost:8000/v1, without a password")
+
+
+class Chat:
+    """One model behind one endpoint. Threads may call `complete` at the same time."""
+
+    def __init__(self, model: str, flags: ChatFlags):
+        """ValueError for flags that cannot work, or a journal that cannot be used.
+
+        The key is read from OPENAI_API_KEY here, goes into one header, and is cut out of whatever the server says.
+        """
+        check_flags(flags)
+        self.model, self.flags = model, flags
+        self.url = flags.base_url.rstrip("/") + "/chat/completions"
+        self.key = os.environ.get("OPENAI_API_KEY", "").strip()
+        if not all("!" <= c <= "~" for c in self.key):
+            raise ValueError("OPENAI_API_KEY: holds a space or another character that no key has")
+        self.journal = Journal(flags.journal)
+        self.settled = threading.Condition()  # notified when a request has ended
+        self.in_flight, self.lost, self.hold_until, self.failure = 0, 0, 0.0, ""
+        self.threads = threading.local()
+
+    def require_key(self) -> None:
+        """ValueError where the endpoint is OpenAI's and there is no key; another server may need none."""
+        if not self.key and self.flags.base_url == OPENAI:
+            raise ValueError("OPENAI_API_KEY is not set. Export it, or name a server that needs none "
+                             "(--base_url=http://localhost:8000/v1), or use --judge=offline")
+
+    def bound(self, prompt: str) -> float:
+        """US dollars that a request can cost at most: a token is a byte or more."""
+        tokens = len(prompt.encode("utf-8", "replace")) + OVERHEAD_TOKENS
+        return self.price(tokens, self.flags.judge_max_tokens)
+
+    def price(self, tokens_in: float, tokens_out: float) -> float:
+        return (tokens_in * self.flags.usd_per_million_in + tokens_out * self.flags.usd_per_million_out) / 1e6
+
+    def complete(self, key: str, prompt: str, **extra) -> dict:
+        """The reply to a prompt, journaled under the key: {"text", "finish_reason", "model", "usage"} and `extra`.
+
+        Raises ValueError for what stops a run (BudgetSpent among them), ConnectionError when judge_retries failures
+        came one after the other.
+        """
+        failure = ""
+        for attempt in range(self.flags.judge_retries + 1):
+            self.pause(attempt)
+            number = self.reserve(key, self.bound(prompt))
+            try:
+                status, headers, body = self.post(prompt)
+                if status == 200:
+                    reply = self.read_reply(body)
+                    usd = self.cost(reply["usage"], self.bound(prompt))
+                    line = {"id": number, "key": key, "usd": usd, "reply": reply | extra}
+                    self.journal.append(line)
+                    failure = ""
+                    return line["reply"]
+                self.journal.append({"id": number, "refused": status})
+                self.stop_if_hopeless(status, body)
+                failure = f"it answered {status}"
+                self.hold(headers.get("Retry-After", ""))
+            except (requests.RequestException, TruncatedReply) as error:
+                failure = type(error).__name__
+                if never_sent(error):
+                    self.journal.append({"id": number, "refused": 0})
+                else:
+                    self.lost += 1  # its line "asked" stays open: the work may have been done, and billed
+            finally:
+                self.failure = failure
+                with self.settled:
+                    self.in_flight -= 1
+                    self.settled.notify_all()
+        raise ConnectionError(f"{self.flags.base_url}: {self.flags.judge_retries + 1} failures one after the other, the "
+                              f"last: {failure}; what was answered is in {self.journal.path}, run the same command again")
+
+    def reserve(self, key: str, usd: float) -> int:
+        """Journals that a request is on its way. BudgetSpent if its bound could pass max_usd, whatever others cost."""
+        with self.settled:
+            while self.flags.max_usd is not None and self.journal.spent + usd > self.flags.max_usd:
+                if self.in_flight == 0:
+                    raise BudgetSpent(
+                        f"--max_usd={self.flags.max_usd:g}: ${self.journal.spent:.4f} may be spent, the next request could "
+                        f"cost ${usd:.4f}; what was answered is in {self.journal.path}: raise it and run the command again")
+                self.settled.wait()
+            self.in_flight += 1
+            return self.journal.ask(key, usd)
+
+    def post(self, prompt: str) -> tuple[int, dict, str]:
+        """One HTTP request -> status, headers, body, within judge_timeout seconds: dribbled bytes do not extend it."""
+        if not hasattr(self.threads, "session"):
+            self.threads.session = requests.Session()
+            self.threads.session.auth = self.authorize
+        seconds, started = self.flags.judge_timeout, time.monotonic()
+        message = {"model": self.model, "messages": [{"role": "user", "content": prompt}],
+                   "temperature": self.flags.judge_temperature,
+                   self.flags.judge_token_field: self.flags.judge_max_tokens}
+        with self.threads.session.post(self.url, json=message, timeout=(min(10.0, seconds), seconds), stream=True,
+                                       allow_redirects=False) as response:
+            left = seconds - (time.monotonic() - started)
+            deadline = threading.Timer(max(0.0, left), shut, [response])
+            deadline.daemon = True
+            deadline.start()
+            try:
+                body = response.content.decode("utf-8", "replace")
+            finally:
+                deadline.cancel()
+            return response.status_code, response.headers, self.redact(body)
+
+    def authorize(self, request):
+        if self.key:
+            request.headers["Authorization"] = f"Bearer {self.key}"
+        return request
+
+    def redact(self, text: str) -> str:
+        """The text without the key, should a server echo it; a short key (`none`, `EMPTY`) is no secret."""
+        if len(self.key) < 12:
+            return text
+        encoded = base64.b64encode(self.key.encode()).decode().rstrip("=")
+        for secret in (self.key, urllib.parse.quote(self.key, safe=""), encoded, self.key[:8]):
+            text = text.replace(secret, "[key]")
+        return text
+
+    def read_reply(self, body: str) -> dict:
+        try:
+            answer = json.loads(body)
+            choice = answer["choices"][0]
+            text = choice["message"].get("content")
+            if not isinstance(text, str | None):
+                raise TypeError
+            return {"text": text, "finish_reason": str(choice.get("finish_reason")),
+                    "model": str(answer.get("model")), "usage": answer.get("usage")}
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            raise TruncatedReply from None
+
+    def cost(self, usage, bound: float) -> float:
+        """US dollars by the server's count of tokens; the bound where it tells none."""
+        try:
+            tokens = usage["prompt_tokens"], usage["completion_tokens"]
+            return self.price(*tokens) if min(tokens) >= 0 else bound
+        except (KeyError, TypeError):
+            return bound
+
+    def stop_if_hopeless(self, status: int, body: str) -> None:
+        """ValueError for an answer that asking again does not change."""
+        where = f"{self.flags.base_url}: answered {status}"
+        if status in (401, 403):
+            raise ValueError(f"{where}: the key in OPENAI_API_KEY is missing, wrong, or not allowed to use {self.model}")
+        if status == 402 or (status == 429 and "insufficient_quota" in body):
+            raise ValueError(f"{where}: the account's quota is used up; add credit and run the same command again")
+        if status in (408, 409, 429) or status >= 500:
+            return
+        said = " ".join(body.split())[:200]
+        hint = "is --base_url right, and --judge a model that it serves?" if status in (301, 302, 307, 308, 404, 405) \
+            else "it does not accept this request"
+        raise ValueError(f"{where}: {hint} It says: {said or 'nothing'}")
+
+    def pause(self, attempt: int) -> None:
+        """Exponential back-off with jitter, and whatever the server asked everyone to wait."""
+        seconds = min(60.0, 0.5 * 2**attempt) * random.uniform(0.5, 1.0) if attempt else 0.0
+        until = time.monotonic() + seconds
+        while (left := max(until, self.hold_until) - time.monotonic()) > 0:
+            time.sleep(min(left, 1.0))
+
+    def hold(self, retry_after: str) -> None:
+        """Retry-After, in seconds or as a date: no thread sends anything before."""
+        seconds = 0.0
+        with contextlib.suppress(ValueError, TypeError, OverflowError):
+            seconds = float(retry_after) if retry_after.strip().isdigit() else \
+                email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time()
+        self.hold_until = max(self.hold_until, time.monotonic() + min(seconds, 3600.0))
+
+    @property
+    def status(self) -> str:
+        """For a progress bar: the cost so far, and what it is waiting for, if it is."""
+        waiting = self.hold_until - time.monotonic()
+        trouble = f", waiting {waiting:.0f} s (rate limit)" if waiting > 1 else \
+            f", trying again ({self.failure})" if self.failure else ""
+        return f"${self.journal.spent:.2f}{trouble}"
+
+
+class TruncatedReply(Exception):
+    """An answer with status 200 that is not the whole JSON of a completion."""
+
+
+def never_sent(error: Exception) -> bool:
+    """Was there no connection at all, so that nothing can have been billed?"""
+    reason = getattr(error.args[0], "reason", None) if error.args else None
+    return isinstance(error, requests.ConnectTimeout) or isinstance(reason, urllib3.exceptions.NewConnectionError)
+
+
+def shut(response: requests.Response) -> None:
+    """End a response that another thread is reading; nothing, if it has ended by itself."""
+    with contextlib.suppress(Exception):
+        response.raw.shutdown()
+
+
+def as_done(function: Callable, items: Iterable, workers: int, on_wait: Callable = lambda: None) -> Iterator:
+    """(index, function(item)) of every item, as they are done, by threads; the first exception ends it all.
+
+    on_wait  called about once a second while nothing is done
+    The threads are daemons: Ctrl-C does not wait for a slow server.
+    """
+    tasks, results, stop = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
+    for task in enumerate(items):
+        tasks.put(task)
+    count = tasks.qsize()
+
+    def work() -> None:
+        while not stop.is_set():
+            try:
+                index, item = tasks.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                results.put((index, function(item), None))
+            except BaseException as error:  # it is raised where the results are read
+                stop.set()
+                results.put((index, None, error))
+
+    for _ in range(min(workers, count)):
+        threading.Thread(target=work, daemon=True).start()
+    try:
+        while count:
+            try:
+                index, result, error = results.get(timeout=1.0)
+            except queue.Empty:
+                on_wait()
+                continue
+            if error is not None:
+                raise error
+            count -= 1
+            yield index, result
+    finally:
+        stop.set()

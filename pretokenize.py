@@ -1,0 +1,144 @@
+"""Text -> a tokenizer of its own, and -> token files, as llama2.c has them; and what sft reads of those.
+
+A token file is the stream of all stories of a shard in uint16, BOS before each: llama2.c's format.
+"""
+
+import bisect
+import glob
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+
+import numpy as np
+import sentencepiece
+from tqdm import tqdm
+
+from checkpoint import atomic_write, copy_tokenizer
+from groups import EncodedGroup, parse_group, read_records
+from tokenizer import Tokenizer
+
+
+def train_tokenizer(text_file: str, vocab_size: int, prefix: str) -> None:
+    """A BPE sentencepiece model with llama2.c's settings: bytes as fallback, digits apart, no normalisation."""
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            input=text_file, model_prefix=prefix, model_type="bpe", vocab_size=vocab_size, character_coverage=1.0,
+            input_format="text", num_threads=1, split_digits=True,
+            allow_whitespace_only_pieces=True, byte_fallback=True, unk_surface=r" \342\201\207 ",
+            normalization_rule_name="identity", minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise ValueError(f"--vocab_size={vocab_size}: sentencepiece cannot make it of this text: {error}") from None
+
+
+def shards_of(path: str) -> list[str]:
+    """A text file, or those of a folder. ValueError if there are none."""
+    shards = sorted(glob.glob(os.path.join(path, "*.json")) + glob.glob(os.path.join(path, "*.jsonl"))) or [path]
+    if not os.path.isfile(shards[0]):
+        raise ValueError(f"{path}: no .json or .jsonl file there; python tinystories_data.py download fetches TinyStories")
+    return shards
+
+
+def stories_of(shard: str) -> Iterator[str]:
+    """The texts of a shard: our JSONL of {"text"}, or a .json of the TinyStories archive, a list of {"story"}."""
+    if shard.endswith(".jsonl"):
+        for number, record in read_records(shard):
+            yield parse_group(record, f"{shard} line {number}", number).responses[0].strip()
+        return
+    try:
+        with open(shard, encoding="utf-8") as f:
+            records = json.load(f)
+    except (ValueError, RecursionError):
+        raise ValueError(f"{shard}: not JSON in UTF-8 (half a download? remove the folder and download it again)") from None
+    for index, record in enumerate(records if isinstance(records, list) else [None]):
+        if not isinstance(record, dict) or not isinstance(record.get("story"), str):
+            raise ValueError(f'{shard} record {index}: no "story"')
+        yield record["story"].strip()
+
+
+def train_vocab(data: str, vocab_size: int, out: str, num_shards: int) -> None:
+    """A tokenizer of vocab_size pieces on the first num_shards shards -> out, a .model file."""
+    prefix = f"{out}.tmp"
+    text, made = f"{prefix}.txt", f"{prefix}.model"
+    try:
+        with open(text, "w", encoding="utf-8") as f:
+            for story in itertools.chain.from_iterable(map(stories_of, shards_of(data)[:num_shards])):
+                f.write(story + "\n")
+        train_tokenizer(text, vocab_size, prefix)
+        os.replace(made, out)
+    finally:
+        for leftover in (text, made, f"{prefix}.vocab"):
+            if os.path.exists(leftover):
+                os.remove(leftover)
+
+
+def pretokenize_shard(shard: str, tokenizer_path: str, out: str) -> int:
+    """One shard -> its token file; returns how many tokens. Runs in a worker process."""
+    tokenizer = Tokenizer(tokenizer_path)
+    stories = [np.array(tokenizer.encode(story, bos=True), dtype=np.uint16) for story in stories_of(shard)]
+    if not stories:
+        raise ValueError(f"{shard}: holds no stories")
+    with atomic_write(out) as f:
+        f.write(np.concatenate(stories).tobytes())
+    return sum(map(len, stories))
+
+
+def pretokenize(data: str, tokenizer_path: str, folder: str, workers: int) -> int:
+    """Every shard of data -> a .bin in folder, and the tokenizer beside them; returns how many tokens.
+
+    workers  processes. What goes wrong in one ends all, with the shard's name
+    """
+    tokenizer = Tokenizer(tokenizer_path)
+    if tokenizer.vocab_size > 2**16:
+        raise ValueError(f"{tokenizer_path}: {tokenizer.vocab_size} pieces do not fit the uint16 of a token file")
+    os.makedirs(folder, exist_ok=True)
+    copy_tokenizer(tokenizer, folder)
+    tokens = 0
+    with ProcessPoolExecutor(workers) as pool:
+        jobs = []
+        for shard in shards_of(data):
+            out = os.path.join(folder, os.path.splitext(os.path.basename(shard))[0] + ".bin")
+            jobs.append(pool.submit(pretokenize_shard, shard, tokenizer_path, out))
+        try:
+            for job in tqdm(as_completed(jobs), total=len(jobs), unit="shard"):
+                tokens += job.result()
+        except BrokenProcessPool:
+            raise ValueError(f"a worker was killed, for want of memory perhaps; try --workers={max(1, workers // 2)}") from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return tokens
+
+
+class TokenWindows:
+    """Token files as groups of one for sft, as llama2.c trains: windows of `length` tokens, whatever stories they cut.
+
+    Window i ends with the token that window i + 1 begins with, so that every token but the first is scored once; a
+    BOS in the middle is scored as the terminator of the story before it.
+    """
+
+    def __init__(self, path: str, length: int, vocab_size: int):
+        """path: a .bin file or a folder of them. ValueError if there is no window in it."""
+        files = sorted(f for f in glob.glob(os.path.join(path, "*.bin")) if os.path.basename(f) != "tokenizer.bin")
+        self.path, self.length, self.vocab_size = path, length, vocab_size
+        self.files = [file for file in files or [path] if os.path.isfile(file) and os.path.getsize(file) > 1]
+        self.streams = [np.memmap(file, np.uint16, "r") for file in self.files]
+        self.ends = list(itertools.accumulate((len(stream) - 1) // (length - 1) for stream in self.streams))
+        if not self.ends or self.ends[-1] == 0:
+            raise ValueError(f"{path}: holds no token file of {length} tokens; python tinystories_data.py pretokenize makes them")
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, index: int) -> EncodedGroup:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        which = bisect.bisect_right(self.ends, index)
+        start = (index - (self.ends[which - 1] if which else 0)) * (self.length - 1)
+        window = self.streams[which][start : start + self.length].tolist()
+        if max(window) >= self.vocab_size:
+            raise ValueError(f"{self.files[which]}: holds id {max(window)}, the model has {self.vocab_size}; pretokenize the "
+                             "text with this model's tokenizer")
+        return EncodedGroup(window[:1], [window[1:]], index)

@@ -1,0 +1,392 @@
+"""The API judge against a server that misbehaves: what is lost, what is paid twice, what stops, what leaks."""
+
+import base64
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.parse
+
+import pytest
+from conftest import ROOT
+from fake_api import FINE, LOST, REFUSED, UNUSABLE, FakeApi
+
+import judge
+import tinystories_data as data
+from chat import BudgetSpent, Chat, ChatFlags, Journal, as_done
+from judge import ApiJudge, JudgeFlags, digest, rank_in_both_orders
+
+KEY = "sk-sentinel+/4711-abcdefgh"
+
+
+def quality(story: str) -> float:
+    return float(re.search(r"quality (\d+)", story)[1])
+
+
+def make_stories(count: int, seed: int = 0) -> list[str]:
+    """Stories whose honest order is told by a number, in no order."""
+    numbers = random.Random(seed).sample(range(10 * count), count)
+    return [f"Once upon a time there was a story of quality {number}." for number in numbers]
+
+
+def make_groups(count: int, n: int = 4) -> list[list[str]]:
+    stories = make_stories(count * n)
+    return [stories[i : i + n] for i in range(0, len(stories), n)]
+
+
+def honest(group: list[str]) -> list[int]:
+    return sorted(range(len(group)), key=lambda i: -quality(group[i]))
+
+
+@pytest.fixture
+def flags(tmp_path, monkeypatch):
+    """Flags for a fake API, quick to try again; the journal is in tmp_path."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setattr("chat.random.uniform", lambda low, high: 0.01)  # the back-off's jitter: hundredths of it
+
+    def make(api, **others) -> JudgeFlags:
+        settings = {"judge": "fake", "base_url": api.url, "journal": str(tmp_path / "journal.jsonl"), "judge_timeout": 1.0}
+        return JudgeFlags(**settings | others)
+
+    return make
+
+
+def rankings(api, flags: JudgeFlags, groups):
+    judge = ApiJudge(flags)
+    return judge, [result.ranking for result in rank_in_both_orders(judge, groups, None)]
+
+
+def close(judge: ApiJudge) -> None:
+    judge.chat.journal.file.close()
+
+
+@pytest.mark.parametrize("fault", REFUSED + LOST + UNUSABLE + FINE)
+def test_every_fault_once_changes_no_label(flags, fault):
+    groups = make_groups(2)
+    with FakeApi([fault], score=quality, stall=1.5) as api:
+        judge, found = rankings(api, flags(api, judge_timeout=0.5), groups)
+        assert api.done[fault] == 1
+    assert found == [honest(group) for group in groups]
+    again = sum(api.asked.values()) - 4
+    assert again == (0 if fault in FINE else 1)
+    assert judge.chat.lost == (fault in LOST) and len(judge.asked_again) == (fault in UNUSABLE)
+
+
+def campaign(flags, count: int, faults: int) -> None:
+    """`count` groups against a server with so many faults, drawn at random: as if there had been none."""
+    rng = random.Random(0)
+    schedule = [rng.choice(REFUSED + LOST + UNUSABLE + FINE + [""]) for _ in range(faults)]
+    groups = make_groups(count)
+    with FakeApi(schedule, score=quality, stall=0.6) as api:
+        judge, found = rankings(api, flags(api, workers=16, judge_timeout=0.3), groups)
+        assert sum(api.done.values()) > faults  # every fault has been met
+    assert found == [honest(group) for group in groups]
+    journal = judge.chat.journal
+    assert len(journal.replies) == 2 * count  # none lost
+    for key, replies in journal.replies.items():
+        usable = [judge_reply(judge, r) for r in replies]
+        assert [u is not None for u in usable] == [False] * (len(replies) - 1) + [True]  # none twice
+
+
+def judge_reply(api_judge, reply):
+    return None if reply["finish_reason"] in ("length", "content_filter") else \
+        judge.parse_conclusion(reply["text"], 4, reply["fence"])
+
+
+def test_a_hundred_faults_lose_and_double_no_label(flags):
+    campaign(flags, count=40, faults=100)
+
+
+@pytest.mark.slow
+def test_a_thousand_faults_lose_and_double_no_label(flags):
+    campaign(flags, count=400, faults=1000)
+
+
+def kill_campaign(tmp_path, kills: int, count: int) -> None:
+    """The rank command, killed (-9) `kills` times at random moments, against the unbroken run."""
+    stories = tmp_path / "stories.jsonl"
+    stories.write_text("".join(json.dumps({"prompt": "", "text": s}) + "\n" for s in make_stories(4 * count)))
+    rng = random.Random(1)
+    environment = os.environ | {"OPENAI_API_KEY": KEY, "OMP_NUM_THREADS": "1"}
+    journal = tmp_path / "journal.jsonl"
+
+    def command(api, name):
+        return [sys.executable, os.path.join(ROOT, "tinystories_data.py"), "rank", f"--stories={stories}",
+                f"--out={tmp_path / name}", "--judge=fake", f"--base_url={api.url}", "--workers=4",
+                f"--journal={tmp_path / ('journal.jsonl' if name == 'ranked.jsonl' else 'other.jsonl')}"]
+
+    def slow(story):  # so that there is time to be killed in
+        time.sleep(0.002)
+        return quality(story)
+
+    held: set[str] = set()
+    faults = [rng.choice([*[""] * 36, "429", "reset after", "twice", "cut json"]) for _ in range(20 * count)]
+    with FakeApi(faults, score=slow) as api:
+        for _ in range(kills):
+            process = subprocess.Popen(command(api, "ranked.jsonl"), env=environment, stdout=subprocess.DEVNULL,
+                                       stderr=subprocess.DEVNULL)
+            target = sum(api.asked.values()) + rng.randrange(1, 2 * count // (kills + 1))
+            while sum(api.asked.values()) < target and process.poll() is None:
+                time.sleep(0.002)
+            time.sleep(rng.uniform(0, 0.01))
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            time.sleep(0.3)  # what is on its way arrives
+            assert not (tmp_path / "ranked.jsonl").exists()
+            assert held <= usable_in(journal)
+            held = usable_in(journal)
+            for question in held:
+                api.asked[question] = 0  # from here on nobody may ask for it
+        result = subprocess.run(command(api, "ranked.jsonl"), env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        assert [question for question in held if api.asked[question]] == []
+    with FakeApi(score=quality) as api:
+        unbroken = subprocess.run(command(api, "unbroken.jsonl"), env=environment, capture_output=True, text=True)
+        assert unbroken.returncode == 0, unbroken.stderr
+    assert (tmp_path / "ranked.jsonl").read_bytes() == (tmp_path / "unbroken.jsonl").read_bytes()
+    for text in (result.stdout, result.stderr, journal.read_text()):
+        assert_no_key(text)
+
+
+def usable_in(journal) -> set[str]:
+    """The questions (digests of stories) that a journal has a usable reply to."""
+    found = set()
+    lines = journal.read_bytes().split(b"\n")[:-1] if journal.exists() else []
+    for line in map(json.loads, lines):
+        if "reply" in line and judge_reply(None, line["reply"]) is not None:
+            found.add(line["key"].split()[-1])
+    return found
+
+
+def test_two_kills_lose_nothing_and_nothing_is_bought_twice(tmp_path):
+    kill_campaign(tmp_path, kills=2, count=60)
+
+
+@pytest.mark.slow
+def test_twenty_kills_lose_nothing_and_nothing_is_bought_twice(tmp_path):
+    kill_campaign(tmp_path, kills=20, count=400)
+
+
+# --- what stops ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault,message", [
+    ("401", "answered 401: the key in OPENAI_API_KEY is missing, wrong, or not allowed"), ("403", "answered 403: the key"),
+    ("400", "answered 400: it does not accept this request"), ("402", "quota is used up"), ("quota", "quota is used up"),
+    ("404", "answered 404: is --base_url right"), ("302", "answered 302: is --base_url right"),
+])
+def test_what_asking_again_cannot_help_stops_at_once(flags, fault, message):
+    with FakeApi([fault] * 100, score=quality) as api:
+        with pytest.raises(ValueError, match=message) as error:
+            rankings(api, flags(api, workers=4), make_groups(20))
+        time.sleep(0.1)
+        assert sum(api.asked.values()) <= 4  # one for each worker
+    assert_no_key(str(error.value))
+
+
+def test_an_unusable_reply_is_asked_for_once_more_and_then_is_invalid(flags):
+    groups = make_groups(1)
+    with FakeApi(["twice", "empty"] * 2, score=quality, patience=False) as api:
+        judge = ApiJudge(flags(api, workers=1))
+        assert not rank_in_both_orders(judge, groups, None)[0].valid and sum(api.asked.values()) == 4
+        close(judge)
+        judge, found = rankings(api, flags(api), groups)  # the journal knows that they are invalid
+        assert found == [None] and sum(api.asked.values()) == 4
+        close(judge)
+        judge, found = rankings(api, flags(api, judge_attempts=3), groups)  # and can be told to ask once more
+        assert found == [honest(groups[0])] and sum(api.asked.values()) == 6
+
+
+def test_a_server_that_never_recovers_ends_the_run_with_what_was_answered(flags):
+    with FakeApi(["", "", *["503"] * 100], score=quality, patience=False) as api:
+        judge = ApiJudge(flags(api, workers=1, judge_retries=3))
+        with pytest.raises(ConnectionError, match="4 failures one after the other, the last: it answered 503"):
+            rank_in_both_orders(judge, make_groups(4), None)
+        assert sum(api.asked.values()) == 6 and len(judge.chat.journal.replies) == 2
+
+
+def test_nobody_listening_costs_nothing(flags):
+    with FakeApi() as api:
+        pass
+    prices = {"usd_per_million_in": 1.0, "usd_per_million_out": 1.0}
+    judge = ApiJudge(flags(api, judge_retries=2, **prices))
+    with pytest.raises(ConnectionError, match="3 failures"):
+        judge.rank(make_groups(1)[0])
+    assert judge.chat.journal.spent == 0
+
+
+def test_retry_after_holds_everybody(flags):
+    with FakeApi(["429 seconds"], score=quality) as api:
+        started = time.monotonic()
+        rankings(api, flags(api), make_groups(4))
+        assert time.monotonic() - started > 0.9
+
+
+def test_dribbled_bytes_do_not_extend_the_deadline(flags):
+    with FakeApi(["dribble"] * 2, score=quality, patience=False) as api:
+        judge, started = ApiJudge(flags(api, judge_timeout=0.5, judge_retries=1)), time.monotonic()
+        with pytest.raises(ConnectionError):
+            judge.rank(make_groups(1)[0])
+        assert time.monotonic() - started < 2.0  # two requests of half a second
+
+
+# --- money ---------------------------------------------------------------------------------------
+
+PRICES = {"usd_per_million_in": 100.0, "usd_per_million_out": 1000.0}
+
+
+def test_the_budget_is_never_passed_and_can_be_raised(flags):
+    """A reply costs 400 * 100 / 1e6 + 200 * 1000 / 1e6 = $0.24, and could have cost $2.1 and more."""
+    groups = make_groups(10)
+    with FakeApi(score=quality) as api:
+        judge = ApiJudge(flags(api, max_usd=4.0, **PRICES))
+        with pytest.raises(BudgetSpent, match="--max_usd=4: "):
+            rank_in_both_orders(judge, groups, None)
+        spent, count = judge.chat.journal.spent, sum(api.asked.values())
+        assert spent == pytest.approx(0.24 * count) and 4.0 - 2.4 < spent <= 4.0
+        close(judge)
+        judge, found = rankings(api, flags(api, max_usd=8.0, **PRICES), groups)
+        assert found == [honest(group) for group in groups] and sum(api.asked.values()) == 20
+        assert judge.chat.journal.spent == pytest.approx(4.8)
+
+
+def test_what_was_lost_on_the_way_counts_as_spent(flags):
+    with FakeApi(["reset after", "503"], score=quality) as api:
+        judge, _ = rankings(api, flags(api, workers=1, **PRICES), make_groups(1))
+    journal = judge.chat.journal
+    (bound,) = journal.open_asks.values()
+    assert bound > 2.0 and journal.spent == pytest.approx(2 * 0.24 + bound)
+    assert f"${bound:.4f} uncertain" in judge.note
+    close(judge)
+    assert Journal(journal.path).spent == pytest.approx(2 * 0.24 + bound)  # and after a restart
+
+
+def test_a_dry_run_asks_nothing_and_needs_no_key(flags, monkeypatch, tmp_path, capsys):
+    monkeypatch.delenv("OPENAI_API_KEY")
+    monkeypatch.setitem(sys.modules, "tiktoken", None)  # as if its table could not be fetched
+    stories = tmp_path / "s.jsonl"
+    stories.write_text("".join(json.dumps({"text": s}) + "\n" for s in make_stories(8)))
+    data.main(["rank", f"--stories={stories}", "--judge=gpt-4o", "--dry_run", f"--journal={tmp_path / 'j.jsonl'}",
+               "--usd_per_million_in=2.5", "--usd_per_million_out=10"])
+    printed = capsys.readouterr().out
+    tokens = int(re.search(r"([\d,]+) prompt tokens \(bytes/4", printed)[1].replace(",", ""))
+    assert "4 requests to ask" in printed and 4 * 300 < tokens < 4 * 800
+    assert f"at most 8,192 reply tokens; at most ${tokens * 2.5e-6 + 8192 * 10e-6:.2f}" in printed
+    with pytest.raises(ValueError, match="OPENAI_API_KEY is not set"):
+        data.main(["rank", f"--stories={stories}", "--judge=gpt-4o", f"--journal={tmp_path / 'k.jsonl'}"])
+
+
+@pytest.mark.parametrize("wrong,message", [
+    ({"workers": 0}, "--workers=0"), ({"judge_timeout": 0}, "--judge_timeout=0"), ({"judge_retries": -1}, "--judge_retries"),
+    ({"max_usd": 1.0}, "--max_usd: needs --usd_per_million_in"), ({"base_url": "localhost:8000"}, "--base_url"),
+    ({"base_url": "http://me:secret@host/v1"}, "--base_url"), ({"judge_attempts": 0}, "--judge_attempts=0"),
+    ({"prompt": "none.txt"}, "none.txt"), ({"judge_max_tokens": 0}, "--judge_max_tokens=0"),
+])
+def test_flags_that_cannot_work_are_named(tmp_path, wrong, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        ApiJudge(JudgeFlags(**{"judge": "fake", "journal": str(tmp_path / "j.jsonl")} | wrong))
+
+
+# --- the journal ---------------------------------------------------------------------------------
+
+
+def test_a_journal_cut_anywhere_is_read_up_to_there(tmp_path):
+    path = str(tmp_path / "j.jsonl")
+    journal = Journal(path)
+    for i in range(3):
+        number = journal.ask(f"key {i}", 0.5)
+        journal.append({"id": number, "key": f"key {i}", "usd": 0.1, "reply": {"text": f"caf\u00e9 {i}"}})
+    journal.file.close()
+    whole = (tmp_path / "j.jsonl").read_bytes()
+    for cut in range(len(whole) + 1):
+        (tmp_path / "j.jsonl").write_bytes(whole[:cut])
+        journal = Journal(path)
+        complete = whole[:cut].count(b"\n")
+        assert len(journal.replies) == complete // 2
+        assert journal.spent == pytest.approx(0.1 * (complete // 2) + 0.5 * (complete % 2))
+        journal.ask("another", 0.0)  # what is appended does not join the torn line
+        journal.file.close()
+        lines = (tmp_path / "j.jsonl").read_bytes().splitlines()
+        assert all(map(json.loads, lines))
+
+
+def test_a_journal_that_is_none_or_another_runs_is_refused(tmp_path):
+    path = tmp_path / "j.jsonl"
+    path.write_text('{"text": "a story"}\n')
+    with pytest.raises(ValueError, match="j.jsonl line 1: not a line of a journal"):
+        Journal(str(path))
+    assert path.read_text() == '{"text": "a story"}\n'
+    path.unlink()
+    journal = Journal(str(path))
+    with pytest.raises(ValueError, match="another run is writing it"):
+        Journal(str(path))
+    journal.file.close()
+
+
+def test_the_same_stories_in_two_groups_are_one_question(flags):
+    (group,) = make_groups(1)
+    with FakeApi(score=quality) as api:
+        _, found = rankings(api, flags(api), [group, group, group[::-1]])
+        assert sum(api.asked.values()) == 2
+    assert found == [honest(group), honest(group), honest(group[::-1])]
+
+
+# --- the key -------------------------------------------------------------------------------------
+
+
+def assert_no_key(text: str) -> None:
+    forms = (KEY, urllib.parse.quote(KEY, safe=""), base64.b64encode(KEY.encode()).decode().rstrip("="), KEY[:8])
+    assert not [form for form in forms if form in text]
+
+
+@pytest.mark.parametrize("fault", ["", "401", "400", "500", "429", "cut json", "reset after"])
+def test_the_key_goes_into_one_header_and_nowhere_else(tmp_path, fault):
+    stories = tmp_path / "s.jsonl"
+    stories.write_text("".join(json.dumps({"text": s}) + "\n" for s in make_stories(4)))
+    with FakeApi([fault] * 40, score=quality, patience=False) as api:
+        command = [sys.executable, os.path.join(ROOT, "judge.py"), str(stories), str(stories), "--judge=fake",
+                   f"--base_url={api.url}", f"--journal={tmp_path / 'j.jsonl'}", "--judge_retries=1", "--workers=2"]
+        environment = os.environ | {"OPENAI_API_KEY": KEY, "SPO_DEBUG": "1"}  # the traceback, too
+        result = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert f"Authorization: Bearer {KEY}" in api.headers[0]
+    assert (result.returncode == 0) == (fault == "")
+    for text in (result.stdout, result.stderr, (tmp_path / "j.jsonl").read_text()):
+        assert_no_key(text)
+
+
+def test_a_reply_that_echoes_the_key_is_journaled_without_it(flags):
+    with FakeApi(score=quality) as api:
+        chat = Chat("fake", flags(api))
+    assert chat.redact(f"You said {KEY}, {KEY[:8]} and {urllib.parse.quote(KEY, safe='')}") == \
+        "You said [key], [key] and [key]"
+
+
+# --- threads -------------------------------------------------------------------------------------
+
+
+def test_as_done_gives_every_result_and_raises_the_first_error():
+    assert sorted(as_done(lambda x: x * x, range(50), 8)) == [(i, i * i) for i in range(50)]
+    with pytest.raises(ZeroDivisionError):
+        list(as_done(lambda x: 1 / x, [1, 2, 0, 3], 2))
+    assert list(as_done(abs, [], 8)) == []
+
+
+def test_ctrl_c_does_not_wait_for_a_slow_server(tmp_path):
+    stories = tmp_path / "s.jsonl"
+    stories.write_text("".join(json.dumps({"text": s}) + "\n" for s in make_stories(8)))
+    with FakeApi(["", "", *["stall"] * 100], score=quality, stall=20.0, patience=False) as api:
+        command = [sys.executable, os.path.join(ROOT, "judge.py"), str(stories), str(stories), "--judge=fake",
+                   f"--base_url={api.url}", f"--journal={tmp_path / 'j.jsonl'}", "--workers=2"]
+        process = subprocess.Popen(command, env=os.environ | {"OPENAI_API_KEY": KEY}, stderr=subprocess.PIPE)
+        while sum(api.asked.values()) < 4:
+            time.sleep(0.01)
+        started = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=10)
+        assert time.monotonic() - started < 2 and process.returncode == 130 and b"stopped by Ctrl-C" in errors
+    assert len(Journal(str(tmp_path / "j.jsonl")).replies) == 2

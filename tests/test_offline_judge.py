@@ -1,0 +1,114 @@
+"""The offline judge: what it prefers, and what does not fool it."""
+
+import json
+import random
+
+import pytest
+
+import demo_stories
+import offline_judge as judge
+from judge import OfflineJudge, compare_all
+
+PLAIN = (
+    "Once upon a time, there was a girl named Mia. Mia had a red ball. One day, the ball fell into the water. "
+    "Mia was sad. Then she saw a big dog. The dog jumped in and got the ball. Mia was happy. They went home."
+)
+RICH = (
+    "Long ago, near a quiet harbor, there lived a thoughtful boy named Leo who dreamed of distant islands. One stormy "
+    "afternoon, a sudden wind swept his precious lantern beyond the narrow bridge. Although he trembled with worry, Leo "
+    "refused to abandon hope. Before sunset he discovered the lantern beneath a willow, and an old sailor praised his "
+    "patience. From that moment he understood that courage often begins with a single question."
+)
+STORIES = [demo_stories.story(random.Random(seed)) for seed in range(40)]
+RICH_LIST = sorted(judge.RICH_WORDS)
+
+
+def win_rate(policy: list[str], baseline: list[str]) -> float:
+    return compare_all(OfflineJudge(), policy, baseline).rate
+
+
+def run_on(text: str) -> str:
+    return text.replace(". ", " and then ").replace("," , "")
+
+
+def salad(text: str) -> str:
+    words = text.split()
+    random.Random(0).shuffle(words)
+    return " ".join(words)
+
+
+FAKES = {
+    "a run-on sentence": run_on(RICH),
+    "no full stops": RICH.replace(".", ""),
+    "word salad": salad(RICH),
+    "a list of rich words": ". ".join(" ".join(RICH_LIST[i : i + 14]).capitalize() for i in range(0, 84, 14)) + ".",
+    "a list with commas": ". ".join(", ".join(RICH_LIST[i : i + 14]).capitalize() for i in range(0, 84, 14)) + ".",
+    "one sentence again and again": "Long ago there lived a thoughtful boy who dreamed of a distant island. " * 12,
+    "one phrase again and again": "The curious and precious treasure of the ancient valley shimmered in twilight. "
+                                  + "Mia discovered the ancient valley of the precious treasure in twilight. " * 8,
+    "one word": "treasure " * 80,
+    "rich words as a suffix": PLAIN[:60] + " " + " ".join(RICH_LIST[:60]) + ".",
+    "made-up long words": " ".join("Extravagantiously memorified bewilderments undulated." for _ in range(15)),
+    "glued words": RICH.replace(" ", ""),
+    "letters": "a b c d e f g h i j k l m n o p q r s t u v w x y z. " * 5,
+    "nothing": "",
+    "punctuation": "... !!! ??? " * 30,
+}
+
+
+@pytest.mark.parametrize("name", list(FAKES))
+def test_plain_prose_beats(name):
+    assert win_rate([PLAIN], [FAKES[name]]) == 1.0
+    assert judge.rank([FAKES[name], PLAIN, RICH]) == [2, 1, 0]
+
+
+@pytest.mark.parametrize("spoil", [run_on, salad])
+def test_spoiling_any_story_makes_it_lose_to_itself(spoil):
+    spoiled = [spoil(story) for story in STORIES]
+    assert win_rate(STORIES, spoiled) > 0.95
+
+
+def test_length_alone_does_not_win():
+    for a, b in zip(STORIES[::2], STORIES[1::2]):
+        assert judge.score(f"{a} {b}") < max(judge.score(a), judge.score(b)) + 0.5
+    assert judge.score(RICH + " " + RICH) < judge.score(RICH)
+
+
+def test_every_feature_is_bounded():
+    for text in [PLAIN, RICH, *FAKES.values(), "Extraordinarily " * 500 + ".", "A" * 5000, "\u4f60\u597d " * 50]:
+        assert all(0 <= value <= 1 for value in judge.features(text).values())
+        assert 0 <= judge.score(text) <= 10
+
+
+def test_the_ranking_does_not_depend_on_the_order_of_the_stories():
+    stories = [*STORIES[:6], RICH, PLAIN]
+    best_first = [stories[i] for i in judge.rank(stories)]
+    for seed in range(5):
+        shuffled = random.Random(seed).sample(stories, len(stories))
+        assert [shuffled[i] for i in judge.rank(shuffled)] == best_first
+
+
+def test_compare_gives_a_tie_only_to_equals():
+    assert win_rate([RICH], [PLAIN]) == 1.0 and win_rate([PLAIN], [RICH]) == 0.0 and win_rate([RICH], [RICH]) == 0.5
+
+
+def test_stem_finds_the_entry_a_word_is_a_form_of():
+    forms = {"whispered": "whisper", "hurried": "hurry", "glimmering": "glimmer", "village's": "village", "wisely": "wise"}
+    assert {word: judge.stem(word) for word in forms} == forms and judge.stem("ball") is None
+
+
+def real_stories(folder: str, name: str = "valid") -> list[str]:
+    with open(f"{folder}/tinystories_{name}.jsonl", encoding="utf-8") as f:
+        return [json.loads(line)["text"] for line in f]
+
+
+def test_the_longer_of_two_real_stories_wins_about_as_often_as_it_loses(spo_data):
+    stories = real_stories(spo_data, "train")
+    pairs = [sorted(pair, key=len) for pair in zip(stories[::2], stories[1::2])]
+    assert 0.4 < win_rate([long for _, long in pairs], [short for short, _ in pairs]) < 0.6
+
+
+def test_real_stories_beat_their_shuffled_and_unpunctuated_selves(spo_data):
+    stories = real_stories(spo_data)[:100]
+    assert win_rate(stories, [salad(story) for story in stories]) > 0.98
+    assert win_rate(stories, [run_on(story) for story in stories]) > 0.95
