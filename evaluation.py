@@ -120,7 +120,8 @@ class Evaluation:
         except (BudgetSpent, ConnectionError) as error:
             if not self.has_judged:
                 raise
-            return None, f"no win-rate: {error}"
+            print(error, flush=True)
+            return None, "no win-rate: " + ("budget spent" if isinstance(error, BudgetSpent) else "judge out of reach")
         self.has_judged = True
         return win_rate, ""
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Table 3 of the SPO paper, in shape: TinyStories best-of-n, the same groups with only the best named.
 #
-#   bash experiments/table3.sh            # or SCALE=260K, SCALE=110M: see experiments/scale.sh
+#   bash experiments/table3.sh            # or SCALE=260K, SCALE=110M, JUDGE=gpt-4o-2024-08-06: see experiments/scale.sh
 set -euo pipefail
 source "$(dirname "$0")/scale.sh"
 python experiments/frontier.py --methods=spo_bon,sdpo_bon,best_sft --budgets=inf "${flags[@]}" \
-    --out_dir="out/table3-$SCALE" --figure="out/table3-$SCALE/figure.png"
+    --out_dir="out/table3-$run" --figure="out/table3-$run/figure.png"

@@ -7,6 +7,7 @@ import subprocess
 
 import frontier
 import pytest
+import tinystories_data as data
 from config import parse
 from spo_train import TrainConfig
 from test_spo_train import workshop  # noqa: F401 (a fixture)
@@ -62,21 +63,37 @@ def test_bad_flags_are_refused_before_anything_runs(flags, flag, message, tmp_pa
 
 @pytest.mark.parametrize("table", ["table2", "table3", "table4"])
 @pytest.mark.parametrize("scale", ["demo", "260K", "110M"])
-def test_the_table_scripts_call_what_is_there(table, scale, tmp_path):
-    """With a `python` that writes down its arguments: every flag and method is one that the frontier takes."""
+@pytest.mark.parametrize("judge", ["offline", "org/model"])
+def test_the_table_scripts_call_what_is_there(table, scale, judge, tmp_path):
+    """With a `python` that writes down its arguments: every flag and method is one that the scripts take."""
     (tmp_path / "bin").mkdir()
     stub = tmp_path / "bin" / "python"
-    stub.write_text('#!/bin/sh\nprintf "%s\\n" "$@" >"$(basename "$1").args"\n', encoding="utf-8")
+    stub.write_text('#!/bin/sh\nprintf "%s\\n" "$@" >"$(basename "$1")${2%%[!a-z]*}.args"\n', encoding="utf-8")
     stub.chmod(0o755)
     environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SCALE": scale,
-                                "CHECKPOINT": "model.pt", "TOKENIZER": "t.model"}
+                                "JUDGE": judge, "CHECKPOINT": "model.pt", "TOKENIZER": "t.model"}
+    if judge != "offline":
+        environment["JUDGE_FLAGS"] = "--usd_per_million_in=1 --usd_per_million_out=2 --max_usd=150"
     script = os.path.join(frontier.ROOT, "experiments", f"{table}.sh")
     subprocess.run(["bash", script], cwd=tmp_path, env=environment, check=True)
     arguments = (tmp_path / "frontier.py.args").read_text(encoding="utf-8").splitlines()[1:]
     config = parse(frontier.FrontierConfig, arguments, "frontier.py")
     assert frontier.methods_of(config) and frontier.budgets_of(config) == [float("inf")]
-    assert config.out_dir == f"out/{table}-{scale}" and bool(config.data) == (scale != "demo")
+    run = scale if judge == "offline" else f"{scale}-org_model"
+    assert config.out_dir == f"out/{table}-{run}" and config.data == (f"data/{run}/ranked.jsonl" if run != "demo" else "")
     parse(TrainConfig, config.train_flags.split(), "spo_train.py")
+    if run != "demo":
+        steps = {"generate": data.GenerateConfig, "rank": data.RankConfig}
+        for step, config_class in steps.items():
+            arguments = (tmp_path / f"tinystories_data.py{step}.args").read_text(encoding="utf-8").splitlines()[2:]
+            steps[step] = parse(config_class, arguments, step)
+        assert steps["generate"].out == steps["rank"].stories and steps["rank"].out == config.data
+        assert steps["rank"].judge == config.judge == judge and steps["rank"].max_usd == config.max_usd
+    if judge != "offline":  # every process has a journal of its own, and its part of the budget
+        shares = [frontier.share_of(config, folder) for folder in ("a", "b")]
+        assert shares[0].journal == "a/journal.jsonl" and shares[1].journal == "b/journal.jsonl"
+        runs = sum(len(frontier.settings_of(sweep)) for sweep in frontier.methods_of(config).values())
+        assert shares[0].max_usd == pytest.approx(150 / (runs + 1))
 
 
 def test_an_unknown_scale_is_refused(tmp_path):

@@ -1,6 +1,7 @@
 """What the API judge is asked and what is read from its reply; both orders; win-rates."""
 
 import json
+import math
 import random
 import re
 
@@ -203,7 +204,34 @@ def test_length_controlled_rate_by_hand():
     preferences = ([1.0] * 20 + [0.0] * 80 + [1.0] * 60 + [0.0] * 40) * 100  # many, so that the penalty is nothing
     differences = ([-1.0] * 100 + [1.0] * 100) * 100
     a = (np.log(0.2 / 0.8) + np.log(0.6 / 0.4)) / 2
-    assert judge.length_controlled_rate(preferences, differences) == pytest.approx(1 / (1 + np.exp(-a)), abs=1e-6)
+    assert judge.length_controlled_rate(preferences, differences) == pytest.approx(1 / (1 + np.exp(-a)), abs=1e-4)
+
+
+@pytest.mark.parametrize("seed,n,a,b,shift,package", [
+    (0, 256, 0, 0, 0, 50.0000), (1, 256, 0, 1, 150, 46.6536), (2, 1000, 0.5, 2, 150, 61.4025), (3, 805, -1, 1, -100, 29.9131),
+    (4, 64, 1.5, 0, 0, 73.7772), (5, 1000, -0.1, 0.2, 50, 50.0000), (6, 100, 3, 1, 300, 90.0486),
+])
+def test_length_controlled_rate_is_that_of_alpaca_eval(seed, n, a, b, shift, package):
+    """What alpaca_eval 0.6.6 (scikit-learn 1.9.1) computes of the same preferences as length_controlled_minimal, in %."""
+    rng = random.Random(seed)
+    differences = [round(rng.gauss(shift, 280)) for _ in range(n)]
+    wins = [1 / (1 + math.exp(-(a + b * math.tanh(d / 280)))) for d in differences]
+    preferences = [0.5 if rng.random() < 0.15 else float(rng.random() < p) for p in wins]
+    assert 100 * judge.length_controlled_rate(preferences, differences) == pytest.approx(package, abs=0.05)
+
+
+def test_the_fit_is_at_its_minimum():
+    """Against a grid around it, penalty included; and where the penalty is all, at zero."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(60, 2)), rng.random(60)
+    for C in (0.05, 0.5, 1e4):
+        w = judge.fit(x, y, C)
+
+        def objective(w):
+            return judge.cross_entropy(x, y, w).sum() + np.abs(w).sum() / C
+
+        assert all(objective(w) <= objective(w + 1e-3 * rng.normal(size=2)) for _ in range(200))
+    assert judge.fit(x, y, 1e-3).tolist() == [0, 0]
 
 
 def test_length_controlled_rate_at_its_limits():

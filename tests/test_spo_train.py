@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import glob
 import json
 import os
 import subprocess
@@ -290,6 +291,28 @@ def test_the_baseline_can_be_any_stories(workshop, tmp_path, capsys):
     assert "win-rate over others.jsonl" in capsys.readouterr().out
     with pytest.raises(ValueError, match="12 stories, selecting and reporting need 15"):
         workshop("best_sft", "--baseline=others.jsonl", "--eval_stories=5")
+
+
+def test_the_api_judge_evaluates_within_a_budget_and_training_outlives_it(workshop, monkeypatch, capsys):
+    """$0.12 is enough for 2 comparisons in both orders, and too little for another one."""
+    from fake_api import FakeApi
+
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-sentinel-4711-abcdefgh")
+    prices = ["--usd_per_million_in=10", "--usd_per_million_out=100", "--judge_max_tokens=300", "--learning_rate=3e-2"]
+    with FakeApi() as api:
+        judge = ["--judge=fake", f"--base_url={api.url}", "--journal=j.jsonl", "--eval_stories=2", *prices]
+        folder = workshop("spo_rank", *judge, "--max_usd=0.12")
+        spent = sum(json.loads(line).get("usd", 0) for line in open("j.jsonl") if "reply" in line)
+        assert sum(api.asked.values()) == 4 and spent == pytest.approx(4 * (200 * 10 + 200 * 100) / 1e6)
+        printed = capsys.readouterr().out
+        assert "--max_usd=0.12: $0.0880 may be spent" in printed and "no win-rate: budget spent" in printed
+        first, last = [entry for entry in log_of(folder) if "eval/kl" in entry][::2]
+        assert "eval/win_rate" in first and "eval/win_rate" not in last and last["eval/kl"] > 0
+        assert checkpoints.load(f"{folder}/best.pt").step == 0 and checkpoints.load(f"{folder}/ckpt.pt").step > 0
+        for path in glob.glob(f"{folder}/**", recursive=True):
+            assert os.path.isdir(path) or b"sk-sentinel" not in open(path, "rb").read()
+        with pytest.raises(ValueError, match="--max_usd=0.001"):  # not even the first evaluation
+            workshop("spo_rank", *judge[:2], "--journal=k.jsonl", "--eval_stories=2", *prices, "--max_usd=0.001")
 
 
 def test_a_step_that_is_not_finite_stops_and_names_its_lines(workshop, monkeypatch):
