@@ -73,7 +73,7 @@ class Journal:
         self.paid, self.next_id = 0.0, 0
         if os.path.dirname(path):
             os.makedirs(os.path.dirname(path), exist_ok=True)
-        self.file = open(path, "a+b", buffering=0)
+        self.file = open(path, "a+b")
         if fcntl is not None:
             try:
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -107,6 +107,7 @@ class Journal:
     def append(self, line: dict) -> None:
         with self.lock:
             self.file.write((json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
+            self.file.flush()
             os.fsync(self.file.fileno())
             self.note(line)
 

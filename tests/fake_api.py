@@ -1,12 +1,14 @@
 """An OpenAI-compatible chat server on localhost that ranks honestly, by the offline judge, and misbehaves on demand.
 
-    python tests/fake_api.py --port=8000          # then --judge=fake --base_url=http://localhost:8000/v1
+    python tests/fake_api.py --port=8000 --faults=0.1      # then --judge=fake --base_url=http://localhost:8000/v1
 """
 
 import argparse
 import email.utils
+import itertools
 import json
 import os
+import random
 import re
 import socket
 import struct
@@ -169,6 +171,10 @@ class Handler(BaseHTTPRequestHandler):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--port", type=int, default=8000)
-    with FakeApi(port=parser.parse_args().port) as api:
+    parser.add_argument("--faults", type=float, default=0.0, help="the share of requests that something happens to")
+    given, rng = parser.parse_args(), random.Random(0)
+    all_faults = REFUSED + LOST + UNUSABLE + FINE
+    faults = (rng.choice(all_faults) if rng.random() < given.faults else "" for _ in itertools.count())
+    with FakeApi(faults, port=given.port, stall=5.0) as api:
         print(f"--judge=fake --base_url={api.url}", flush=True)
         threading.Event().wait()
