@@ -3,9 +3,10 @@
 For any OpenAI-compatible `/v1/chat/completions`. Knows nothing of stories: it is given a key and a prompt, and
 returns a reply. What goes wrong is one of four things:
 
-    refused     408, 409, 429, 5xx, no connection: nothing was done; sent again after a pause, which Retry-After can set
-    lost        no answer in time, a broken connection, half an answer: sent again; the work may be billed ("uncertain")
-    stopped     401, 402, 403, 400, an exhausted quota: no further request, one line that says why
+    refused     408, 409, 429, 503, no connection: nothing was done; sent again after a pause, which Retry-After can set
+    lost        no answer in time, a broken connection, half an answer, any other 5xx: sent again, too; but the work may
+                have been done and billed ("uncertain"), so what it can have cost counts as spent
+    stopped     any other status (401, 403, 400 ...), an exhausted quota: no further request, one line that says why
     unusable    an answer that does not say what was asked for: journaled like any other; its asker decides
 """
 
@@ -13,9 +14,11 @@ import base64
 import contextlib
 import email.utils
 import json
+import math
 import os
 import queue
 import random
+import re
 import threading
 import time
 import urllib.parse
@@ -52,7 +55,11 @@ class ChatFlags:
     max_usd: float | None = flag(None, "stop before the request that could pass this, counting what the journal holds")
 
 
-class BudgetSpent(ValueError):
+class Stopped(ValueError):
+    """Asking again would not help: a wrong key, an exhausted quota, a request that the server does not accept."""
+
+
+class BudgetSpent(Stopped):
     """The next request could pass --max_usd."""
 
 
@@ -86,22 +93,30 @@ class Journal:
         for number, line in enumerate(content[:whole].splitlines(), start=1):
             try:
                 self.note(json.loads(line))
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                self.file.close()
-                raise ValueError(f"{path} line {number}: not a line of a journal; give another --journal") from None
-        if whole < len(content):
-            self.file.truncate(whole)  # a kill while the last line was written
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
+                self.refuse(number)
+        if whole < len(content):  # a kill while the last line was written; or another file altogether
+            start = b'{"id": '
+            if not (content[whole:].startswith(start) or start.startswith(content[whole:])):
+                self.refuse(content.count(b"\n") + 1)
+            self.file.truncate(whole)
+
+    def refuse(self, number: int) -> None:
+        self.file.close()
+        raise ValueError(f"{self.path} line {number}: not a line of a journal; give another --journal")
 
     def note(self, line: dict) -> None:
-        number = int(line["id"])
+        number, usd = int(line["id"]), float(line.get("usd", 0))
+        if not 0 <= usd < math.inf:
+            raise ValueError("usd is no price")
         self.next_id = max(self.next_id, number + 1)
         if "asked" in line:
-            self.open_asks[number] = float(line["usd"])
+            self.open_asks[number] = usd
             return
         self.open_asks.pop(number, None)
         if "reply" in line:
-            line["reply"]["text"]  # a reply has a text, None perhaps
-            self.paid += float(line["usd"])
+            line["reply"]["text"], line["reply"]["finish_reason"], line["reply"]["fence"]  # a KeyError if one is not there
+            self.paid += usd
             self.replies.setdefault(str(line["key"]), []).append(line["reply"])
 
     def append(self, line: dict) -> None:
@@ -126,19 +141,23 @@ class Journal:
 
 def check_flags(flags: ChatFlags) -> None:
     """ValueError, naming the flag, for what cannot work."""
-    for name in ("workers", "judge_max_tokens"):
-        if getattr(flags, name) < 1:
-            raise ValueError(f"--{name}={getattr(flags, name)}: must be 1 or more")
+    for name, most in (("workers", 1000), ("judge_max_tokens", 10**7)):
+        if not 1 <= getattr(flags, name) <= most:
+            raise ValueError(f"--{name}={getattr(flags, name)}: must be 1 to {most}")
     for name in ("judge_retries", "usd_per_million_in", "usd_per_million_out", "max_usd", "judge_temperature"):
-        if not (getattr(flags, name) or 0) >= 0:
-            raise ValueError(f"--{name}={getattr(flags, name)}: must not be negative")
-    if not flags.judge_timeout > 0:
-        raise ValueError(f"--judge_timeout={flags.judge_timeout}: must be above 0")
+        if not 0 <= (getattr(flags, name) or 0) < 1e9:
+            raise ValueError(f"--{name}={getattr(flags, name)}: must be finite and not negative")
+    if not 0 < flags.judge_timeout <= 86400:
+        raise ValueError(f"--judge_timeout={flags.judge_timeout}: must be above 0, and at most a day")
     if flags.max_usd is not None and not (flags.usd_per_million_in and flags.usd_per_million_out):
         raise ValueError("--max_usd: needs --usd_per_million_in and --usd_per_million_out, the prices of this model")
-    url = urllib.parse.urlsplit(flags.base_url)
-    if url.scheme not in ("http", "https") or not url.hostname or "@" in url.netloc:
-        raise ValueError(f"--base_url: expected something like {OPENAI} or http://localhost:8000/v1, without a password")
+    try:
+        url = urllib.parse.urlsplit(flags.base_url)
+        good = url.scheme in ("http", "https") and url.hostname and not (url.port == 0 or url.query or url.fragment)
+    except ValueError:  # a port that is none
+        good = False
+    if not good or "@" in flags.base_url:
+        raise ValueError(f"--base_url: expected something like {OPENAI} or http://localhost:8000/v1, without password or query")
 
 
 class Chat:
@@ -157,6 +176,7 @@ class Chat:
             raise ValueError("OPENAI_API_KEY: holds a space or another character that no key has")
         self.journal = Journal(flags.journal)
         self.settled = threading.Condition()  # notified when a request has ended
+        self.stop = threading.Event()  # set: what is on its way may end, and nothing is sent again
         self.in_flight, self.lost, self.hold_until, self.failure = 0, 0, 0.0, ""
         self.threads = threading.local()
 
@@ -177,8 +197,8 @@ class Chat:
     def complete(self, key: str, prompt: str, **extra) -> dict:
         """The reply to a prompt, journaled under the key: {"text", "finish_reason", "model", "usage"} and `extra`.
 
-        Raises ValueError for what stops a run (BudgetSpent among them), ConnectionError when judge_retries failures
-        came one after the other.
+        Raises Stopped (BudgetSpent among them) for what asking again cannot help, ConnectionError when judge_retries
+        failures came one after the other.
         """
         failure = ""
         for attempt in range(self.flags.judge_retries + 1):
@@ -189,11 +209,15 @@ class Chat:
                 if status == 200:
                     reply = self.read_reply(body)
                     usd = self.cost(reply["usage"], self.bound(prompt))
+                    reply["max_tokens"] = self.flags.judge_max_tokens
                     line = {"id": number, "key": key, "usd": usd, "reply": reply | extra}
                     self.journal.append(line)
                     failure = ""
                     return line["reply"]
-                self.journal.append({"id": number, "refused": status})
+                if status < 500 or status == 503:
+                    self.journal.append({"id": number, "refused": status})
+                else:
+                    self.lost += 1
                 self.stop_if_hopeless(status, body)
                 failure = f"it answered {status}"
                 self.hold(headers.get("Retry-After", ""))
@@ -201,6 +225,7 @@ class Chat:
                 failure = type(error).__name__
                 if never_sent(error):
                     self.journal.append({"id": number, "refused": 0})
+                    self.stop_if_misconfigured(error)
                 else:
                     self.lost += 1  # its line "asked" stays open: the work may have been done, and billed
             finally:
@@ -224,7 +249,7 @@ class Chat:
             return self.journal.ask(key, usd)
 
     def post(self, prompt: str) -> tuple[int, dict, str]:
-        """One HTTP request -> status, headers, body, within judge_timeout seconds: dribbled bytes do not extend it."""
+        """One HTTP request -> status, headers, body, within judge_timeout seconds: a body that dribbles does not extend it."""
         if not hasattr(self.threads, "session"):
             self.threads.session = requests.Session()
             self.threads.session.auth = self.authorize
@@ -242,7 +267,7 @@ class Chat:
                 body = response.content.decode("utf-8", "replace")
             finally:
                 deadline.cancel()
-            return response.status_code, response.headers, self.redact(body)
+            return response.status_code, response.headers, body
 
     def authorize(self, request):
         if self.key:
@@ -259,51 +284,63 @@ class Chat:
         return text
 
     def read_reply(self, body: str) -> dict:
+        """A whole JSON answer -> a reply, without text if its shape is not that of a completion; else TruncatedReply."""
         try:
             answer = json.loads(body)
-            choice = answer["choices"][0]
-            text = choice["message"].get("content")
-            if not isinstance(text, str | None):
-                raise TypeError
-            return {"text": text, "finish_reason": str(choice.get("finish_reason")),
-                    "model": str(answer.get("model")), "usage": answer.get("usage")}
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            choices = answer["choices"]
+        except (ValueError, LookupError, TypeError, RecursionError):
             raise TruncatedReply from None
+        text = reason = None
+        with contextlib.suppress(LookupError, TypeError, AttributeError):
+            choice = choices[0]
+            reason, text = choice.get("finish_reason"), choice["message"].get("content")
+            if isinstance(text, list):  # the parts of a message
+                text = "".join(part["text"] for part in text if "text" in part)
+        return {"text": self.redact(text) if isinstance(text, str) else None, "finish_reason": self.redact(str(reason)),
+                "model": self.redact(str(answer.get("model"))), "usage": token_counts(answer.get("usage"))}
 
-    def cost(self, usage, bound: float) -> float:
+    def cost(self, usage: dict[str, int] | None, bound: float) -> float:
         """US dollars by the server's count of tokens; the bound where it tells none."""
-        try:
-            tokens = usage["prompt_tokens"], usage["completion_tokens"]
-            return self.price(*tokens) if min(tokens) >= 0 else bound
-        except (KeyError, TypeError):
-            return bound
+        return bound if usage is None else self.price(usage["prompt_tokens"], usage["completion_tokens"])
 
     def stop_if_hopeless(self, status: int, body: str) -> None:
-        """ValueError for an answer that asking again does not change."""
+        """Stopped for an answer that asking again does not change."""
         where = f"{self.flags.base_url}: answered {status}"
         if status in (401, 403):
-            raise ValueError(f"{where}: the key in OPENAI_API_KEY is missing, wrong, or not allowed to use {self.model}")
+            raise Stopped(f"{where}: the key in OPENAI_API_KEY is missing, wrong, or not allowed to use {self.model}")
         if status == 402 or (status == 429 and "insufficient_quota" in body):
-            raise ValueError(f"{where}: the account's quota is used up; add credit and run the same command again")
+            raise Stopped(f"{where}: the account's quota is used up; add credit and run the same command again")
         if status in (408, 409, 429) or status >= 500:
             return
-        said = " ".join(body.split())[:200]
+        with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
+            body = str(json.loads(body)["error"]["message"])
+        said = " ".join(self.redact(body).split())[:200]
         hint = "is --base_url right, and --judge a model that it serves?" if status in (301, 302, 307, 308, 404, 405) \
             else "it does not accept this request"
-        raise ValueError(f"{where}: {hint} It says: {said or 'nothing'}")
+        raise Stopped(f"{where}: {hint}; it says: {said or 'nothing'}")
+
+    def stop_if_misconfigured(self, error: Exception) -> None:
+        """Stopped for a connection that cannot be made with these flags."""
+        said = str(error)
+        if isinstance(error, requests.exceptions.SSLError):
+            raise Stopped(f"{self.flags.base_url}: no secure connection: {self.redact(said)[-160:]}")
+        if not isinstance(error, requests.ConnectionError):
+            raise Stopped(f"{self.flags.base_url}: cannot be asked: {self.redact(said)[:160]}")
 
     def pause(self, attempt: int) -> None:
-        """Exponential back-off with jitter, and whatever the server asked everyone to wait."""
-        seconds = min(60.0, 0.5 * 2**attempt) * random.uniform(0.5, 1.0) if attempt else 0.0
+        """Exponential back-off with jitter, and whatever the server asked everyone to wait. Stopped if the run is."""
+        seconds = 0.5 * 2 ** min(attempt, 7) * random.uniform(0.5, 1.0) if attempt else 0.0
         until = time.monotonic() + seconds
-        while (left := max(until, self.hold_until) - time.monotonic()) > 0:
+        while (left := max(until, self.hold_until) - time.monotonic()) > 0 and not self.stop.is_set():
             time.sleep(min(left, 1.0))
+        if self.stop.is_set():
+            raise Stopped("the run has been stopped")
 
     def hold(self, retry_after: str) -> None:
         """Retry-After, in seconds or as a date: no thread sends anything before."""
         seconds = 0.0
         with contextlib.suppress(ValueError, TypeError, OverflowError):
-            seconds = float(retry_after) if retry_after.strip().isdigit() else \
+            seconds = float(retry_after) if re.fullmatch(r"[\d.]+", retry_after.strip()) else \
                 email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time()
         self.hold_until = max(self.hold_until, time.monotonic() + min(seconds, 3600.0))
 
@@ -322,8 +359,19 @@ class TruncatedReply(Exception):
 
 def never_sent(error: Exception) -> bool:
     """Was there no connection at all, so that nothing can have been billed?"""
+    kinds = requests.exceptions
+    if isinstance(error, kinds.SSLError):
+        return "CERTIFICATE_VERIFY_FAILED" in str(error) or "WRONG_VERSION_NUMBER" in str(error)
     reason = getattr(error.args[0], "reason", None) if error.args else None
-    return isinstance(error, requests.ConnectTimeout) or isinstance(reason, urllib3.exceptions.NewConnectionError)
+    return isinstance(reason, urllib3.exceptions.NewConnectionError) or isinstance(
+        error, (kinds.ConnectTimeout, kinds.ProxyError, kinds.InvalidURL, kinds.InvalidSchema, kinds.InvalidJSONError))
+
+
+def token_counts(usage) -> dict[str, int] | None:
+    """What a server says that a request took, if it is believable."""
+    names = ("prompt_tokens", "completion_tokens")
+    counts = [usage.get(name) if isinstance(usage, dict) else None for name in names]
+    return dict(zip(names, counts)) if all(type(c) is int and 0 <= c < 10**9 for c in counts) else None
 
 
 def shut(response: requests.Response) -> None:
@@ -332,16 +380,22 @@ def shut(response: requests.Response) -> None:
         response.raw.shutdown()
 
 
-def as_done(function: Callable, items: Iterable, workers: int, on_wait: Callable = lambda: None) -> Iterator:
+def as_done(
+    function: Callable, items: Iterable, workers: int, stop: threading.Event, on_wait: Callable = lambda: None,
+    patience: float = 0.0,
+) -> Iterator:
     """(index, function(item)) of every item, as they are done, by threads; the first exception ends it all.
 
-    on_wait  called about once a second while nothing is done
+    stop      set when it ends: no further item is begun, and `function` may look at it, too
+    on_wait   called about once a second while nothing is done
+    patience  seconds that an exception in one thread waits for what the others have begun
     The threads are daemons: Ctrl-C does not wait for a slow server.
     """
-    tasks, results, stop = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
+    tasks, results = queue.SimpleQueue(), queue.SimpleQueue()
     for task in enumerate(items):
         tasks.put(task)
     count = tasks.qsize()
+    stop.clear()
 
     def work() -> None:
         while not stop.is_set():
@@ -352,11 +406,12 @@ def as_done(function: Callable, items: Iterable, workers: int, on_wait: Callable
             try:
                 results.put((index, function(item), None))
             except BaseException as error:  # it is raised where the results are read
-                stop.set()
                 results.put((index, None, error))
+                stop.set()
 
-    for _ in range(min(workers, count)):
-        threading.Thread(target=work, daemon=True).start()
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(workers, count))]
+    for thread in threads:
+        thread.start()
     try:
         while count:
             try:
@@ -365,6 +420,9 @@ def as_done(function: Callable, items: Iterable, workers: int, on_wait: Callable
                 on_wait()
                 continue
             if error is not None:
+                deadline = time.monotonic() + patience
+                for thread in threads:
+                    thread.join(max(0.0, deadline - time.monotonic()))
                 raise error
             count -= 1
             yield index, result

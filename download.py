@@ -33,12 +33,20 @@ def fetch(url: str, path: str, sha256: str = "") -> None:
     Raises ValueError for what trying again cannot help (no such file, a web page in its place, a wrong hash, no hash at
     all), ConnectionError after ATTEMPTS failures. What stands at path already is kept if its hash is right.
     """
+    sha256 = sha256.lower()
+    if not re.fullmatch("[0-9a-f]{64}|unchecked|", sha256):
+        raise ValueError(f"--sha256={sha256}: expected 64 hexadecimal digits, or `unchecked`")
+    if sha256 not in ("", "unchecked") and os.path.isfile(path) and sha256_of(path) == sha256:
+        print(f"{path}: there already")
+        return
     if os.path.dirname(path):
         os.makedirs(os.path.dirname(path), exist_ok=True)
     for attempt in range(ATTEMPTS):
         time.sleep(min(30.0, 2.0**attempt - 1) * 0.5)
         try:
             return fetch_once(url, path, sha256)
+        except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema, requests.exceptions.MissingSchema):
+            raise ValueError(f"{url}: not an address; is --hub_url right?") from None
         except (requests.RequestException, Interrupted) as error:
             failure = str(error) if isinstance(error, Interrupted) else type(error).__name__
     raise ConnectionError(f"{url}: {ATTEMPTS} attempts failed, the last: {failure}; run the same command to go on")
@@ -59,10 +67,10 @@ def fetch_once(url: str, path: str, sha256: str) -> None:
                 print(f"{path}: there already")
                 return
             raise ValueError(f"{path}: there already, with another SHA-256 than {expected}; remove it first")
-        resumed = response.status_code == 206
+        resumed = response.status_code in (206, 416)  # 416: all of it is there already
         with open(part, "ab" if resumed else "wb") as f, \
              tqdm(total=length, initial=have if resumed else 0, desc=os.path.basename(path), unit="B", unit_scale=True) as bar:
-            for chunk in response.iter_content(2**16):
+            for chunk in response.iter_content(2**16) if response.status_code != 416 else ():
                 f.write(chunk)
                 bar.update(len(chunk))
             f.flush()
@@ -84,15 +92,17 @@ def fetch_once(url: str, path: str, sha256: str) -> None:
 def length_of(url: str, response: requests.Response, part: str, have: int) -> int | None:
     """The whole file's length by the response's headers, None if they do not tell. Refuses what is not the file."""
     status, kind = response.status_code, response.headers.get("Content-Type", "")
-    if status == 416:  # the part is longer than the file
+    if status == 416:  # nothing is missing, or the part is longer than the file
+        if response.headers.get("Content-Range") == f"bytes */{have}":
+            return have
         os.remove(part)
         raise Interrupted("the server has no more than we have")
     if status in (408, 429) or status >= 500:
         raise Interrupted(f"it answered {status}")
     if status not in (200, 206):
-        raise ValueError(f"{url}: answered {status}; is --hub_url right?")
+        raise ValueError(f"{url}: answered {status}; is the address right?")
     if "text/html" in kind:
-        raise ValueError(f"{url}: is a web page and not the file; is --hub_url right, and the network free of a log-in page?")
+        raise ValueError(f"{url}: is a web page and not the file; is the address right, and is there a log-in page between?")
     if response.headers.get("Content-Encoding", "identity") != "identity":
         raise ValueError(f"{url}: came in an encoding ({response.headers['Content-Encoding']}) that was not asked for")
     if status == 206:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 import offline_judge
-from chat import BudgetSpent
+from chat import BudgetSpent, Stopped
 from checkpoint import Checkpoint
 from groups import micro_batches, read_groups
 from judge import Judge, WinRate, compare_all
@@ -117,7 +117,7 @@ class Evaluation:
         """
         try:
             win_rate = compare_all(self.judge, texts, baseline, "judging")
-        except (BudgetSpent, ConnectionError) as error:
+        except (Stopped, ConnectionError) as error:
             if not self.has_judged:
                 raise
             print(error, flush=True)

@@ -90,7 +90,7 @@ def parse_conclusion(reply: str | None, n: int, fence: str) -> list[int] | None:
         return None
     ranking = []
     for k, line in enumerate(lines, start=1):
-        match = re.fullmatch(rf"[\s*_]*{ordinal(k)}(?: place)?[\s*_]*:[\s*_]*(?:story )?([A-Z])[\s*_.]*", line, re.IGNORECASE)
+        match = re.fullmatch(rf"[\s*_]*{ordinal(k)}(?: place)?[\s*_]*:[\s*_]*(?:story )?([A-Z])[\s*_.]*", line, re.ASCII | re.IGNORECASE)
         if match is None:
             return None
         ranking.append(LETTERS.index(match[1].upper()))
@@ -101,8 +101,11 @@ def read_template(path: str) -> str:
     """PROMPT, or the file of --prompt. ValueError if it lacks a place for the stories or the conclusion."""
     if not path:
         return PROMPT
-    with open(path, encoding="utf-8") as f:
-        template = f.read()
+    try:
+        with open(path, encoding="utf-8") as f:
+            template = f.read()
+    except UnicodeDecodeError:
+        raise ValueError(f"--prompt={path}: not a text in UTF-8") from None
     for place in ("{stories}", "{conclusion}"):
         if template.count(place) != 1:
             raise ValueError(f"--prompt={path}: has to say {place} once, where that is to stand ({{count}} is optional)")
@@ -155,48 +158,66 @@ class ApiJudge:
         """What a reply is kept under: judge, prompt and stories, in the order that they are shown."""
         return f"{self.flags.judge} {self.flags.judge_temperature:g} {self.prompt_hash} {digest(*stories)}"
 
+    def known(self, key: str, n: int) -> tuple[list[int] | None, int]:
+        """(the ranking that the journal holds, if it does; how many replies were unusable) of n stories.
+
+        A reply that was cut at a lower limit than today's does not count.
+        """
+        unusable = 0
+        for reply in self.chat.journal.replies.get(key, []):
+            reason = reply["finish_reason"]
+            if reason not in ("length", "content_filter"):
+                ranking = parse_conclusion(reply["text"], n, reply["fence"])
+                if ranking is not None:
+                    return ranking, unusable
+            unusable += not (reason == "length" and reply.get("max_tokens", 0) < self.flags.judge_max_tokens)
+        return None, unusable
+
     def rank(self, stories: list[str]) -> list[int] | None:
         """The model's ranking: indices, best first. None if judge_attempts replies, the journal's first, were unusable."""
         key = self.key(stories)
-        for attempt in range(self.flags.judge_attempts):
-            if attempt:
-                self.asked_again.add(key)
-            known = self.chat.journal.replies.get(key, [])
-            if attempt < len(known):
-                reply = known[attempt]
-            else:
-                fence = make_fence(stories)
-                reply = self.chat.complete(key, fill(self.template, stories, fence), fence=fence)
-            ranking = None
-            if reply["finish_reason"] not in ("length", "content_filter"):
-                ranking = parse_conclusion(reply["text"], len(stories), reply["fence"])
-            if ranking is not None:
-                return ranking
-        return None
+        ranking, unusable = self.known(key, len(stories))
+        while ranking is None and unusable < self.flags.judge_attempts:
+            fence = make_fence(stories)
+            self.chat.complete(key, fill(self.template, stories, fence), fence=fence)
+            ranking, unusable = self.known(key, len(stories))
+        if unusable:
+            self.asked_again.add(key)
+        return ranking
 
     def rank_all(self, groups: list[list[str]], on_wait: Callable) -> Iterator[tuple[int, list[int] | None]]:
-        if max(map(len, groups), default=0) > len(LETTERS):
-            raise ValueError(f"the API judge ranks up to {len(LETTERS)} stories at a time")
+        check_sizes(groups)
         first_asked: dict[str, int] = {}  # the same stories twice are one question
         twins = [first_asked.setdefault(self.key(stories), index) for index, stories in enumerate(groups)]
         questions = sorted(set(twins))
         answers = {}
-        for i, ranking in as_done(self.rank, [groups[q] for q in questions], self.flags.workers, on_wait):
+        for i, ranking in as_done(self.rank, [groups[q] for q in questions], self.flags.workers, self.chat.stop, on_wait,
+                                  patience=self.flags.judge_timeout):
             answers[questions[i]] = ranking
             yield questions[i], ranking
         yield from ((index, answers[twin]) for index, twin in enumerate(twins) if index != twin)
 
     def estimate(self, groups: list[list[str]]) -> str:
-        """What judging these would still ask and cost at most; asks nothing."""
-        missing = {self.key(stories): stories for stories in groups if self.key(stories) not in self.chat.journal.replies}
+        """What judging these would still ask and cost; asks nothing."""
+        check_sizes(groups)
+        missing = {}
+        for stories in groups:
+            ranking, unusable = self.known(self.key(stories), len(stories))
+            if ranking is None and unusable < self.flags.judge_attempts:
+                missing[self.key(stories)] = stories
         count, how = token_counter(self.flags.judge)
         tokens_in = sum(count(fill(self.template, stories, "0" * 8)) for stories in missing.values())
         tokens_out = len(missing) * self.flags.judge_max_tokens
-        cost = f"at most ${self.chat.price(tokens_in, tokens_out):.2f}"
+        cost = f"${self.chat.price(tokens_in, tokens_out):.2f} if every reply is usable and as long as allowed"
         if not self.chat.price(1, 1):
             cost = "for the cost give --usd_per_million_in and --usd_per_million_out"
         return (f"{len(missing)} requests to ask, {len(groups) - len(missing)} in {self.chat.journal.path} or asked twice\n"
-                f"{tokens_in:,} prompt tokens ({how}), at most {tokens_out:,} reply tokens; {cost}")
+                f"{tokens_in:,} prompt tokens ({how}), up to {tokens_out:,} reply tokens; {cost}")
+
+
+def check_sizes(groups: list[list[str]]) -> None:
+    if max(map(len, groups), default=0) > len(LETTERS):
+        raise ValueError(f"the API judge ranks up to {len(LETTERS)} stories at a time")
 
 
 Judge = OfflineJudge | ApiJudge
@@ -339,14 +360,16 @@ class WinRate:
 
 
 def win_rate(preferences: list[float | None], length_differences: list[float] | None = None) -> WinRate:
-    """Preferences (1 win, 0 loss, 0.5 tie, None invalid) -> win-rate with its 95% interval. ValueError if none is valid.
+    """Preferences (1 win, 0 loss, 0.5 tie, None invalid) -> win-rate with its 95% interval. ValueError for no preferences.
 
     length_differences  of each pair, in characters: with them, the length-controlled rate
     """
     scored = [p for p in preferences if p is not None]
     n = len(scored)
-    if n == 0:
+    if not preferences:
         raise ValueError("no comparisons, so no win-rate")
+    if n == 0:
+        return WinRate(math.nan, math.nan, math.nan, 0, 0, len(preferences))
     p, z = sum(scored) / n, 1.959964
     middle = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
@@ -412,35 +435,44 @@ def fit(x: np.ndarray, y: np.ndarray, C: float) -> np.ndarray:
 
 def compare_all(judge: Judge, policy: list[str], baseline: list[str], label: str | None = None) -> WinRate:
     """Win-rate of policy story i against baseline story i. ValueError if the lists differ in length."""
-    return win_rate([r.preference for r in compare_pairs(judge, policy, baseline, label)],
-                    [len(a) - len(b) for a, b in zip(policy, baseline)])
-
-
-def compare_pairs(judge: Judge, policy: list[str], baseline: list[str], label: str | None) -> list[BothOrders]:
     if len(policy) != len(baseline):
         raise ValueError(f"{len(policy)} stories against {len(baseline)}: they are compared one to one")
-    return rank_in_both_orders(judge, [list(pair) for pair in zip(policy, baseline)], label)
+    results = rank_in_both_orders(judge, [list(pair) for pair in zip(policy, baseline)], label)
+    return win_rate([r.preference for r in results], [len(a) - len(b) for a, b in zip(policy, baseline)])
 
 
 # --- the command ---------------------------------------------------------------------------------
 
 
-def read_stories(path: str) -> list[str]:
-    """Every line's "prompt", if it has one, and "text". ValueError naming file and line."""
+def read_stories(path: str) -> list[tuple[str, str]]:
+    """("prompt", "" if there is none; "text") of every line. ValueError naming file and line."""
     stories = []
-    with open(path, encoding="utf-8", errors="replace") as f:
+    with open(path, "rb") as f:
         for number, line in enumerate(f, start=1):
+            if not line.strip():
+                continue
             try:
-                record = json.loads(line)
-            except (json.JSONDecodeError, RecursionError):
-                raise ValueError(f"{path} line {number}: not JSON") from None
-            if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+                record = json.loads(line.decode("utf-8"))
+            except (ValueError, RecursionError):
+                raise ValueError(f"{path} line {number}: not a line of JSON in UTF-8") from None
+            story = (record.get("prompt", ""), record.get("text")) if isinstance(record, dict) else (None, None)
+            if not all(isinstance(part, str) and not re.search("[\ud800-\udfff]", part) for part in story):
                 raise ValueError(f'{path} line {number}: no "text"; expected {{"text": "..."}}, as sample.py writes')
-            prompt = record.get("prompt", "")
-            stories.append((prompt if isinstance(prompt, str) else "") + record["text"])
+            stories.append(story)
     if not stories:
         raise ValueError(f"{path}: holds no stories")
     return stories
+
+
+def read_pairs(policy: str, baseline: str) -> list[list[str]]:
+    """The stories of two files, prompt and text, line by line. ValueError if they do not belong together."""
+    ours, theirs = read_stories(policy), read_stories(baseline)
+    if len(ours) != len(theirs):
+        raise ValueError(f"{policy} has {len(ours)} stories, {baseline} {len(theirs)}: they are compared one to one")
+    for number, (a, b) in enumerate(zip(ours, theirs), start=1):
+        if a[0] != b[0]:
+            raise ValueError(f"{policy} and {baseline}: their stories number {number} have different prompts")
+    return [["".join(a), "".join(b)] for a, b in zip(ours, theirs)]
 
 
 @dataclass
@@ -452,15 +484,13 @@ class JudgeConfig(JudgeFlags):
 
 def main(argv: list[str]) -> None:
     config = parse(JudgeConfig, argv, "judge.py", "How often the stories of one file beat those of another.")
-    policy, baseline = read_stories(config.policy), read_stories(config.baseline)
-    judge = make_judge(config, config.dry_run)
+    pairs, judge = read_pairs(config.policy, config.baseline), make_judge(config, config.dry_run)
     if config.dry_run:
-        print(estimate(judge, [list(pair) for pair in zip(policy, baseline)]))
+        print(estimate(judge, pairs))
         return
-    results = compare_pairs(judge, policy, baseline, "judging")
-    scored = [r.preference for r in results]
-    result = win_rate(scored, [len(a) - len(b) for a, b in zip(policy, baseline)])
-    for name, stories in ((config.policy, policy), (config.baseline, baseline)):
+    results = rank_in_both_orders(judge, pairs, "judging")
+    result = win_rate([r.preference for r in results], [len(a) - len(b) for a, b in pairs])
+    for name, stories in zip((config.policy, config.baseline), zip(*pairs)):
         score = sum(map(offline_judge.score, stories)) / len(stories)
         print(f"{name}: {len(stories)} stories, {sum(map(len, stories)) / len(stories):.0f} characters, "
               f"offline score {score:.3f}")

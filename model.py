@@ -272,9 +272,9 @@ def generate(
         raise ValueError(f"a prompt of {max(lengths)} tokens leaves no room in a context of {context}")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}, must be 1 or more")
-    if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+    if not temperature >= 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
         raise ValueError(f"need temperature >= 0, top_k >= 1, 0 < top_p <= 1; got {temperature}, {top_k}, {top_p}")
-    device, N = model.device, len(lengths)
+    device, N, max_new_tokens = model.device, len(lengths), min(max_new_tokens, context)
     end = min(context, max(lengths) + max_new_tokens)
     tokens = torch.zeros(N, end, dtype=torch.long)
     for row, prompt in enumerate(prompt_tokens):

@@ -17,7 +17,7 @@ import sentencepiece
 from tqdm import tqdm
 
 from checkpoint import atomic_write, copy_tokenizer
-from groups import EncodedGroup, parse_group, read_records
+from groups import EncodedGroup, is_unicode, parse_group, read_records
 from tokenizer import Tokenizer
 
 
@@ -54,9 +54,10 @@ def stories_of(shard: str) -> Iterator[str]:
     except (ValueError, RecursionError):
         raise ValueError(f"{shard}: not JSON in UTF-8 (half a download? remove the folder and download it again)") from None
     for index, record in enumerate(records if isinstance(records, list) else [None]):
-        if not isinstance(record, dict) or not isinstance(record.get("story"), str):
-            raise ValueError(f'{shard} record {index}: no "story"')
-        yield record["story"].strip()
+        story = record.get("story") if isinstance(record, dict) else None
+        if not isinstance(story, str) or not is_unicode(story):
+            raise ValueError(f'{shard} record {index}: no "story", or none in Unicode')
+        yield story.strip()
 
 
 def train_vocab(data: str, vocab_size: int, out: str, num_shards: int) -> None:
@@ -94,14 +95,19 @@ def pretokenize(data: str, tokenizer_path: str, folder: str, workers: int) -> in
     tokenizer = Tokenizer(tokenizer_path)
     if tokenizer.vocab_size > 2**16:
         raise ValueError(f"{tokenizer_path}: {tokenizer.vocab_size} pieces do not fit the uint16 of a token file")
+    outs = {}
+    for shard in shards_of(data):
+        out = os.path.join(folder, os.path.splitext(os.path.basename(shard))[0] + ".bin")
+        if out in outs:
+            raise ValueError(f"{shard}: {outs[out]} has the same name, and both would become {out}; rename one")
+        outs[out] = shard
+    for other in set(token_files(folder)) - set(outs):
+        raise ValueError(f"{other}: is of another text, and sft would read both; remove it, or give another --data_dir")
     os.makedirs(folder, exist_ok=True)
     copy_tokenizer(tokenizer, folder)
     tokens = 0
     with ProcessPoolExecutor(workers) as pool:
-        jobs = []
-        for shard in shards_of(data):
-            out = os.path.join(folder, os.path.splitext(os.path.basename(shard))[0] + ".bin")
-            jobs.append(pool.submit(pretokenize_shard, shard, tokenizer_path, out))
+        jobs = [pool.submit(pretokenize_shard, shard, tokenizer_path, out) for out, shard in outs.items()]
         try:
             for job in tqdm(as_completed(jobs), total=len(jobs), unit="shard"):
                 tokens += job.result()
@@ -110,6 +116,10 @@ def pretokenize(data: str, tokenizer_path: str, folder: str, workers: int) -> in
         finally:
             pool.shutdown(cancel_futures=True)
     return tokens
+
+
+def token_files(folder: str) -> list[str]:
+    return sorted(f for f in glob.glob(os.path.join(folder, "*.bin")) if os.path.basename(f) != "tokenizer.bin")
 
 
 class TokenWindows:
@@ -121,9 +131,8 @@ class TokenWindows:
 
     def __init__(self, path: str, length: int, vocab_size: int):
         """path: a .bin file or a folder of them. ValueError if there is no window in it."""
-        files = sorted(f for f in glob.glob(os.path.join(path, "*.bin")) if os.path.basename(f) != "tokenizer.bin")
         self.path, self.length, self.vocab_size = path, length, vocab_size
-        self.files = [file for file in files or [path] if os.path.isfile(file) and os.path.getsize(file) > 1]
+        self.files = [file for file in token_files(path) or [path] if os.path.isfile(file) and os.path.getsize(file) > 1]
         self.streams = [np.memmap(file, np.uint16, "r") for file in self.files]
         self.ends = list(itertools.accumulate((len(stream) - 1) // (length - 1) for stream in self.streams))
         if not self.ends or self.ends[-1] == 0:

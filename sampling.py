@@ -79,9 +79,11 @@ class StoriesOnTheWay:
         try:
             former, *self.records = map(json.loads, lines) if lines else [self.settings]
             differing = [f"--{k}" for k, v in settings.items() if former["settings"].get(k) != v]
-        except (ValueError, LookupError, TypeError, AttributeError):
+            for record in self.records:
+                record["finished"], record["text"]  # raises if that is no story
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise ValueError(f"{self.path}: damaged; remove it, or give another --out") from None
-        if differing:
+        if differing and self.records:
             raise ValueError(f"{self.path}: was begun with another {', '.join(differing)}; remove it, or give another --out")
 
     def go_on(self, batch_size: int) -> int:

@@ -28,7 +28,7 @@ import download
 import pretokenize
 from checkpoint import Checkpoint, write_jsonl, write_text
 from config import flag, parse, run
-from groups import encode_groups, parse_group, read_groups, read_records
+from groups import encode_groups, is_unicode, parse_group, read_groups, read_records
 from judge import (
     BothOrders, Judge, JudgeFlags, OfflineJudge, estimate, make_judge, position_bias, rank_in_both_orders,
 )
@@ -343,9 +343,10 @@ def generate_command(config: GenerateConfig) -> None:
 
 
 def parse_prompt(record, where: str) -> str:
-    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
-        raise ValueError(f'{where}: no "prompt"')
-    return record["prompt"]
+    prompt = record.get("prompt") if isinstance(record, dict) else None
+    if not isinstance(prompt, str) or not is_unicode(prompt):
+        raise ValueError(f'{where}: no "prompt", or none in Unicode')
+    return prompt
 
 
 def rank_command(config: RankConfig) -> None:
@@ -373,6 +374,8 @@ def rank_command(config: RankConfig) -> None:
           f"kept {len(records)}, {len(records) / len(groups):.1%} (a coin would keep {1 / math.factorial(n):.1%}); disagreed "
           f"{len(groups) - len(records) - invalid}, invalid {invalid}\n{position_bias(results, n)}"
           + f"\n{judge.note}" * bool(judge.note))
+    if invalid:
+        print(f"--judge_attempts={config.judge_attempts + 2} asks for the invalid ones again")
     if not records:
         raise ValueError(f"{config.out}: not written, no group was ranked alike in both orders")
     write_jsonl(config.out, records)

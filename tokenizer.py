@@ -23,6 +23,8 @@ class Tokenizer:
         self.vocab_size: int = self.model.vocab_size()
         self.bos_id: int = self.model.bos_id()
         self.eos_id: int = self.model.eos_id()
+        if self.bos_id < 0:
+            raise ValueError(f"{path}: has no BOS, with which every sequence begins here")
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         ids = self.model.encode(text)

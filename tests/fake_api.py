@@ -22,10 +22,10 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import offline_judge  # noqa: E402
 from judge import digest, ordinal  # noqa: E402
 
-REFUSED = ["429", "429 seconds", "429 date", "500", "503", "408", "409"]
-LOST = ["stall", "dribble", "reset before", "reset after", "cut body", "cut json", "web page"]
-UNUSABLE = ["empty", "null", "refusal", "length", "filter", "twice", "too few", "no conclusion", "other fence", "choice of two"]
-FINE = ["prose", "quotes", "markdown"]
+REFUSED = ["429", "429 seconds", "429 date", "503", "408", "409"]
+LOST = ["500", "504", "stall", "dribble", "reset before", "reset after", "cut body", "cut json", "web page"]
+UNUSABLE = ["empty", "null", "no choices", "kelvin", "refusal", "length", "filter", "twice", "too few", "no conclusion", "other fence", "choice of two"]
+FINE = ["prose", "quotes", "markdown", "parts"]
 STOPS = ["400", "401", "402", "403", "404", "302", "quota"]
 
 
@@ -54,6 +54,7 @@ class FakeApi(ThreadingHTTPServer):
         self.lock = threading.Lock()
         self.asked, self.unusable, self.failures, self.done = Counter(), Counter(), Counter(), Counter()
         self.headers: list[str] = []
+        self.usage = None  # instead of what a request took
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
 
     def __enter__(self):
@@ -82,7 +83,7 @@ class FakeApi(ThreadingHTTPServer):
     def handle_error(self, request, client_address):
         pass  # a client that was killed
 
-    def reply(self, fault: str, stories: list[str], fence: str) -> tuple[str | None, str]:
+    def reply(self, fault: str, stories: list[str], fence: str) -> tuple[str | list | None, str]:
         """(content, finish_reason)"""
         ranking = sorted(range(len(stories)), key=lambda i: -self.score(stories[i]))
         right = conclusion(ranking, fence)
@@ -92,7 +93,9 @@ class FakeApi(ThreadingHTTPServer):
             "prose": (f"{thoughts}1st: B, I thought at first.\n\n{right}\n\nI hope that this helps.", "stop"),
             "quotes": ("\n\n".join(f"It says: {s}" for s in stories) + "\n\n" + right, "stop"),
             "markdown": (thoughts + re.sub(r"(\w+): (\w)\n", r"**\1: \2**\n", right), "stop"),
-            "empty": ("", "stop"), "null": (None, "stop"), "refusal": ("I cannot rank these stories.", "stop"),
+            "kelvin": (thoughts + right.replace("1st: ", "1st: \u212a or "), "stop"),
+            "parts": ([{"type": "text", "text": thoughts}, {"type": "text", "text": right}], "stop"),
+            "empty": ("", "stop"), "no choices": ("", "stop"), "null": (None, "stop"), "refusal": ("I cannot rank these stories.", "stop"),
             "length": (thoughts + right, "length"), "filter": (None, "content_filter"),
             "twice": (thoughts + conclusion([*ranking[:-1], ranking[0]], fence), "stop"),
             "too few": (thoughts + conclusion(ranking[:-1], fence), "stop"),
@@ -149,11 +152,13 @@ class Handler(BaseHTTPRequestHandler):
             return self.send(200, "<html>Please log in</html>")
         broken = fault in LOST
         content, reason = server.reply("" if broken else fault, stories, fence)
-        usage = {"prompt_tokens": 100 * len(stories), "completion_tokens": 200}
+        usage = server.usage or {"prompt_tokens": 100 * len(stories), "completion_tokens": 200}
         answer = json.dumps({"model": f"{request['model']}-2026-01-01", "usage": usage, "object": "chat.completion", "choices": [
             {"index": 0, "finish_reason": reason, "message": {"role": "assistant", "content": content}}]})
         if fault == "reset after":
             return self.reset()
+        if fault == "no choices":
+            return self.send(200, json.dumps({"usage": usage, "choices": []}))
         if fault == "cut json":
             return self.send(200, answer[: len(answer) // 2])
         if fault == "cut body":

@@ -18,10 +18,13 @@ from fake_api import FINE, LOST, REFUSED, UNUSABLE, FakeApi
 
 import judge
 import tinystories_data as data
-from chat import BudgetSpent, Chat, ChatFlags, Journal, as_done
-from judge import ApiJudge, JudgeFlags, digest, rank_in_both_orders
+from chat import BudgetSpent, Journal, Stopped, as_done
+from judge import ApiJudge, JudgeFlags, rank_in_both_orders
 
 KEY = "sk-sentinel+/4711-abcdefgh"
+
+
+REPLY = {"text": "", "finish_reason": "stop", "fence": "0a1b2c3d"}
 
 
 def quality(story: str) -> float:
@@ -182,7 +185,7 @@ def test_twenty_kills_lose_nothing_and_nothing_is_bought_twice(tmp_path):
 ])
 def test_what_asking_again_cannot_help_stops_at_once(flags, fault, message):
     with FakeApi([fault] * 100, score=quality) as api:
-        with pytest.raises(ValueError, match=message) as error:
+        with pytest.raises(Stopped, match=message) as error:
             rankings(api, flags(api, workers=4), make_groups(20))
         time.sleep(0.1)
         assert sum(api.asked.values()) <= 4  # one for each worker
@@ -276,12 +279,46 @@ def test_a_dry_run_asks_nothing_and_needs_no_key(flags, monkeypatch, tmp_path, c
     printed = capsys.readouterr().out
     tokens = int(re.search(r"([\d,]+) prompt tokens \(bytes/4", printed)[1].replace(",", ""))
     assert "4 requests to ask" in printed and 4 * 300 < tokens < 4 * 800
-    assert f"at most 8,192 reply tokens; at most ${tokens * 2.5e-6 + 8192 * 10e-6:.2f}" in printed
+    assert f"up to 8,192 reply tokens; ${tokens * 2.5e-6 + 8192 * 10e-6:.2f} if every reply" in printed
     with pytest.raises(ValueError, match="OPENAI_API_KEY is not set"):
         data.main(["rank", f"--stories={stories}", "--judge=gpt-4o", f"--journal={tmp_path / 'k.jsonl'}"])
 
 
+@pytest.mark.parametrize("usage", [
+    {"prompt_tokens": 1, "completion_tokens": float("nan")}, {"prompt_tokens": 10**400, "completion_tokens": 1}, "free",
+    {"prompt_tokens": -10**6, "completion_tokens": 1}, {"prompt_tokens": True, "completion_tokens": 1}, [5], {"total_tokens": 5},
+])
+def test_a_usage_that_is_not_believable_costs_the_bound(flags, usage):
+    with FakeApi(score=quality) as api:
+        api.usage = usage
+        judge, _ = rankings(api, flags(api, **PRICES), make_groups(1))
+    assert 2 * 2.0 < judge.chat.journal.spent < 2 * 2.6
+
+
+def test_a_gateway_that_times_out_may_have_billed(flags):
+    with FakeApi(["504", "500", "503", "429"], score=quality) as api:
+        judge, _ = rankings(api, flags(api, workers=1, **PRICES), make_groups(1))
+    assert len(judge.chat.journal.open_asks) == judge.chat.lost == 2
+
+
+def test_a_longer_limit_asks_for_cut_replies_again(flags):
+    groups = make_groups(1)
+    with FakeApi(["length"] * 4, score=quality, patience=False) as api:
+        judge, found = rankings(api, flags(api, judge_max_tokens=10), groups)
+        close(judge)
+        judge, again = rankings(api, flags(api, judge_max_tokens=10), groups)
+        close(judge)
+        assert found == again == [None] and sum(api.asked.values()) == 4
+        judge = ApiJudge(flags(api, judge_max_tokens=4000))
+        assert "2 requests to ask" in judge.estimate([groups[0], groups[0][::-1]])
+        assert rank_in_both_orders(judge, groups, None)[0].ranking == honest(groups[0])
+
+
 @pytest.mark.parametrize("wrong,message", [
+    ({"base_url": "http://localhost:99999/v1"}, "--base_url"), ({"base_url": "http://localhost:abc/v1"}, "--base_url"),
+    ({"base_url": "https://host/v1?api-key=x"}, "--base_url"), ({"judge_temperature": float("inf")}, "--judge_temperature=inf"),
+    ({"judge_timeout": float("inf")}, "--judge_timeout=inf"), ({"judge_max_tokens": 10**400}, "--judge_max_tokens=1"),
+    ({"max_usd": float("nan")}, "--max_usd=nan"),
     ({"workers": 0}, "--workers=0"), ({"judge_timeout": 0}, "--judge_timeout=0"), ({"judge_retries": -1}, "--judge_retries"),
     ({"max_usd": 1.0}, "--max_usd: needs --usd_per_million_in"), ({"base_url": "localhost:8000"}, "--base_url"),
     ({"base_url": "http://me:secret@host/v1"}, "--base_url"), ({"judge_attempts": 0}, "--judge_attempts=0"),
@@ -300,7 +337,7 @@ def test_a_journal_cut_anywhere_is_read_up_to_there(tmp_path):
     journal = Journal(path)
     for i in range(3):
         number = journal.ask(f"key {i}", 0.5)
-        journal.append({"id": number, "key": f"key {i}", "usd": 0.1, "reply": {"text": f"caf\u00e9 {i}"}})
+        journal.append({"id": number, "key": f"key {i}", "usd": 0.1, "reply": REPLY | {"text": f"caf\u00e9 {i}"}})
     journal.file.close()
     whole = (tmp_path / "j.jsonl").read_bytes()
     for cut in range(len(whole) + 1):
@@ -313,6 +350,18 @@ def test_a_journal_cut_anywhere_is_read_up_to_there(tmp_path):
         journal.file.close()
         lines = (tmp_path / "j.jsonl").read_bytes().splitlines()
         assert all(map(json.loads, lines))
+
+
+@pytest.mark.parametrize("content", [
+    '{"my": "only copy"}', "text", '{"text": "a"}\n', '{"id": 1, "asked": "k", "usd": -1000}\n', '{"id": 1, "asked": "k", "usd": NaN}\n',
+    '{"id": Infinity, "asked": "k", "usd": 0}\n', '{"id": 1, "key": "k", "usd": 0, "reply": {}}\n', "[" * 10_000 + "\n",
+])
+def test_a_file_that_is_no_journal_stays_as_it_is(tmp_path, content):
+    path = tmp_path / "j.jsonl"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="j.jsonl line 1: not a line of a journal"):
+        Journal(str(path))
+    assert path.read_text() == content
 
 
 def test_a_journal_that_is_none_or_another_runs_is_refused(tmp_path):
@@ -359,21 +408,40 @@ def test_the_key_goes_into_one_header_and_nowhere_else(tmp_path, fault):
         assert_no_key(text)
 
 
-def test_a_reply_that_echoes_the_key_is_journaled_without_it(flags):
-    with FakeApi(score=quality) as api:
-        chat = Chat("fake", flags(api))
-    assert chat.redact(f"You said {KEY}, {KEY[:8]} and {urllib.parse.quote(KEY, safe='')}") == \
-        "You said [key], [key] and [key]"
+@pytest.mark.parametrize("spelled", [
+    json.dumps(KEY), json.dumps(KEY).replace("/", "\\/"), '"' + "".join(f"\\u{ord(c):04x}" for c in KEY) + '"',
+])
+def test_a_reply_that_echoes_the_key_is_kept_without_it_however_it_is_spelled(flags, spelled):
+    with FakeApi() as api:
+        chat = ApiJudge(flags(api)).chat
+    body = '{"model": %s, "choices": [{"finish_reason": %s, "message": {"content": %s}}]}' % (spelled, spelled, spelled)
+    assert_no_key(json.dumps(chat.read_reply(body)))
+    assert chat.read_reply(body)["text"] == "[key]"
+    with pytest.raises(Stopped) as error:
+        chat.stop_if_hopeless(400, '{"error": {"message": %s}}' % spelled)
+    assert_no_key(str(error.value))
 
 
 # --- threads -------------------------------------------------------------------------------------
 
 
 def test_as_done_gives_every_result_and_raises_the_first_error():
-    assert sorted(as_done(lambda x: x * x, range(50), 8)) == [(i, i * i) for i in range(50)]
+    stop = threading.Event()
+    assert sorted(as_done(lambda x: x * x, range(50), 8, stop)) == [(i, i * i) for i in range(50)]
     with pytest.raises(ZeroDivisionError):
-        list(as_done(lambda x: 1 / x, [1, 2, 0, 3], 2))
-    assert list(as_done(abs, [], 8)) == []
+        list(as_done(lambda x: 1 / x, [1, 2, 0, 3], 2, stop))
+    assert stop.is_set() and list(as_done(abs, [], 8, stop)) == []
+
+
+def test_a_stop_waits_for_the_replies_that_are_on_their_way(flags):
+    """One question is not accepted (its server's filter, say); the other seven are answered, paid, and kept."""
+    groups = make_groups(4)
+    with FakeApi(["400"], score=lambda story: time.sleep(0.05) or quality(story)) as api:
+        judge = ApiJudge(flags(api, workers=8, judge_timeout=5.0))
+        with pytest.raises(Stopped, match="answered 400"):
+            rank_in_both_orders(judge, groups, None)
+        assert sum(api.asked.values()) == 8 and len(judge.chat.journal.replies) == 7
+        assert judge.chat.journal.open_asks == {}
 
 
 def test_ctrl_c_does_not_wait_for_a_slow_server(tmp_path):

@@ -65,7 +65,7 @@ class Handler(BaseHTTPRequestHandler):
         if asked and server.ranges != "ignored":
             start = int(asked.removeprefix("bytes=").rstrip("-"))
             if start >= len(content):
-                return self.answer(416, {}, b"")
+                return self.answer(416, {"Content-Range": f"bytes */{len(content)}"}, b"")
             status = 206
             shift = 7 if server.ranges == "lies" else 0
             headers["Content-Range"] = f"bytes {start + shift}-{len(content) - 1}/{len(content)}"
@@ -161,6 +161,25 @@ def test_no_hash_is_no_download_unless_told_so(tmp_path):
             download.fetch(f"{hub.url}/file", str(tmp_path / "file"), "0" * 64)
         download.fetch(f"{hub.url}/file", str(tmp_path / "file"), "unchecked")
     assert_nothing_half(tmp_path / "file")
+
+
+def test_a_hash_is_checked_before_anything_is_sent_and_read_in_capitals_too(tmp_path):
+    path = tmp_path / "file"
+    with FakeHub() as hub:
+        with pytest.raises(ValueError, match="--sha256=oops: expected 64"):
+            download.fetch(f"{hub.url}/file", str(path), "oops")
+        download.fetch(f"{hub.url}/file", str(path), RIGHT.upper())
+        download.fetch(f"{hub.url}/file", str(path), RIGHT)  # there already, and known to be right
+        assert len(hub.asked) == 1
+    with pytest.raises(ValueError, match="huggingface/file: not an address; is --hub_url right"):
+        download.fetch("huggingface/file", str(tmp_path / "other"))
+
+
+def test_a_whole_part_is_not_fetched_again(tmp_path):
+    (tmp_path / "file.part").write_bytes(CONTENT)
+    with FakeHub() as hub:
+        download.fetch(f"{hub.url}/file", str(tmp_path / "file"))
+        assert (tmp_path / "file").read_bytes() == CONTENT and sum(hub.sent.values()) == 0
 
 
 def campaign(tmp_path, runs: int) -> None:

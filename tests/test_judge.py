@@ -46,7 +46,7 @@ def test_no_story_holds_the_fence(monkeypatch):
     ("1st: B\n2nd: B\n3rd: C", None), ("1st: B\n2nd: A", None), ("1st: B\n2nd: A\n3rd: D", None),
     ("2nd: B\n1st: A\n3rd: C", None), ("1st: B\n2nd: A\n3rd: C\n4th: D", None), ("1st: B or A\n2nd: A\n3rd: C", None),
     ("1st: not B\n2nd: A\n3rd: C", None), ("1st: ?\n2nd: ?\n3rd: ?", None), ("B, A, C", None), ("", None),
-    ("1st: B 2nd: A 3rd: C", None), ("1st: BA\n2nd: A\n3rd: C", None), ("1st: \u0412\n2nd: A\n3rd: C", None),
+    ("1st: B 2nd: A 3rd: C", None), ("1st: \u212a\n2nd: A\n3rd: C", None), ("1st: \u0131\n2nd: A\n3rd: C", None), ("1st: BA\n2nd: A\n3rd: C", None), ("1st: \u0412\n2nd: A\n3rd: C", None),
 ])
 def test_a_conclusion_is_a_whole_permutation_or_nothing(lines, ranking):
     assert parse_conclusion(f"Thoughts.\n<conclusion {FENCE}>\n{lines}\n</conclusion {FENCE}>", 3, FENCE) == ranking
@@ -190,7 +190,8 @@ def test_win_rate_by_hand():
     assert (result.low, result.high) == pytest.approx((0.3968, 0.8922), abs=1e-4)
     assert judge.win_rate([1.0]).high == pytest.approx(1.0) and judge.win_rate([1.0]).low < 0.25
     with pytest.raises(ValueError, match="no comparisons"):
-        judge.win_rate([None])
+        judge.win_rate([])
+    assert str(judge.win_rate([None, None])) == "no win-rate: 2 of 2 invalid"
 
 
 def test_there_is_no_headline_when_more_than_one_in_a_hundred_is_invalid():
@@ -254,10 +255,14 @@ def test_files_are_compared_line_by_line(tmp_path, capsys):
     assert f"win-rate of {policy}: 75.0% [" in printed and "asked 2, scored 2, ties 1, invalid 0" in printed
     assert "length-controlled: " in printed
     write(tmp_path / "baseline.jsonl", PLAIN)
-    with pytest.raises(ValueError, match="2 stories against 1"):
+    with pytest.raises(ValueError, match="policy.jsonl has 2 stories, .*baseline.jsonl 1"):
         judge.main([policy, baseline])
-    (tmp_path / "baseline.jsonl").write_text('{"text": "a"}\n{"txt": "a"}\n', encoding="utf-8")
-    with pytest.raises(ValueError, match="baseline.jsonl line 2"):
+    for second in (b'{"txt": "a"}', b'{"text": "caf\xe9"}', b'{"text": "\\ud800"}', b"[" * 9999, b'{"text": "a", "prompt": 1}'):
+        (tmp_path / "baseline.jsonl").write_bytes(b'{"text": "a"}\n' + second + b"\n\n")
+        with pytest.raises(ValueError, match="baseline.jsonl line 2"):
+            judge.main([policy, baseline])
+    (tmp_path / "baseline.jsonl").write_text('{"text": "a"}\n{"prompt": "Once", "text": "a"}\n', encoding="utf-8")
+    with pytest.raises(ValueError, match="their stories number 2 have different prompts"):
         judge.main([policy, baseline])
     with pytest.raises(ValueError, match="--workers: the offline judge does not take it"):
         judge.main([policy, policy, "--workers=3"])

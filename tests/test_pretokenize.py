@@ -82,7 +82,7 @@ def test_text_in_our_own_format_is_read_too(folder):
 
 @pytest.mark.parametrize("content,message", [
     ('[{"story": "a"}, {"text": "b"}]', 'data01.json record 1: no "story"'), ('[{"story": "a"}', "data01.json: not JSON"),
-    ('{"story": "a"}', 'data01.json record 0: no "story"'), ("[]", "data01.json: holds no stories"),
+    ('[{"story": "\\ud800"}]', 'data01.json record 0: no "story"'), ('{"story": "a"}', 'data01.json record 0: no "story"'), ("[]", "data01.json: holds no stories"),
 ])
 def test_an_error_in_a_worker_reaches_the_user_with_the_shards_name(folder, content, message):
     data.main(["train_vocab", "--vocab_size=400", "--num_shards=1"])
@@ -91,6 +91,18 @@ def test_an_error_in_a_worker_reaches_the_user_with_the_shards_name(folder, cont
     with pytest.raises(ValueError, match=message):
         data.main(["pretokenize", "--vocab_size=400", "--workers=2"])
     assert "data01.bin" not in os.listdir("data/tok400")
+
+
+def test_shards_that_would_be_mixed_up_are_refused(folder):
+    data.main(["train_vocab", "--vocab_size=400", "--num_shards=1"])
+    data.main(["pretokenize", "--vocab_size=400", "--workers=1"])
+    os.remove("data/TinyStories_all_data/data02.json")
+    with pytest.raises(ValueError, match="data02.bin: is of another text, and sft would read both"):
+        data.main(["pretokenize", "--vocab_size=400", "--workers=1"])
+    with open("data/TinyStories_all_data/data01.jsonl", "w") as f:
+        f.write('{"text": "a"}\n')
+    with pytest.raises(ValueError, match="data01.jsonl: .*data01.json has the same name"):
+        data.main(["pretokenize", "--vocab_size=400", "--workers=1"])
 
 
 def test_a_worker_that_is_killed_ends_it_with_a_hint(folder, monkeypatch):

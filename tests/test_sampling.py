@@ -89,9 +89,23 @@ def test_another_command_does_not_go_on_with_it(tmp_path, common, monkeypatch):
     with pytest.raises(ValueError, match="another --checkpoint"):
         data.main(common)
     assert (tmp_path / "s.jsonl.part").read_bytes() == part
-    (tmp_path / "s.jsonl.part").write_text("[]\n[]\n")
-    with pytest.raises(ValueError, match="s.jsonl.part: damaged"):
-        data.main(common)
+    header = part.split(b"\n")[0]
+    for damaged in (b"[]\n[]\n", header + b"\n5\n", header + b"\n" + b"[" * 9999 + b"\n", header + b'\n{"text": "a"}\n'):
+        (tmp_path / "s.jsonl.part").write_bytes(damaged)
+        with pytest.raises(ValueError, match="s.jsonl.part: damaged"):
+            data.main([*common, f"--checkpoint={tmp_path / 'm.pt'}"])
+    (tmp_path / "s.jsonl.part").write_bytes(header + b"\n")  # no story yet: nothing to lose
+    data.main([*common, "--seed=1"])
+
+
+def test_what_no_model_can_be_asked_is_refused(tmp_path, common):
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"prompt": "\\ud800"}\n')
+    for flag, message in ((f"--prompts={prompts}", 'p.jsonl line 1: no "prompt"'), ("--temperature=nan", "temperature >= 0")):
+        with pytest.raises(ValueError, match=message):
+            data.main([*common, flag])
+    assert not (tmp_path / "s.jsonl").exists()
+    data.main([*common, "--max_new_tokens=1" + "0" * 30, "--num_stories=1"])  # as long as the context
 
 
 def test_stories_of_a_prompts_file_continue_their_prompts(tmp_path, common):
