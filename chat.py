@@ -115,7 +115,8 @@ class Journal:
             return
         self.open_asks.pop(number, None)
         if "reply" in line:
-            line["reply"]["text"], line["reply"]["finish_reason"], line["reply"]["fence"]  # a KeyError if one is not there
+            for name in ("text", "finish_reason", "fence"):
+                line["reply"][name]  # a KeyError if it is not there
             self.paid += usd
             self.replies.setdefault(str(line["key"]), []).append(line["reply"])
 
@@ -157,7 +158,8 @@ def check_flags(flags: ChatFlags) -> None:
     except ValueError:  # a port that is none
         good = False
     if not good or "@" in flags.base_url:
-        raise ValueError(f"--base_url: expected something like {OPENAI} or http://localhost:8000/v1, without password or query")
+        raise ValueError(f"--base_url: expected something like {OPENAI} or http://localhost:8000/v1, without password "
+                         "or query")
 
 
 class Chat:
@@ -233,8 +235,8 @@ class Chat:
                 with self.settled:
                     self.in_flight -= 1
                     self.settled.notify_all()
-        raise ConnectionError(f"{self.flags.base_url}: {self.flags.judge_retries + 1} failures one after the other, the "
-                              f"last: {failure}; what was answered is in {self.journal.path}, run the same command again")
+        raise ConnectionError(f"{self.flags.base_url}: {self.flags.judge_retries + 1} failures one after the other, the last: "
+                              f"{failure}; what was answered is in {self.journal.path}, run the same command again")
 
     def reserve(self, key: str, usd: float) -> int:
         """Journals that a request is on its way. BudgetSpent if its bound could pass max_usd, whatever others cost."""
@@ -242,14 +244,14 @@ class Chat:
             while self.flags.max_usd is not None and self.journal.spent + usd > self.flags.max_usd:
                 if self.in_flight == 0:
                     raise BudgetSpent(
-                        f"--max_usd={self.flags.max_usd:g}: ${self.journal.spent:.4f} may be spent, the next request could "
-                        f"cost ${usd:.4f}; what was answered is in {self.journal.path}: raise it and run the command again")
+                        f"--max_usd={self.flags.max_usd:g}: ${self.journal.spent:.4f} may be spent, the next request could cost "
+                        f"${usd:.4f}; what was answered is in {self.journal.path}: raise it and run the command again")
                 self.settled.wait()
             self.in_flight += 1
             return self.journal.ask(key, usd)
 
     def post(self, prompt: str) -> tuple[int, dict, str]:
-        """One HTTP request -> status, headers, body, within judge_timeout seconds: a body that dribbles does not extend it."""
+        """One HTTP request -> status, headers, body; a body that dribbles does not extend judge_timeout."""
         if not hasattr(self.threads, "session"):
             self.threads.session = requests.Session()
             self.threads.session.auth = self.authorize
@@ -284,7 +286,7 @@ class Chat:
         return text
 
     def read_reply(self, body: str) -> dict:
-        """A whole JSON answer -> a reply, without text if its shape is not that of a completion; else TruncatedReply."""
+        """A whole JSON answer -> a reply, without text if that is not where it should be; else TruncatedReply."""
         try:
             answer = json.loads(body)
             choices = answer["choices"]

@@ -37,7 +37,7 @@ def parse(config_class, argv: list[str], prog: str, description: str = ""):
     hints = typing.get_type_hints(config_class)
     # a class's own flags first, then those that it inherits
     owners = [vars(owner).get("__annotations__", {}) for owner in config_class.__mro__]
-    fields = sorted(dataclasses.fields(config_class), key=lambda field: [field.name in names for names in owners].index(True))
+    fields = sorted(dataclasses.fields(config_class), key=lambda field: [field.name in own for own in owners].index(True))
     names = [field.name for field in fields]
     for field in fields:
         kind, text = hints[field.name], field.metadata["help"].replace("%", "%%")

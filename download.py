@@ -68,8 +68,8 @@ def fetch_once(url: str, path: str, sha256: str) -> None:
                 return
             raise ValueError(f"{path}: there already, with another SHA-256 than {expected}; remove it first")
         resumed = response.status_code in (206, 416)  # 416: all of it is there already
-        with open(part, "ab" if resumed else "wb") as f, \
-             tqdm(total=length, initial=have if resumed else 0, desc=os.path.basename(path), unit="B", unit_scale=True) as bar:
+        bar = tqdm(total=length, initial=have if resumed else 0, desc=os.path.basename(path), unit="B", unit_scale=True)
+        with open(part, "ab" if resumed else "wb") as f, bar:
             for chunk in response.iter_content(2**16) if response.status_code != 416 else ():
                 f.write(chunk)
                 bar.update(len(chunk))
@@ -102,7 +102,7 @@ def length_of(url: str, response: requests.Response, part: str, have: int) -> in
     if status not in (200, 206):
         raise ValueError(f"{url}: answered {status}; is the address right?")
     if "text/html" in kind:
-        raise ValueError(f"{url}: is a web page and not the file; is the address right, and is there a log-in page between?")
+        raise ValueError(f"{url}: is a web page and not the file; is the address right, or is there a log-in page between?")
     if response.headers.get("Content-Encoding", "identity") != "identity":
         raise ValueError(f"{url}: came in an encoding ({response.headers['Content-Encoding']}) that was not asked for")
     if status == 206:

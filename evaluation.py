@@ -79,7 +79,7 @@ class Evaluation:
             parts = {"select": stories[:select], "report": stories[select : select + report]}
             self.name = os.path.basename(baseline)
             self.prompts = {which: [story.prompt for story in part] for which, part in parts.items()}
-            self.baselines = {which: [story.prompt + story.responses[0] for story in part] for which, part in parts.items()}
+            self.baselines = {which: [s.prompt + s.responses[0] for s in part] for which, part in parts.items()}
         else:
             self.name = "the reference"
             self.prompts = {"select": spread(prompts, select), "report": spread(prompts, report)}

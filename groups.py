@@ -190,7 +190,8 @@ def encode_groups(
     for group in groups:
         prompt = tokenizer.encode(group.prompt, bos=True)
         responses = [
-            tokenizer.encode_after(group.prompt, text) + [eos_id] * ended for text, ended in zip(group.responses, group.finished)
+            tokenizer.encode_after(group.prompt, text) + [eos_id] * ended
+            for text, ended in zip(group.responses, group.finished)
         ]
         if any(not text.strip() for text in group.responses):
             reason = "an empty response"

@@ -269,8 +269,9 @@ def features(text: str) -> dict[str, float]:
 def score(text: str) -> float:
     """How well a story suits older readers, 0 to 10, by a fixed formula; nothing in it is unbounded.
 
-        10 * (0.30 readability + 0.45 vocabulary + 0.25 variety) * soundness, and of that 1 part in 1,000 by the mean of all
-        parts, so that of two broken texts the one with fewer faults is the better
+        10 * (0.30 readability + 0.45 vocabulary + 0.25 variety) * soundness
+
+    and one part in 1,000 of it the mean of all parts, so that of two broken texts the one with fewer faults is better
 
     readability  sentences of 13 to 20 words, as a reading grade would have it, falling to nothing for run-ons
     vocabulary   distinct words out of a list of 500 that older readers know, up to a fifth of all; word length

@@ -38,7 +38,7 @@ def shards_of(path: str) -> list[str]:
     """A text file, or those of a folder. ValueError if there are none."""
     shards = sorted(glob.glob(os.path.join(path, "*.json")) + glob.glob(os.path.join(path, "*.jsonl"))) or [path]
     if not os.path.isfile(shards[0]):
-        raise ValueError(f"{path}: no .json or .jsonl file there; python tinystories_data.py download fetches TinyStories")
+        raise ValueError(f"{path}: no .json or .jsonl file; python tinystories_data.py download fetches TinyStories")
     return shards
 
 
@@ -52,7 +52,7 @@ def stories_of(shard: str) -> Iterator[str]:
         with open(shard, encoding="utf-8") as f:
             records = json.load(f)
     except (ValueError, RecursionError):
-        raise ValueError(f"{shard}: not JSON in UTF-8 (half a download? remove the folder and download it again)") from None
+        raise ValueError(f"{shard}: not JSON in UTF-8; remove its folder and download it again") from None
     for index, record in enumerate(records if isinstance(records, list) else [None]):
         story = record.get("story") if isinstance(record, dict) else None
         if not isinstance(story, str) or not is_unicode(story):
@@ -112,7 +112,8 @@ def pretokenize(data: str, tokenizer_path: str, folder: str, workers: int) -> in
             for job in tqdm(as_completed(jobs), total=len(jobs), unit="shard"):
                 tokens += job.result()
         except BrokenProcessPool:
-            raise ValueError(f"a worker was killed, for want of memory perhaps; try --workers={max(1, workers // 2)}") from None
+            fewer = max(1, workers // 2)
+            raise ValueError(f"a worker was killed, for want of memory perhaps; try --workers={fewer}") from None
         finally:
             pool.shutdown(cancel_futures=True)
     return tokens
@@ -132,11 +133,13 @@ class TokenWindows:
     def __init__(self, path: str, length: int, vocab_size: int):
         """path: a .bin file or a folder of them. ValueError if there is no window in it."""
         self.path, self.length, self.vocab_size = path, length, vocab_size
-        self.files = [file for file in token_files(path) or [path] if os.path.isfile(file) and os.path.getsize(file) > 1]
+        candidates = token_files(path) or [path]
+        self.files = [file for file in candidates if os.path.isfile(file) and os.path.getsize(file) > 1]
         self.streams = [np.memmap(file, np.uint16, "r") for file in self.files]
         self.ends = list(itertools.accumulate((len(stream) - 1) // (length - 1) for stream in self.streams))
         if not self.ends or self.ends[-1] == 0:
-            raise ValueError(f"{path}: holds no token file of {length} tokens; python tinystories_data.py pretokenize makes them")
+            raise ValueError(f"{path}: holds no token file of {length} tokens; python tinystories_data.py pretokenize "
+                             "makes them")
 
     def __len__(self) -> int:
         return self.ends[-1]
@@ -148,6 +151,6 @@ class TokenWindows:
         start = (index - (self.ends[which - 1] if which else 0)) * (self.length - 1)
         window = self.streams[which][start : start + self.length].tolist()
         if max(window) >= self.vocab_size:
-            raise ValueError(f"{self.files[which]}: holds id {max(window)}, the model has {self.vocab_size}; pretokenize the "
-                             "text with this model's tokenizer")
+            raise ValueError(f"{self.files[which]}: holds id {max(window)}, the model has {self.vocab_size}; pretokenize "
+                             "the text with this model's tokenizer")
         return EncodedGroup(window[:1], [window[1:]], index)

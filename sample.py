@@ -46,8 +46,8 @@ def main(argv: list[str]) -> None:
         # the whole is decoded at once: whether a space follows the prompt is in its first new token
         paragraphs = tokenizer.decode(prompt + ids).split("\n")
         print("\n".join(textwrap.fill(paragraph, 100) for paragraph in paragraphs), end="\n\n")
-        records.append({"prompt": config.prompt, "text": tokenizer.decode_after(prompt, ids), "seed": config.seed, "index": index,
-                        "checkpoint": config.checkpoint, "finished": finished})
+        records.append({"prompt": config.prompt, "text": tokenizer.decode_after(prompt, ids), "seed": config.seed,
+                        "index": index, "checkpoint": config.checkpoint, "finished": finished})
     if config.out:
         checkpoints.write_jsonl(config.out, records)
         print(f"{config.out}: {len(records)} stories")

@@ -84,7 +84,8 @@ class StoriesOnTheWay:
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise ValueError(f"{self.path}: damaged; remove it, or give another --out") from None
         if differing and self.records:
-            raise ValueError(f"{self.path}: was begun with another {', '.join(differing)}; remove it, or give another --out")
+            raise ValueError(f"{self.path}: was begun with another {', '.join(differing)}; remove it, or give another "
+                             "--out")
 
     def go_on(self, batch_size: int) -> int:
         """Rewrites the file up to its last whole batch; returns the number of the next story."""

@@ -394,7 +394,8 @@ def load_groups(config: TrainConfig, need: str, tokenizer: Tokenizer, policy: Ch
     """(encoded groups, the different prompts) of the dataset. ValueError if it does not suit the loss."""
     if os.path.isdir(config.data) or config.data.endswith(".bin"):
         if need != "text":
-            raise ValueError(f"--data={config.data}: token files are text for --loss=sft; {config.loss} needs groups (JSONL)")
+            raise ValueError(f"--data={config.data}: token files are text for --loss=sft; {config.loss} needs groups "
+                             "(JSONL)")
         return TokenWindows(config.data, policy.model.args.max_seq_len, policy.model.args.vocab_size), [""]
     groups = read_groups(config.data)
     require(groups, need, config.data, config.loss)

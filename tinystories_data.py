@@ -1,7 +1,7 @@
 """TinyStories: text -> stories of a model -> ranked groups.
 
     python tinystories_data.py demo                                     # the offline demo's stories and tokenizer
-    python tinystories_data.py download --model=stories15M              # a checkpoint and its tokenizer; without: the text
+    python tinystories_data.py download --model=stories15M              # a checkpoint and its tokenizer; else the text
     python tinystories_data.py train_vocab --vocab_size=4096            # a tokenizer of one's own, as llama2.c
     python tinystories_data.py pretokenize --vocab_size=4096            # the text as token files, for --loss=sft
     python tinystories_data.py generate --checkpoint=stories260K.bin --tokenizer=tok512.model --out=stories.jsonl
@@ -55,7 +55,8 @@ class PublishedModel:
 
 MODELS = {
     "stories260K": PublishedModel(
-        "stories260K/stories260K.bin", "b0a507e7ad0f626624f17112325e66691f9076d622e1d3274d103d00299f2696", "stories260K/tok512.model", "fec6aa960a1fb3ebf71d26f9b0e486afcbd76c34cf0fbfb93e21126ca9f778d3"),
+        "stories260K/stories260K.bin", "b0a507e7ad0f626624f17112325e66691f9076d622e1d3274d103d00299f2696",
+        "stories260K/tok512.model", "fec6aa960a1fb3ebf71d26f9b0e486afcbd76c34cf0fbfb93e21126ca9f778d3"),
     "stories15M": PublishedModel("stories15M.pt"),
     "stories42M": PublishedModel("stories42M.pt"),
     "stories110M": PublishedModel("stories110M.pt"),
@@ -196,7 +197,7 @@ class DownloadConfig:
     hub_url: str = flag("https://huggingface.co", "the Hugging Face hub, or a mirror of it")
     tokenizer_url: str = flag("https://raw.githubusercontent.com/karpathy/llama2.c/master/tokenizer.model",
                               "the Llama 2 tokenizer, which is not on the hub")
-    sha256: str = flag("", "of the checkpoint or the archive, where a mirror announces none; `unchecked`: take what comes")
+    sha256: str = flag("", "of checkpoint or archive, where a mirror announces none; `unchecked`: take what comes")
 
 
 @dataclass
@@ -209,7 +210,7 @@ class TrainVocabConfig:
 
 @dataclass
 class PretokenizeConfig:
-    vocab_size: int = flag(0, "of a tokenizer that train_vocab made; 0: of the Llama 2 tokenizer, DATA_DIR/tokenizer.model")
+    vocab_size: int = flag(0, "of a tokenizer that train_vocab made; 0: the Llama 2 tokenizer, DATA_DIR/tokenizer.model")
     tokenizer: str = flag("", "another sentencepiece model")
     data: str = flag(os.path.join("data", TEXT), "TinyStories shards (.json), or JSONL with a text in each line")
     data_dir: str = flag("data", "the token files go to DATA_DIR/, in a folder named like the tokenizer")
@@ -371,8 +372,8 @@ def rank_command(config: RankConfig) -> None:
     records, n = agreed_records(groups, results), config.group_size
     invalid = sum(not result.valid for result in results)
     print(f"asked {len(groups)} groups of {n} in both orders, {judge.name}\n"
-          f"kept {len(records)}, {len(records) / len(groups):.1%} (a coin would keep {1 / math.factorial(n):.1%}); disagreed "
-          f"{len(groups) - len(records) - invalid}, invalid {invalid}\n{position_bias(results, n)}"
+          f"kept {len(records)}, {len(records) / len(groups):.1%} (a coin would keep {1 / math.factorial(n):.1%}); "
+          f"disagreed {len(groups) - len(records) - invalid}, invalid {invalid}\n{position_bias(results, n)}"
           + f"\n{judge.note}" * bool(judge.note))
     if invalid:
         print(f"--judge_attempts={config.judge_attempts + 2} asks for the invalid ones again")
@@ -415,7 +416,8 @@ def check_command(config: CheckConfig) -> None:
 COMMANDS = {
     "demo": (DemoConfig, demo_command), "download": (DownloadConfig, download_command),
     "train_vocab": (TrainVocabConfig, train_vocab_command), "pretokenize": (PretokenizeConfig, pretokenize_command),
-    "generate": (GenerateConfig, generate_command), "rank": (RankConfig, rank_command), "best_of_n": (BestOfNConfig, best_of_n_command),
+    "generate": (GenerateConfig, generate_command), "rank": (RankConfig, rank_command),
+    "best_of_n": (BestOfNConfig, best_of_n_command),
     "pairs": (PairsConfig, pairs_command), "check": (CheckConfig, check_command),
 }
 

@@ -118,7 +118,7 @@ def test_what_is_missing_or_impossible_is_said_in_a_line(folder):
     with pytest.raises(ValueError, match="--vocab_size=100000: sentencepiece cannot make it"):
         data.main(["train_vocab", "--vocab_size=100000"])
     assert os.listdir("data") == ["TinyStories_all_data"]
-    with pytest.raises(ValueError, match="none: no .json or .jsonl file there; .* download"):
+    with pytest.raises(ValueError, match="none: no .json or .jsonl file; .* download"):
         data.main(["train_vocab", "--data=none"])
     with pytest.raises(ValueError, match="--workers=0"):
         data.main(["pretokenize", "--workers=0"])
