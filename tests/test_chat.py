@@ -450,7 +450,9 @@ def test_ctrl_c_does_not_wait_for_a_slow_server(tmp_path):
     with FakeApi(["", "", *["stall"] * 100], score=quality, stall=20.0, patience=False) as api:
         command = [sys.executable, os.path.join(ROOT, "judge.py"), str(stories), str(stories), "--judge=fake",
                    f"--base_url={api.url}", f"--journal={tmp_path / 'j.jsonl'}", "--workers=2"]
-        process = subprocess.Popen(command, env=os.environ | {"OPENAI_API_KEY": KEY}, stderr=subprocess.PIPE)
+        # a shell's background job ignores Ctrl-C, and so would its children
+        process = subprocess.Popen(command, env=os.environ | {"OPENAI_API_KEY": KEY}, stderr=subprocess.PIPE,
+                                   preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
         while sum(api.asked.values()) < 4:
             time.sleep(0.01)
         started = time.monotonic()

@@ -308,6 +308,6 @@ def test_the_command_fetches_a_model_and_its_tokenizer(tmp_path, spo_data, capsy
         files["stories260K.bin"] = b"damaged"
         with pytest.raises(ValueError, match="its SHA-256 is"):
             data.main(["download", "--model=stories260K", *common[:1], f"--data_dir={tmp_path / 'b'}"])
-    with pytest.raises(ValueError, match="--model=stories1B: there are stories260K, stories15M, stories42M, stories110M"):
+    with pytest.raises(ValueError, match="--model=1B: there are stories260K, stories15M, stories42M, stories110M"):
         data.main(["download", "--model=1B"])
     assert "sample.py --checkpoint=" in capsys.readouterr().out
