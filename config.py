@@ -9,9 +9,12 @@ import types
 import typing
 
 
-def flag(default, help: str, choices=None, positional: bool = False):
-    """A dataclass field that is a command-line flag: its default, its line in --help, its choices."""
-    metadata = {"help": help, "choices": choices, "positional": positional}
+def flag(default, help: str, choices=None, positional: bool = False, alone=None):
+    """A dataclass field that is a command-line flag: its default, its line in --help, its choices.
+
+    alone  the value of --key without a value; None: it needs one
+    """
+    metadata = {"help": help, "choices": choices, "positional": positional, "alone": alone}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -48,10 +51,11 @@ def parse(config_class, argv: list[str], prog: str, description: str = ""):
             continue
         if field.default not in (None, ""):
             text += " (default: %(default)s)"
-        as_bool = {"nargs": "?", "const": True} if kind is bool else {}
+        alone = True if kind is bool else field.metadata["alone"]
+        optional = {} if alone is None else {"nargs": "?", "const": alone}
         parser.add_argument(
             f"--{field.name}", type=boolean if kind is bool else kind, default=field.default,
-            choices=field.metadata["choices"], metavar=kind.__name__.upper(), help=text, **as_bool,
+            choices=field.metadata["choices"], metavar=kind.__name__.upper(), help=text, **optional,
         )
     values, unknown = parser.parse_known_args(argv)
     if unknown:

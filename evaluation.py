@@ -13,6 +13,7 @@ from checkpoint import Checkpoint
 from groups import micro_batches, read_groups
 from judge import Judge, WinRate, compare_all
 from losses import token_kl
+from parallel import World, whole
 from sampling import sample, spread, story_records
 from tokenizer import Tokenizer
 
@@ -59,7 +60,7 @@ class Evaluation:
 
     def __init__(
         self, reference: Checkpoint, tokenizer: Tokenizer, prompts: list[str], eval_stories: int, *,
-        judge: Judge, seed: int, max_new_tokens: int = 256, baseline: str = "",
+        judge: Judge, seed: int, max_new_tokens: int = 256, baseline: str = "", world: World = World(),
     ):
         """
         judge         who compares the stories
@@ -69,7 +70,7 @@ class Evaluation:
         baseline      a file of stories to win against instead, with their prompts. ValueError if it has too few
         """
         self.reference, self.tokenizer, self.seed, self.max_new_tokens = reference, tokenizer, seed, max_new_tokens
-        self.judge, self.has_judged = judge, False
+        self.judge, self.has_judged, self.world = judge, False, world
         select, report = eval_stories, 2 * eval_stories
         if baseline:
             stories = read_groups(baseline)
@@ -85,17 +86,22 @@ class Evaluation:
             self.prompts = {"select": spread(prompts, select), "report": spread(prompts, report)}
             self.baselines = {}  # the reference's own stories, drawn when they are first needed
 
-    def stories(self, checkpoint: Checkpoint, which: str, purpose: int, progress: str | None = None):
-        """(records, samples) of a checkpoint."""
+    def stories(self, checkpoint: Checkpoint, which: str, purpose: int, progress: str):
+        """(records, samples) of a checkpoint: the records are all, the samples those of this process."""
         prompts = [self.tokenizer.encode(prompt, bos=True) for prompt in self.prompts[which]]
-        seed = (self.seed, purpose)
-        samples = sample(checkpoint, prompts, seed, self.max_new_tokens, progress=progress)
-        records = story_records(samples, self.prompts[which], self.tokenizer, checkpoint.eos_id,
-                                     seed=seed, checkpoint=f"step {checkpoint.step}")
+        seed, part = (self.seed, purpose), self.world.share(len(prompts))
+        samples = sample(checkpoint, prompts, seed, self.max_new_tokens, progress if self.world.rank == 0 else None, part)
+        everyones = [group for samples in self.world.gather(samples) for group in samples]
+        records = story_records(everyones, self.prompts[which], self.tokenizer, checkpoint.eos_id,
+                                seed=seed, checkpoint=f"step {checkpoint.step}")
         return records, samples
 
     @torch.no_grad()
     def evaluate(self, checkpoint: Checkpoint, which: str) -> Verdict:
+        with whole(checkpoint.model, self.reference.model):
+            return self.evaluate_whole(checkpoint, which)
+
+    def evaluate_whole(self, checkpoint: Checkpoint, which: str) -> Verdict:
         checkpoint.model.eval()
         if which not in self.baselines:
             purpose = SELECT_BASELINE if which == "select" else REPORT_BASELINE
@@ -105,9 +111,10 @@ class Evaluation:
         kl, model = 0.0, checkpoint.model
         for batch in micro_batches(samples, None, model.args.vocab_size, model.device):
             kl += float(token_kl(model(batch.tokens), self.reference.model(batch.tokens), batch.mask).sum())
+        kl = float(self.world.total(torch.tensor(kl, dtype=torch.float64)))
         texts = [record["prompt"] + record["text"] for record in records]
         score = sum(map(offline_judge.score, texts)) / len(texts)
-        win_rate, reason = self.compare(texts, self.baselines[which])
+        win_rate, reason = self.world.from_first(lambda: self.compare(texts, self.baselines[which]))
         return Verdict(win_rate, score, kl / len(texts), records, reason)
 
     def compare(self, texts: list[str], baseline: list[str]) -> tuple[WinRate | None, str]:
@@ -138,13 +145,14 @@ def report(evaluation: Evaluation, checkpoints: dict[str, Checkpoint], record: C
 
     record  called with (step, values) of each, for the log; the values are called "name/win_rate" and so on
     """
-    print(f"\nwin-rate over {evaluation.name} on fresh stories, {evaluation.judge.name} [95% interval]")
+    say = evaluation.world.say
+    say(f"\nwin-rate over {evaluation.name} on fresh stories, {evaluation.judge.name} [95% interval]")
     stories = []
     for name, checkpoint in checkpoints.items():
         verdict = evaluation.evaluate(checkpoint, "report")
         record(checkpoint.step, verdict.logged(name))
         stories.append(verdict.stories[0]["text"])
-        print(f"  {f'{name} (step {checkpoint.step})':<18} {verdict}")
+        say(f"  {f'{name} (step {checkpoint.step})':<18} {verdict}")
     if evaluation.judge.note:
-        print(evaluation.judge.note)
-    print("\n" + side_by_side(stories[0], stories[1], ("before", "after")))
+        say(evaluation.judge.note)
+    say("\n" + side_by_side(stories[0], stories[1], ("before", "after")))

@@ -14,6 +14,7 @@ all): the others were cut at a length limit and get no terminator. Knows the tok
 import json
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -206,14 +207,18 @@ def encode_groups(
     return encoded, drops
 
 
-def micro_batches(groups: list[EncodedGroup], size: int | None, vocab_size: int, device) -> list[Batch]:
+def micro_batches(
+    groups: list[EncodedGroup], size: int | None, vocab_size: int, device, agree: Callable[[int], int] = int
+) -> list[Batch]:
     """The groups, by length, in equal batches of at most `size`, or of what keeps the logits under 2^21 numbers: 8 MB.
 
     That many stay in a processor's cache; and neighbours of equal length need little padding.
+    agree  from the number of batches that this process would make to the one that all make
     """
     groups = sorted(groups, key=lambda group: max(map(len, group.responses)))
     if size is None:
         longest = max(len(g.prompt) + max(map(len, g.responses)) for g in groups)
         size = max(1, 2**21 // (longest * vocab_size * len(groups[0].responses)))
-    size = math.ceil(len(groups) / math.ceil(len(groups) / size))
-    return [make_batch(groups[i : i + size]).to(device) for i in range(0, len(groups), size)]
+    count = agree(math.ceil(len(groups) / size))
+    ends = [i * len(groups) // count for i in range(count + 1)]
+    return [make_batch(groups[a:b]).to(device) for a, b in zip(ends, ends[1:])]

@@ -208,6 +208,10 @@ class Transformer(nn.Module):
         """
         return self.output(self.hidden(tokens, cache))
 
+    def next_logits(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """Token ids (N, T) -> logits (N, V) of the token behind the last."""
+        return self.output(self.hidden(tokens, cache)[:, -1])
+
 
 def filter_logits(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
     """Logits (N, V) with all but the top_k likeliest, and all beyond probability mass top_p, set to -inf."""
@@ -289,7 +293,7 @@ def generate(
     rows = torch.arange(N, device=device)  # the rows still being written
     position = min(lengths)
     cache = KVCache(model.args, N, end, device, model.tok_embeddings.weight.dtype)
-    logits = model.output(model.hidden(tokens[:, :position], cache)[:, -1])  # (N, V)
+    logits = model.next_logits(tokens[:, :position], cache)  # (N, V)
     while True:
         prompted = first[rows] > position  # this row's prompt goes on: its token is given, not drawn
         draw = uniforms[rows, (position - first[rows]).clamp(min=0)]
@@ -307,6 +311,6 @@ def generate(
             keep = alive.nonzero().squeeze(1)
             cache.keep(keep)
             rows = rows[keep]
-        logits = model.output(model.hidden(tokens[rows, position - 1].unsqueeze(1), cache)[:, -1])
+        logits = model.next_logits(tokens[rows, position - 1].unsqueeze(1), cache)
     tokens, last = tokens.tolist(), last.tolist()
     return [tokens[i][lengths[i] : last[i]] for i in range(N)]

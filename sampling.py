@@ -36,9 +36,10 @@ def sample_batches(
 
 
 def sample(checkpoint: Checkpoint, prompts: list[list[int]], seed: int | tuple[int, ...], max_new_tokens: int = 256,
-           progress: str | None = None) -> list[EncodedGroup]:
-    """All of `sample_batches`, from the model as it is: temperature 1, no truncation."""
-    batches = sample_batches(checkpoint, prompts, seed, max_new_tokens, progress=progress)
+           progress: str | None = None, part: slice = slice(0, None)) -> list[EncodedGroup]:
+    """All of `sample_batches`, or a part of them, from the model as it is: temperature 1, no truncation."""
+    batches = sample_batches(
+        checkpoint, prompts[: part.stop], seed, max_new_tokens, first=part.start, progress=progress)
     return [group for batch in batches for group in batch]
 
 

@@ -20,7 +20,10 @@ import json
 import math
 import os
 import random
+import shutil
+import signal
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,14 +33,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 import checkpoint as checkpoints
+import parallel
 import tinystories_data as data
 from checkpoint import Checkpoint
 from config import flag, parse, run
 from evaluation import ONLINE, Evaluation, Verdict, report
 from groups import Batch, EncodedGroup, encode_groups, micro_batches, read_groups, require
-from judge import JudgeFlags, make_judge
+from judge import JudgeFlags, OfflineJudge, make_judge
 from losses import LOSSES, REGULARIZERS, clamped, importance, sequence_logps, token_kl
 from model import ModelArgs, Transformer
+from parallel import World, full, whole
 from pretokenize import TokenWindows
 from sampling import sample
 from tokenizer import Tokenizer, load_tokenizer
@@ -90,6 +95,8 @@ class TrainConfig(JudgeFlags):
     log_interval: int = flag(5, "steps between log lines")
     device: str = flag("", "cpu, cuda, cuda:1, mps; none: cuda where there is one, else cpu")
     seed: int = flag(1337, "of the data order, of every sample, and of the weights from scratch")
+    resume: str = flag("", "go on from the newest state in out_dir, or from STATE; auto: from the newest whole one, if any",
+                       alone="newest")
 
 
 # --- what the flags mean -------------------------------------------------------------------------
@@ -163,7 +170,7 @@ def objective_of(config: TrainConfig) -> Objective:
     return objective
 
 
-def check_config(config: TrainConfig) -> None:
+def check_config(config: TrainConfig, world: World) -> None:
     """ValueError, naming the flag, for what no run can work with."""
     positive = ("batch_size", "max_iters", "kl_interval", "kl_batch_size", "max_new_tokens", "eval_interval",
                 "log_interval", "micro_batch_size", *SHAPE_FLAGS)
@@ -187,6 +194,9 @@ def check_config(config: TrainConfig) -> None:
             raise ValueError(f"--{name}: needs --data as well; without --data the demo brings its own model")
     if config.data and not config.init_from:
         raise ValueError("--data: needs --init_from, the model to align (a .pt, a llama2.c .bin, or `scratch`)")
+    for name in ("batch_size", "kl_batch_size"):
+        if getattr(config, name) % world.size:
+            raise ValueError(f"--{name}={getattr(config, name)}: must be a multiple of the number of processes, {world.size}")
     if config.judge != "offline" and config.eval_stories == 0:
         raise ValueError(f"--judge={config.judge}: nothing is judged with --eval_stories=0; leave it out")
     if config.baseline and (config.eval_stories == 0 or config.init_from == "scratch"):
@@ -257,12 +267,15 @@ def tensors_of(batch: Batch, wanted: set[str], policy: Transformer, reference: T
     return {name: tensor.view(-1, batch.n) for name, tensor in tensors.items()}
 
 
-def batch_statistic(objective: Objective, policy: Transformer, reference, batches: list[Batch]) -> dict[str, Tensor]:
+def batch_statistic(
+    objective: Objective, policy: Transformer, reference, batches: list[Batch], world: World
+) -> dict[str, Tensor]:
     """The mean over the whole batch that the loss asks for, before any gradient: {its name: value}.
 
     With one micro-batch the loss computes it itself; at gamma = 0 SPO's weight is 1 whatever the mean.
     """
-    if objective.loss.statistic is None or len(batches) == 1 or objective.settings.get("gamma") == 0:
+    alone = len(batches) == 1 and world.size == 1
+    if objective.loss.statistic is None or alone or objective.settings.get("gamma") == 0:
         return {}
     name, statistic = objective.loss.statistic
     values = []
@@ -273,17 +286,20 @@ def batch_statistic(objective: Objective, policy: Transformer, reference, batche
             else:
                 tensors = {"lengths": batch.lengths}  # known without a pass over the batch
             values.append(call(statistic, tensors | objective.settings))
-    return {name: torch.cat(values).mean(0)}
+    mine = torch.cat(values)
+    return {name: world.total(mine.sum(0)) / (len(mine) * world.size)}
 
 
-def preference_backward(objective: Objective, policy, reference, batches: list[Batch]) -> dict[str, Tensor]:
+def preference_backward(
+    objective: Objective, policy, reference, batches: list[Batch], world: World = World()
+) -> dict[str, Tensor]:
     """Adds the gradient of the mean preference loss to the policy, and that of a regularizer on the dataset.
 
-    Returns what is logged, as means over groups. margin and accuracy compare column 0 with the others: by log-ratio
+    Returns what is logged, as means over the groups of all processes, which have equally many. margin and accuracy compare column 0 with the others: by log-ratio
     where a reference is read, and by log-prob where it is not.
     """
-    count = sum(len(batch.lengths) for batch in batches)
-    statistics = batch_statistic(objective, policy, reference, batches)
+    count = sum(len(batch.lengths) for batch in batches) * world.size
+    statistics = batch_statistic(objective, policy, reference, batches, world)
     means: dict[str, Tensor] = {}
     for batch in batches:
         tensors = tensors_of(batch, objective.reads, policy, reference)
@@ -301,55 +317,70 @@ def preference_backward(objective: Objective, policy, reference, batches: list[B
             logged["regularizer"] = regularizer.detach()
             if objective.regularizer is importance:
                 logged["clamped"] = clamped(logps, tensors["reference_logps"]) * float(count)  # a count, not a mean
-        (values.sum() / count).backward()
+        (values.sum() * world.size / count).backward()  # several processes: FSDP takes the mean over them
         for name, value in logged.items():
             means[name] = means.get(name, 0) + value.sum() / count
-    return means
+    return {name: world.total(value) for name, value in means.items()}
 
 
 @dataclass
 class OnlineSamples:
-    """Samples of the policy, and the reference's logits of them: both stay for kl_interval steps."""
+    """Samples of the policy, and the reference's logits of them: both stay for kl_interval steps.
 
+    samples  those of all processes; batches and logits are of this process's share
+    """
+
+    samples: list[EncodedGroup]
     batches: list[Batch]
     reference_logits: list[Tensor]
 
 
 def draw_online(
-    config: TrainConfig, policy: Checkpoint, reference: Transformer, prompts: list[list[int]], step: int
+    config: TrainConfig, policy: Checkpoint, reference: Transformer, prompts: list[list[int]], step: int,
+    world: World = World(),
 ) -> OnlineSamples:
     """Whole samples of the policy: temperature 1, no truncation, eval mode (Eq. 15 is about the policy itself)."""
     policy.model.eval()
     chosen = random.Random(config.seed + step).choices(prompts, k=config.kl_batch_size)
-    samples = sample(policy, chosen, (config.seed, ONLINE, step), config.max_new_tokens)
-    batches = micro_batches(samples, config.micro_batch_size, policy.model.args.vocab_size, policy.model.device)
+    with whole(policy.model):
+        mine = sample(policy, chosen, (config.seed, ONLINE, step), config.max_new_tokens, part=world.share(len(chosen)))
+    return online_of(config, [group for part in world.gather(mine) for group in part], reference, world)
+
+
+def online_of(config: TrainConfig, samples: list[EncodedGroup], reference: Transformer, world: World) -> OnlineSamples:
+    mine = samples[world.share(len(samples))]
+    batches = micro_batches(mine, config.micro_batch_size, reference.args.vocab_size, world.device, world.most)
     with torch.no_grad():
-        return OnlineSamples(batches, [reference(batch.tokens) for batch in batches])
+        return OnlineSamples(samples, batches, [reference(batch.tokens) for batch in batches])
 
 
-def regularizer_backward(objective: Objective, policy: Transformer, online: OnlineSamples) -> dict[str, Tensor]:
+def regularizer_backward(
+    objective: Objective, policy: Transformer, online: OnlineSamples, world: World = World()
+) -> dict[str, Tensor]:
     """Adds the gradient of beta * mean(regularizer) on the online samples; returns the mean KL, in nats."""
-    count = sum(len(batch.tokens) for batch in online.batches)
+    count = len(online.samples)
     kl = 0.0
     for batch, reference_logits in zip(online.batches, online.reference_logits):
         online_kl = token_kl(policy(batch.tokens), reference_logits, batch.mask)
-        (objective.beta * objective.regularizer(online_kl).sum() / count).backward()
+        (objective.beta * objective.regularizer(online_kl).sum() * world.size / count).backward()
         kl += online_kl.detach().sum() / count
-    return {"kl": kl}
+    return {"kl": world.total(kl)}
 
 
 def gradient_step(
     config: TrainConfig, objective: Objective, policy: Transformer, reference: Transformer | None,
     groups: list[EncodedGroup], online: OnlineSamples | None, optimizer: torch.optim.Optimizer, step: int,
+    world: World = World(),
 ) -> dict[str, float]:
-    """One optimizer step on the groups; returns what is logged of it. ValueError if it would not be finite."""
+    """One optimizer step on the groups of all processes; returns what is logged. ValueError if it would not be finite."""
     started = time.perf_counter()
     policy.train()
-    batches = micro_batches(groups, config.micro_batch_size, policy.args.vocab_size, policy.device)
-    logged = preference_backward(objective, policy, reference, batches)
+    mine = groups[world.rank :: world.size]
+    batches = micro_batches(mine, config.micro_batch_size, policy.args.vocab_size, world.device, world.most)
+    logged = preference_backward(objective, policy, reference, batches, world)
     if online is not None:
-        logged |= regularizer_backward(objective, policy, online)
-    logged["grad_norm"] = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.grad_clip or math.inf)
+        logged |= regularizer_backward(objective, policy, online, world)
+    logged["grad_norm"] = full(torch.nn.utils.clip_grad_norm_(policy.parameters(), config.grad_clip or math.inf))
     logged = {name: float(value) for name, value in logged.items()}
     if not (math.isfinite(logged["loss"]) and math.isfinite(logged["grad_norm"])):
         raise ValueError(
@@ -361,7 +392,7 @@ def gradient_step(
         group["lr"] = learning_rate(config, step)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    tokens = sum(int(batch.mask.sum()) for batch in batches)
+    tokens = sum(len(response) for group in groups for response in group.responses)
     return logged | {"lr": learning_rate(config, step), "tokens_per_second": tokens / (time.perf_counter() - started)}
 
 
@@ -382,15 +413,15 @@ def demo(loss: str, device: str) -> tuple[str, str]:
             loss="sft", data=os.path.join(data.DEMO_DIR, data.DEMO_FILES["text"]), init_from="scratch",
             tokenizer=tokenizer, out_dir=f"{folder}.tmp", dim=96, n_layers=3, n_heads=3, max_seq_len=256,
             batch_size=16, max_iters=700, learning_rate=3e-3, warmup_iters=20, weight_decay=0.1, log_interval=100,
-            adam_beta1=0.9, adam_beta2=0.95, eval_interval=700, eval_stories=0, device=device,
-        ))
+            adam_beta1=0.9, adam_beta2=0.95, eval_interval=700, eval_stories=0,
+        ), World(device=device))
         os.rename(f"{folder}.tmp", folder)
     checkpoint = checkpoints.load(reference, device)
     data.demo_groups(checkpoint, load_tokenizer(tokenizer, reference, checkpoint.model.args.vocab_size))
     return os.path.join(data.DEMO_DIR, data.DEMO_FILES[LOSSES[loss].data]), reference
 
 
-def load_groups(config: TrainConfig, need: str, tokenizer: Tokenizer, policy: Checkpoint):
+def load_groups(config: TrainConfig, need: str, tokenizer: Tokenizer, policy: Checkpoint, say: Callable[[str], None]):
     """(encoded groups, the different prompts) of the dataset. ValueError if it does not suit the loss."""
     if os.path.isdir(config.data) or config.data.endswith(".bin"):
         if need != "text":
@@ -401,21 +432,22 @@ def load_groups(config: TrainConfig, need: str, tokenizer: Tokenizer, policy: Ch
     require(groups, need, config.data, config.loss)
     encoded, drops = encode_groups(groups, tokenizer, policy.eos_id, policy.model.args.max_seq_len)
     for reason, lines in drops.items():
-        print(f"{config.data}: {len(lines)} of {len(groups)} groups dropped, {reason} (first in line {lines[0]})")
+        say(f"{config.data}: {len(lines)} of {len(groups)} groups dropped, {reason} (first in line {lines[0]})")
     if not encoded:
         raise ValueError(f"{config.data}: none of its {len(groups)} groups can be used: {', '.join(drops)}")
     used = {group.line for group in encoded}
     return encoded, sorted({group.prompt for group in groups if group.line in used})
 
 
-def new_run(config: TrainConfig, policy: Checkpoint, tokenizer: Tokenizer) -> Callable[[str], str]:
-    """Make out_dir the folder of this run: what an earlier run left there is removed. Returns name -> path in it."""
+def in_run(config: TrainConfig, name: str) -> str:
+    return os.path.join(config.out_dir, name)
 
-    def in_run(name: str) -> str:
-        return os.path.join(config.out_dir, name)
 
+def new_run(config: TrainConfig, policy: Checkpoint, tokenizer: Tokenizer) -> None:
+    """Make out_dir the folder of this run: what an earlier run left there is removed."""
     files = ("ckpt.pt", "best.pt", "model.bin", "log.jsonl", "config.json", "tokenizer.model", "tokenizer.bin")
-    former = [in_run(name) for name in files] + glob.glob(in_run("step_*.pt")) + glob.glob(in_run("stories/*.jsonl"))
+    former = [in_run(config, name) for name in files]
+    former += glob.glob(in_run(config, "step_*.pt")) + glob.glob(in_run(config, "stories/*.jsonl"))
     inputs = {os.path.realpath(p) for p in (config.init_from, tokenizer.path, config.data, config.baseline) if p}
     for path in former:
         if os.path.realpath(path) in inputs:
@@ -423,10 +455,39 @@ def new_run(config: TrainConfig, policy: Checkpoint, tokenizer: Tokenizer) -> Ca
                              "that folder; choose another --out_dir")
     for path in filter(os.path.exists, former):
         os.remove(path)
-    os.makedirs(in_run("stories"), exist_ok=True)
-    checkpoints.write_text(in_run("config.json"), json.dumps(policy.config, indent=1))
+    shutil.rmtree(in_run(config, "state"), ignore_errors=True)
+    for folder in ("stories", "state"):
+        os.makedirs(in_run(config, folder), exist_ok=True)
+    checkpoints.write_text(in_run(config, "config.json"), json.dumps(policy.config, indent=1))
     checkpoints.copy_tokenizer(tokenizer, config.out_dir)
-    return in_run
+
+
+# What a resumed run may change: what it costs and shows, and nothing of what it computes.
+FREE = {"resume", "device", "micro_batch_size", "log_interval", "report", "keep_checkpoints", "workers", "max_usd", "base_url",
+        "journal", "judge_timeout", "judge_retries", "judge_attempts"}
+
+
+def identity(config: TrainConfig) -> dict:
+    """What makes a run this run: its flags, and the SHA-256 of the files that it reads."""
+    flags = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE}
+    files = [path for path in (config.data, config.init_from, config.baseline) if os.path.isfile(path)]
+    return {"flags": flags, "files": {path: parallel.sha256_of(path) for path in files}}
+
+
+def state_to_resume(config: TrainConfig) -> str | None:
+    """The state that --resume means, if it is one of this very run. ValueError, naming the flag, if it is not."""
+    path = parallel.find_state(in_run(config, "state"), config.resume)
+    if path is None:
+        return None
+    former, now = parallel.facts_of(path)["identity"], identity(config)
+    for name, value in now["flags"].items():
+        if former["flags"].get(name) != value:
+            raise ValueError(f"--{name}={value}: {path} is of a run with {former['flags'].get(name)}; resume it with the "
+                             "same flags, or start anew in another --out_dir")
+    for name, digest in now["files"].items():
+        if former["files"].get(name) != digest:
+            raise ValueError(f"{name}: has changed since the run began; it cannot be resumed")
+    return path
 
 
 def describe(config: TrainConfig, objective: Objective, policy: Checkpoint, groups: list[EncodedGroup]) -> str:
@@ -440,88 +501,172 @@ def describe(config: TrainConfig, objective: Objective, policy: Checkpoint, grou
             f"{config.max_iters} steps of {tokens:,.0f} tokens\nobjective: {objective}{known}")
 
 
-def save(
-    config: TrainConfig, in_run: Callable[[str], str], policy: Checkpoint, verdict: Verdict | None, best: float
-) -> float:
+def gathered(policy: Checkpoint) -> Checkpoint:
+    """The policy with all its weights on the CPU, in every process that asks; all have to."""
+    weights = {name: full(weight.detach()).cpu() for name, weight in policy.model.state_dict().items()}
+    return dataclasses.replace(policy, model=checkpoints.build("the policy", policy.model.args, weights))
+
+
+def save(config: TrainConfig, policy: Checkpoint, verdict: Verdict | None, best: float, world: World) -> float:
     """The files of an evaluation (verdict None: of a model that nobody judges); returns the best win-rate so far."""
-    checkpoints.save_pt(in_run("ckpt.pt"), policy)
-    if config.keep_checkpoints:
-        checkpoints.save_pt(in_run(f"step_{policy.step:06d}.pt"), policy)
-    if verdict is not None:
-        checkpoints.write_jsonl(in_run(f"stories/step_{policy.step:06d}.jsonl"), verdict.stories)
-        if verdict.rate <= best:
-            return best
-        best = verdict.rate
-        checkpoints.save_pt(in_run("best.pt"), policy, win_rate=best)
-    checkpoints.save_llama2c(in_run("model.bin"), policy.model)
-    return best
+    improved = verdict is None or verdict.rate > best
+    policy = policy if world.size == 1 else gathered(policy)
+    if world.rank == 0:
+        checkpoints.save_pt(in_run(config, "ckpt.pt"), policy)
+        if config.keep_checkpoints:
+            checkpoints.save_pt(in_run(config, f"step_{policy.step:06d}.pt"), policy)
+        if verdict is not None:
+            checkpoints.write_jsonl(in_run(config, f"stories/step_{policy.step:06d}.jsonl"), verdict.stories)
+        if verdict is not None and improved:
+            checkpoints.save_pt(in_run(config, "best.pt"), policy, win_rate=verdict.rate)
+        if improved:
+            checkpoints.save_llama2c(in_run(config, "model.bin"), policy.model)
+    return verdict.rate if verdict is not None and improved else best
 
 
-def train(config: TrainConfig) -> None:
-    check_config(config)
-    objective, device = objective_of(config), checkpoints.pick_device(config.device)
+def train(config: TrainConfig, world: World) -> None:
+    check_config(config, world)
+    objective = objective_of(config)
     if not config.data:
-        groups_file, reference = demo(config.loss, device)
+        groups_file, reference = world.from_first(lambda: demo(config.loss, world.device))
         steps = config.max_iters or 80
         config = dataclasses.replace(config, data=groups_file, init_from=reference, max_iters=steps)
-    policy, tokenizer = policy_at_start(config, device)
-    groups, prompts = load_groups(config, objective.loss.data, tokenizer, policy)
+    policy, tokenizer = policy_at_start(config, world.device)
+    groups, prompts = load_groups(config, objective.loss.data, tokenizer, policy, world.say)
     if config.max_iters is None:  # one epoch: the least that uses every group
         config = dataclasses.replace(config, max_iters=math.ceil(len(groups) / config.batch_size))
     policy.config |= dataclasses.asdict(config)
     prompt_ids = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
-    optimizer = make_optimizer(config, policy.model)
 
     # A model from scratch has no reference worth beating: it is trained, and judged by nobody.
     judged = config.eval_stories > 0 and config.init_from != "scratch"
     start = copy.deepcopy(policy) if judged or objective.needs_reference else None
     reference = start.model.requires_grad_(False) if objective.needs_reference else None
     evaluation = Evaluation(
-        start, tokenizer, prompts, config.eval_stories, judge=make_judge(config), seed=config.seed,
-        max_new_tokens=config.max_new_tokens, baseline=config.baseline,
+        start, tokenizer, prompts, config.eval_stories, judge=make_judge(config) if world.rank == 0 else OfflineJudge(),
+        seed=config.seed, max_new_tokens=config.max_new_tokens, baseline=config.baseline, world=world,
     ) if judged else None
-    in_run = new_run(config, policy, tokenizer)
-    print(describe(config, objective, policy, groups), flush=True)
+    world.say(describe(config, objective, policy, groups))
+    state = world.from_first(lambda: state_to_resume(config)) if config.resume else None
+    if state is None:
+        world.from_first(lambda: new_run(config, policy, tokenizer))
+    parallel.shard(policy.model, world)
+    if start is not None:
+        parallel.shard(start.model, world)
+    optimizer = make_optimizer(config, policy.model)
+    run = Run(config, objective, policy, reference, evaluation, optimizer, world, prompt_ids)
+    if state is not None:
+        run.restore(state)
+    run.loop(groups)
+    if judged and config.report and not run.stopped:
+        if run.best_rate < 0:
+            raise ValueError("the judge gave no win-rate that can be trusted, so there is no best.pt; see ckpt.pt")
+        best = checkpoints.load(in_run(config, "best.pt"), world.device)
+        report(evaluation, {"before": start, "best": best, "last": policy}, run.record)
+        world.say(f"\n{config.out_dir}: best.pt, ckpt.pt, model.bin; sample with "
+                  f"`python sample.py --checkpoint={in_run(config, 'best.pt')}`")
 
-    best_rate, online = -1.0, None
-    bar = tqdm(total=config.max_iters, desc=config.loss, unit="step")
-    with open(in_run("log.jsonl"), "w", encoding="utf-8") as log, bar:
 
-        def record(step: int, values: dict[str, float]) -> None:
-            log.write(json.dumps({"step": step} | values) + "\n")
-            log.flush()
+@dataclass
+class Run:
+    """A run under way: what it works with, and what changes from step to step."""
 
-        for step in range(config.max_iters + 1):
-            policy.step = step
-            if step % config.eval_interval == 0 or step == config.max_iters:
-                verdict = evaluation.evaluate(policy, "select") if judged else None
-                best_rate = save(config, in_run, policy, verdict, best_rate)
-                if judged:
-                    record(step, verdict.logged("eval"))
-                    bar.write(f"step {step}: win-rate over {evaluation.name} {verdict}\n"
-                              f"    {textwrap.shorten(verdict.stories[0]['text'], 300)}")
-            if step == config.max_iters:
-                break
+    config: TrainConfig
+    objective: Objective
+    policy: Checkpoint
+    reference: Transformer | None
+    evaluation: Evaluation | None
+    optimizer: torch.optim.Optimizer
+    world: World
+    prompts: list[list[int]]
+    first: int = 0  # the step to begin with
+    evaluated: int = -1  # the last step that was evaluated
+    best_rate: float = -1.0
+    online: OnlineSamples | None = None
+    stopped: bool = False
 
-            if objective.online and step % config.kl_interval == 0:
-                online = draw_online(config, policy, reference, prompt_ids, step)
-            chosen = groups_of_step(groups, config.batch_size, step, config.seed)
-            logged = gradient_step(config, objective, policy.model, reference, chosen, online, optimizer, step)
-            if step % config.log_interval == 0 or step == config.max_iters - 1:
-                record(step, logged)
-                bar.write(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in logged.items()))
-            bar.update()
-        if judged and config.report:
-            if best_rate < 0:
-                raise ValueError("the judge gave no win-rate that can be trusted, so there is no best.pt; see ckpt.pt")
-            best = checkpoints.load(in_run("best.pt"), device)
-            report(evaluation, {"before": start, "best": best, "last": policy}, record)
-            print(f"\n{config.out_dir}: best.pt, ckpt.pt, model.bin; sample with "
-                  f"`python sample.py --checkpoint={in_run('best.pt')}`")
+    def record(self, step: int, values: dict[str, float]) -> None:
+        if self.world.rank == 0:
+            with open(in_run(self.config, "log.jsonl"), "a", encoding="utf-8") as log:
+                log.write(json.dumps({"step": step} | values) + "\n")
+
+    def keep(self) -> None:
+        """The state after policy.step steps, to go on from."""
+        log = in_run(self.config, "log.jsonl")
+        facts = {
+            "identity": identity(self.config), "best_rate": self.best_rate, "evaluated": self.evaluated,
+            "log_bytes": os.path.getsize(log) if os.path.exists(log) else 0,
+            "online": [dataclasses.astuple(group) for group in self.online.samples] if self.online else None,
+        }
+        tensors = parallel.tensors_of_run(self.policy.model, self.optimizer)
+        parallel.save_state(in_run(self.config, "state"), self.policy.step, tensors, facts, self.world)
+
+    def restore(self, path: str) -> None:
+        facts = parallel.facts_of(path)
+        self.first = self.policy.step = facts["step"]
+        self.best_rate, self.evaluated = facts["best_rate"], facts["evaluated"]
+        parallel.load_state(path, parallel.tensors_of_run(self.policy.model, self.optimizer), self.world)
+        if facts["online"] is not None:
+            samples = [EncodedGroup(*group) for group in facts["online"]]
+            self.online = online_of(self.config, samples, self.reference, self.world)
+        if self.world.rank == 0:
+            with open(in_run(self.config, "log.jsonl"), "ab") as log:
+                log.truncate(facts["log_bytes"])  # what was logged after the state is computed again
+        self.world.say(f"resumed from {path}, step {self.first}")
+
+    def evaluate(self, say: Callable[[str], None]) -> None:
+        """Judge the policy, if it is judged, and keep it."""
+        step, evaluation = self.policy.step, self.evaluation
+        verdict = evaluation.evaluate(self.policy, "select") if evaluation else None
+        self.best_rate = save(self.config, self.policy, verdict, self.best_rate, self.world)
+        if verdict is not None:
+            self.record(step, verdict.logged("eval"))
+            say(f"step {step}: win-rate over {evaluation.name} {verdict}\n"
+                f"    {textwrap.shorten(verdict.stories[0]['text'], 300)}")
+        self.evaluated = step
+        self.keep()
+
+    def loop(self, groups: Sequence[EncodedGroup]) -> None:
+        """Algorithm 1, from the first step to max_iters; SIGTERM keeps the state and ends it."""
+        config, world, policy = self.config, self.world, self.policy
+        terminated = threading.Event()
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, lambda *_: terminated.set())
+        bar = tqdm(total=config.max_iters, initial=self.first, desc=config.loss, unit="step", disable=world.rank > 0)
+
+        def say(text: str) -> None:
+            if world.rank == 0:
+                bar.write(text)
+
+        with bar:
+            for step in range(self.first, config.max_iters + 1):
+                policy.step = step
+                if world.most(int(terminated.is_set())):
+                    if step > self.first:
+                        self.keep()
+                    self.stopped = True
+                    say(f"stopped by SIGTERM before step {step}; the same command with --resume goes on")
+                    return
+                if (step % config.eval_interval == 0 or step == config.max_iters) and self.evaluated != step:
+                    self.evaluate(say)
+                if step == config.max_iters:
+                    return
+                if self.objective.online and step % config.kl_interval == 0:
+                    self.online = draw_online(config, policy, self.reference, self.prompts, step, world)
+                chosen = groups_of_step(groups, config.batch_size, step, config.seed)
+                logged = gradient_step(config, self.objective, policy.model, self.reference, chosen, self.online,
+                                       self.optimizer, step, world)
+                if step % config.log_interval == 0 or step == config.max_iters - 1:
+                    self.record(step, logged)
+                    say(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in logged.items()))
+                bar.update()
 
 
 def main(argv: list[str]) -> None:
-    train(parse(TrainConfig, argv, "spo_train.py", "Align a Llama by Soft Preference Optimization."))
+    config = parse(TrainConfig, argv, "spo_train.py", "Align a Llama by Soft Preference Optimization.")
+    world = parallel.start(checkpoints.pick_device(config.device))
+    train(config, world)
+    parallel.end()
 
 
 if __name__ == "__main__":

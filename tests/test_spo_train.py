@@ -183,9 +183,9 @@ def log_of(folder: str) -> list[dict]:
 def test_samples_of_the_policy_are_drawn_anew_every_kl_interval(workshop, monkeypatch):
     steps, original = [], spo_train.draw_online
 
-    def spy(config, policy, reference, prompts, step):
+    def spy(config, policy, reference, prompts, step, world):
         steps.append(step)
-        return original(config, policy, reference, prompts, step)
+        return original(config, policy, reference, prompts, step, world)
 
     monkeypatch.setattr(spo_train, "draw_online", spy)
     workshop("spo_rank", "--kl_interval=3", "--kl_batch_size=4", "--eval_stories=0")
@@ -239,7 +239,8 @@ def test_responses_beyond_the_importance_limit_are_counted():
 def test_a_run_leaves_its_files_and_they_agree(workshop, capsys):
     folder = workshop("spo_rank")
     out = capsys.readouterr().out
-    names = {"ckpt.pt", "best.pt", "model.bin", "log.jsonl", "config.json", "stories", "tokenizer.model", "tokenizer.bin"}
+    names = {"ckpt.pt", "best.pt", "model.bin", "log.jsonl", "config.json", "stories", "state", "tokenizer.model",
+             "tokenizer.bin"}
     assert set(os.listdir(folder)) == names
     assert sorted(os.listdir(f"{folder}/stories")) == [f"step_{step:06d}.jsonl" for step in (0, 4, 8)]
     best, exported = checkpoints.load(f"{folder}/best.pt"), checkpoints.load(f"{folder}/model.bin")
@@ -400,10 +401,10 @@ def test_the_demo_builds_itself_goes_on_after_a_kill_and_is_then_reused(tmp_path
         monkeypatch.setattr(data, name, value)
     trained, original = [], spo_train.train
 
-    def small(config):
+    def small(config, world):
         trained.append(config.loss)
         changes = {"max_iters": 60, "batch_size": 8, "eval_interval": 60, "n_layers": 1, "dim": 48}
-        original(dataclasses.replace(config, **changes) if config.loss == "sft" else config)
+        original(dataclasses.replace(config, **changes) if config.loss == "sft" else config, world)
 
     monkeypatch.setattr(spo_train, "train", small)
     flags = ["--max_iters=2", "--batch_size=2", "--eval_stories=2", "--max_new_tokens=24", "--kl_batch_size=2"]

@@ -1,0 +1,275 @@
+"""Several processes equal one; a run that was killed equals one that was not."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+from test_spo_train import workshop  # noqa: F401 (a fixture)
+from test_tinystories_data import tokenizer, write  # noqa: F401 (a fixture)
+
+import checkpoint as checkpoints
+import parallel
+from parallel import World
+from spo_train import objective_of
+
+ONE = {"OMP_NUM_THREADS": "1"}
+
+
+def command(processes: int, *flags: str) -> list[str]:
+    script = os.path.join(ROOT, "spo_train.py")
+    if processes == 1:
+        return [sys.executable, script, *flags]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", script, *flags]
+
+
+@pytest.fixture
+def flags(workshop, tokenizer, tmp_path):  # noqa: F811
+    """The flags of a small run in the workshop's folder; pairs have prompts, so that prompts and lengths are uneven."""
+    prompts = ["", "the owl", "found a golden key under", "an"]
+    lines = [json.loads(line) for line in (tmp_path / "ranked.jsonl").read_text().splitlines()]
+    write(tmp_path / "ranked.jsonl", *(r | {"prompt": prompts[i % 4]} for i, r in enumerate(lines)))
+
+    def make(loss: str, out_dir: str, *others: str) -> list[str]:
+        file = {"ranking": "ranked", "best": "best", "pair": "pair", "text": "best"}[objective_of_data(loss)]
+        return [
+            f"--loss={loss}", "--init_from=start.pt", f"--tokenizer={tokenizer.path}", f"--data={file}.jsonl", "--max_iters=10",
+            "--batch_size=4", "--eval_interval=3", "--eval_stories=4", "--max_new_tokens=16", "--log_interval=1",
+            "--learning_rate=1e-3", "--warmup_iters=1", "--report=false", f"--out_dir={out_dir}", *others,
+        ]
+
+    return make
+
+
+def objective_of_data(loss: str) -> str:
+    from losses import LOSSES
+
+    return LOSSES[loss].data
+
+
+def run(processes: int, flags: list[str]) -> str:
+    done = subprocess.run(command(processes, *flags), capture_output=True, text=True, timeout=120, env=os.environ | ONE)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def log_of(folder: str) -> list[dict]:
+    with open(f"{folder}/log.jsonl") as f:
+        entries = [json.loads(line) for line in f]
+    for entry in entries:
+        entry.pop("tokens_per_second", None)
+    return entries
+
+
+def weights_of(folder: str) -> dict[str, torch.Tensor]:
+    return checkpoints.load(f"{folder}/ckpt.pt").model.state_dict()
+
+
+def assert_same(a: str, b: str) -> None:
+    """Every logged number, and every bit of the weights."""
+    assert log_of(a) == log_of(b)
+    for name, weight in weights_of(a).items():
+        assert torch.equal(weight, weights_of(b)[name]), name
+
+
+def assert_close(a: str, b: str, relative: float) -> None:
+    """Every logged number to a relative error; the sum of weights is not compared: Adam amplifies rounding."""
+    first, second = log_of(a), log_of(b)
+    assert [e["step"] for e in first] == [e["step"] for e in second]
+    for x, y in zip(first, second):
+        for name, value in x.items():
+            assert y[name] == pytest.approx(value, rel=relative, abs=1e-5), (x["step"], name)
+
+
+# --- several processes ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", ["spo_rank", "kto"])
+def test_two_processes_equal_one(flags, loss):
+    """SPO with its samples, weights and KL; KTO with its batch statistic: the first steps to rounding."""
+    extra = [] if loss == "kto" else ["--kl_batch_size=6", "--kl_interval=2"]
+    run(1, flags(loss, "one", "--max_iters=4", *extra))
+    run(2, flags(loss, "two", "--max_iters=4", *extra))
+    assert_close("one", "two", 2e-4)
+    run(2, flags(loss, "small", "--max_iters=4", "--micro_batch_size=1", *extra))
+    assert_close("two", "small", 2e-4)
+    one, two = ([json.loads(line)["text"] for line in open(f"{f}/stories/step_000000.jsonl")] for f in ("one", "two"))
+    assert one == two
+
+
+def test_a_share_is_a_part_and_all_shares_are_the_whole():
+    for size in (1, 2, 3, 7):
+        parts = [list(range(10))[World(rank, size).share(10)] for rank in range(size)]
+        assert sum(parts, []) == list(range(10))
+
+
+def test_what_does_not_divide_by_the_processes_is_one_line(flags):
+    done = subprocess.run(command(2, *flags("spo_rank", "out", "--batch_size=5")), capture_output=True, text=True, env=os.environ | ONE)
+    assert "--batch_size=5: must be a multiple of the number of processes, 2" in done.stderr and done.returncode != 0
+
+
+# --- kill and resume -----------------------------------------------------------------------------
+
+
+def killed_at(processes: int, flags: list[str], after_lines: int, rng: random.Random) -> None:
+    """Starts the run and kills all of it (-9) when its log has so many lines, or a moment later."""
+    folder = next(f.split("=")[1] for f in flags if f.startswith("--out_dir"))
+    process = subprocess.Popen(command(processes, *flags), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               env=os.environ | ONE, start_new_session=True)
+    log, deadline = f"{folder}/log.jsonl", time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline:
+        if os.path.exists(log) and open(log, "rb").read().count(b"\n") >= after_lines:
+            break
+        time.sleep(0.001)
+    time.sleep(rng.uniform(0, 0.05))
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def kill_campaign(flags, loss: str, processes: int, kills: int) -> None:
+    rng = random.Random(kills)
+    run(processes, flags(loss, "unbroken"))
+    lines = len(log_of("unbroken"))
+    for _ in range(kills):
+        killed_at(processes, flags(loss, "killed", "--resume=auto"), rng.randrange(1, lines), rng)
+        assert not os.path.exists("killed/state") or [parallel.damage(p) for p in parallel.states_in("killed/state")].count(None) \
+            == len(parallel.states_in("killed/state"))
+    run(processes, flags(loss, "killed", "--resume=auto"))
+    assert_same("unbroken", "killed")
+
+
+@pytest.mark.parametrize("loss,processes", [("spo_rank", 1), ("spo_rank", 2)])
+def test_a_killed_run_ends_as_an_unbroken_one(flags, loss, processes):
+    kill_campaign(flags, loss, processes, kills=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("loss", ["spo_rank", "spo", "dpo", "kto", "best_sft", "simpo", "sdpo_bon"])
+def test_runs_killed_again_and_again_end_as_unbroken_ones(flags, loss, processes):
+    kill_campaign(flags, loss, processes, kills=3)
+
+
+def test_a_resumed_run_may_have_another_number_of_processes(flags):
+    """1 -> 2 -> 1: the same batches and, to rounding, the same losses."""
+    run(1, flags("spo_rank", "one"))
+    rng = random.Random(0)
+    killed_at(1, flags("spo_rank", "moved"), 6, rng)
+    assert parallel.states_in("moved/state")
+    killed_at(2, flags("spo_rank", "moved", "--resume=auto"), 11, rng)
+    run(1, flags("spo_rank", "moved", "--resume"))
+    assert_close("one", "moved", 5e-3)
+
+
+def test_sigterm_keeps_the_state_and_exits_0(flags):
+    run(1, flags("spo_rank", "unbroken", "--max_iters=40", "--eval_interval=40"))
+    process = subprocess.Popen(command(1, *flags("spo_rank", "out", "--max_iters=40", "--eval_interval=40")), text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=os.environ | ONE)
+    while not os.path.exists("out/log.jsonl") or len(log_of("out")) < 4:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=30)
+    assert process.returncode == 0 and "stopped by SIGTERM before step" in printed
+    run(1, flags("spo_rank", "out", "--max_iters=40", "--eval_interval=40", "--resume"))
+    assert_same("unbroken", "out")
+
+
+def test_torchrun_recovers_from_a_lost_worker(flags):
+    """--max-restarts, and --resume=auto: the run ends as an unbroken one."""
+    run(2, flags("spo_rank", "unbroken"))
+    words = command(2, *flags("spo_rank", "out", "--resume=auto"))
+    words.insert(words.index("--standalone"), "--max-restarts=3")
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | ONE)
+    while not os.path.exists("out/log.jsonl") or len(log_of("out")) < 7:
+        time.sleep(0.005)
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(workers[0]), signal.SIGKILL)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors[-2000:]
+    assert_same("unbroken", "out")
+
+
+# --- states that cannot be used ------------------------------------------------------------------
+
+
+def spoil(path: str, how: str) -> None:
+    (name,) = [n for n in os.listdir(path) if n.endswith(".safetensors")]
+    file = os.path.join(path, name)
+    content = bytearray(open(file, "rb").read())
+    if how == "flip":
+        content[len(content) // 2] ^= 1
+    elif how == "cut":
+        del content[len(content) // 2:]
+    elif how == "zeros":
+        content[:] = bytes(len(content))
+    elif how == "gone":
+        os.remove(file)
+        return
+    open(file, "wb").write(content)
+
+
+@pytest.mark.parametrize("how", ["flip", "cut", "zeros", "gone"])
+def test_a_damaged_state_is_refused_by_name_and_the_one_before_it_offered(workshop, capsys, how):  # noqa: F811
+    workshop("dpo_rank", "--max_iters=8")
+    older, newer = parallel.states_in("out/state")
+    unbroken = weights_of("out")
+    spoil(newer, how)
+    with pytest.raises(ValueError, match=f"{newer}: damaged: .*; use --resume={older}"):
+        workshop("dpo_rank", "--max_iters=8", "--resume")
+    workshop("dpo_rank", "--max_iters=8", "--resume=auto")
+    assert f"{newer}: damaged" in (printed := capsys.readouterr().out) and f"resumed from {older}, step 4" in printed
+    assert all(torch.equal(weight, weights_of("out")[name]) for name, weight in unbroken.items())
+
+
+def test_only_the_very_run_is_resumed(workshop, tmp_path):  # noqa: F811
+    with pytest.raises(ValueError, match="--resume: there is no state of a run in out/state"):
+        workshop("dpo_rank", "--resume")
+    workshop("dpo_rank", "--resume=auto")  # nothing there: a new run
+    with pytest.raises(ValueError, match=r"--learning_rate=0.1: out/state/step_00000008 is of a run with 0.0003"):
+        workshop("dpo_rank", "--learning_rate=0.1", "--resume")
+    with pytest.raises(ValueError, match="--resume=elsewhere: is no state of this run; there are out/state/step_00000004, "):
+        workshop("dpo_rank", "--resume=elsewhere")
+    workshop("dpo_rank", "--resume=out/state/step_00000004", "--micro_batch_size=1")
+    text = (tmp_path / "ranked.jsonl").read_text()
+    (tmp_path / "ranked.jsonl").write_text(text.replace("owl", "cat"))
+    with pytest.raises(ValueError, match="ranked.jsonl: has changed since the run began"):
+        workshop("dpo_rank", "--resume")
+
+
+def test_a_new_run_leaves_no_state_of_the_former(workshop):  # noqa: F811
+    workshop("dpo_rank")
+    workshop("dpo_rank", "--max_iters=2")
+    assert [os.path.basename(p) for p in parallel.states_in("out/state")] == ["step_00000000", "step_00000002"]
+
+
+def test_a_state_holds_nothing_that_could_run_code(workshop):  # noqa: F811
+    workshop("spo_rank", "--max_iters=2")
+    path = parallel.states_in("out/state")[-1]
+    assert {os.path.splitext(name)[1] for name in os.listdir(path)} == {".safetensors", ".json", ""}
+    assert subprocess.run(["sha256sum", "--quiet", "-c", "SHA256SUMS"], cwd=path).returncode == 0
+
+
+def test_a_full_disk_leaves_the_former_state(workshop, monkeypatch):  # noqa: F811
+    workshop("dpo_rank", "--max_iters=4")
+    before = {p: parallel.damage(p) for p in parallel.states_in("out/state")}
+    shutil.rmtree("out/state/step_00000004")
+
+    def full(*_):
+        raise OSError(28, "No space left on device", "out/state")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(parallel, "flush", full)
+        with pytest.raises(OSError, match="No space left"):
+            workshop("dpo_rank", "--max_iters=4", "--resume")
+    assert [parallel.damage(p) for p in parallel.states_in("out/state")] == [None]
+    workshop("dpo_rank", "--max_iters=4", "--resume")
+    assert {p: parallel.damage(p) for p in parallel.states_in("out/state")} == before
+    assert not [name for name in os.listdir("out/state") if name.endswith(".tmp")]
