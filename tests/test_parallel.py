@@ -17,8 +17,8 @@ from test_tinystories_data import tokenizer, write  # noqa: F401 (a fixture)
 
 import checkpoint as checkpoints
 import parallel
+from losses import LOSSES, REGULARIZERS
 from parallel import World
-from spo_train import objective_of
 
 ONE = {"OMP_NUM_THREADS": "1"}
 
@@ -38,7 +38,7 @@ def flags(workshop, tokenizer, tmp_path):  # noqa: F811
     write(tmp_path / "ranked.jsonl", *(r | {"prompt": prompts[i % 4]} for i, r in enumerate(lines)))
 
     def make(loss: str, out_dir: str, *others: str) -> list[str]:
-        file = {"ranking": "ranked", "best": "best", "pair": "pair", "text": "best"}[objective_of_data(loss)]
+        file = {"ranking": "ranked", "best": "best", "pair": "pair", "text": "best"}[LOSSES[loss].data]
         return [
             f"--loss={loss}", "--init_from=start.pt", f"--tokenizer={tokenizer.path}", f"--data={file}.jsonl", "--max_iters=10",
             "--batch_size=4", "--eval_interval=3", "--eval_stories=4", "--max_new_tokens=16", "--log_interval=1",
@@ -46,12 +46,6 @@ def flags(workshop, tokenizer, tmp_path):  # noqa: F811
         ]
 
     return make
-
-
-def objective_of_data(loss: str) -> str:
-    from losses import LOSSES
-
-    return LOSSES[loss].data
 
 
 def run(processes: int, flags: list[str]) -> str:
@@ -102,6 +96,18 @@ def test_two_processes_equal_one(flags, loss):
     assert_close("two", "small", 2e-4)
     one, two = ([json.loads(line)["text"] for line in open(f"{f}/stories/step_000000.jsonl")] for f in ("one", "two"))
     assert one == two
+
+
+def test_every_objective_has_one_gradient_whatever_the_layout():
+    """All losses and regularizers, SPO with its online samples: 2 processes x 1, 2 or 4 micro-batches against 1 x 8."""
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+             os.path.join(ROOT, "tests", "layouts.py")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, env=os.environ | ONE)
+    assert done.returncode == 0, done.stderr[-3000:]
+    errors = json.loads(done.stdout.splitlines()[-1])
+    assert len(errors) == 2 * 3 * (len(LOSSES) + len(REGULARIZERS))
+    for case, error in errors.items():
+        assert error < (1e-12 if "float64" in case else 1e-5), case
 
 
 def test_a_share_is_a_part_and_all_shares_are_the_whole():

@@ -1,0 +1,63 @@
+"""Run by torchrun with two processes: prints, for every objective, how far the sharded loss and gradient are from one process's.
+
+    torchrun --standalone --nproc_per_node=2 tests/layouts.py
+"""
+
+import copy
+import json
+import os
+import sys
+
+import torch
+
+sys.path[:0] = [os.path.dirname(os.path.dirname(os.path.abspath(__file__))), os.path.dirname(os.path.abspath(__file__))]
+import parallel  # noqa: E402
+from groups import micro_batches  # noqa: E402
+from losses import LOSSES, REGULARIZERS  # noqa: E402
+from parallel import World, full  # noqa: E402
+from spo_train import (  # noqa: E402
+    TrainConfig, objective_of, online_of, preference_backward, regularizer_backward, settings_of,
+)
+from test_model import tiny  # noqa: E402
+from test_spo_train import perturbed, random_groups, size_for  # noqa: E402
+
+
+def gradients(world, objective, policy, reference, groups, samples, micro_batch_size):
+    """(loss, {name: gradient}) of a layout."""
+    policy.zero_grad()
+    config = TrainConfig(micro_batch_size=micro_batch_size)
+    batches = micro_batches(groups[world.rank :: world.size], micro_batch_size, 64, "cpu", world.most)
+    logged = preference_backward(objective, policy, reference, batches, world)
+    if objective.online:
+        logged |= regularizer_backward(objective, policy, online_of(config, samples, reference, world), world)
+    return float(logged["loss"]), {name: full(p.grad) for name, p in policy.named_parameters()}
+
+
+def main() -> None:
+    world, errors = parallel.start("cpu"), {}
+    cases = [(loss, "") for loss in LOSSES] + [("spo", name) for name in REGULARIZERS]
+    for dtype in (torch.float64, torch.float32):
+        for loss, regularizer in cases:
+            reference = tiny().to(dtype)
+            policy, groups, samples = perturbed(reference), random_groups(8, size_for(loss)), random_groups(6, 1, seed=1)
+            number = {"gamma": 0.05} if "gamma" in settings_of(LOSSES[loss]) else {}
+            objective = objective_of(TrainConfig(loss=loss, regularizer=regularizer, **number))
+            layout = (objective, policy, reference, groups, samples)
+            loss_one, one = gradients(World(), *layout, 8)
+            sharded, frozen = copy.deepcopy(policy), copy.deepcopy(reference)
+            parallel.shard(sharded, world)
+            parallel.shard(frozen, world)
+            for size in (1, 2, 4):
+                loss_two, two = gradients(world, objective, sharded, frozen, groups, samples, size)
+                largest = max(float(g.abs().max()) for g in one.values())
+                error = max(float((one[name] - two[name]).abs().max()) for name in one) / largest
+                errors[f"{loss} {regularizer} {dtype} {size}".replace("torch.", "")] = \
+                    max(error, abs(loss_one - loss_two) / max(1.0, abs(loss_one)))
+    if world.rank == 0:
+        print(json.dumps(errors))
+    del layout, policy, reference, sharded, frozen, one, two
+    parallel.end()
+
+
+if __name__ == "__main__":
+    main()
