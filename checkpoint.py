@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from folders import load_folder
 from model import ModelArgs, Transformer
 
 MAGIC = 0x616B3432  # "ak42", the first four bytes of llama2.c's versions 1 and 2
@@ -79,8 +80,9 @@ def copy_tokenizer(tokenizer, folder: str) -> None:
                 raise ValueError(f"{path} is the tokenizer of another model; choose another folder, or remove it")
     with atomic_write(path) as f:
         f.write(content)
-    with atomic_write(os.path.join(folder, "tokenizer.bin")) as f:
-        f.write(tokenizer.to_llama2c())
+    if tokenizer.kind == "sentencepiece":  # run.c reads no other
+        with atomic_write(os.path.join(folder, "tokenizer.bin")) as f:
+            f.write(tokenizer.to_llama2c())
 
 
 def pick_device(name: str) -> str:
@@ -94,10 +96,16 @@ def pick_device(name: str) -> str:
 
 
 def load(path: str, device: str = "cpu") -> Checkpoint:
-    """Read a `.pt` or a llama2.c `.bin` (any version). ValueError, naming the file, if it cannot be used."""
-    if not os.path.isfile(path):
+    """Read a `.pt`, a llama2.c `.bin` (any version), or a folder of Meta or Hugging Face. ValueError, naming the file, if it
+    cannot be used.
+    """
+    if os.path.isdir(path):
+        model, eos_id = load_folder(path)
+        checkpoint = Checkpoint(model, {"eos_id": eos_id})
+    elif os.path.isfile(path):
+        checkpoint = load_llama2c(path) if path.endswith(".bin") else load_pt(path)
+    else:
         raise ValueError(f"{path}: no such checkpoint; expected a .pt or a llama2.c .bin file")
-    checkpoint = load_llama2c(path) if path.endswith(".bin") else load_pt(path)
     checkpoint.model.to(device).eval()
     return checkpoint
 

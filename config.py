@@ -25,6 +25,12 @@ def boolean(text: str) -> bool:
     return values[text.lower()]
 
 
+def underscored(word: str) -> str:
+    """--dry-run=x -> --dry_run=x; nothing else is changed."""
+    name, equals, value = word.partition("=")
+    return name[:2] + name[2:].replace("-", "_") + equals + value if word.startswith("--") else word
+
+
 class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str):
         self.exit(2, f"{self.prog}: {message}\n")
@@ -57,7 +63,7 @@ def parse(config_class, argv: list[str], prog: str, description: str = ""):
             f"--{field.name}", type=boolean if kind is bool else kind, default=field.default,
             choices=field.metadata["choices"], metavar=kind.__name__.upper(), help=text, **optional,
         )
-    values, unknown = parser.parse_known_args(argv)
+    values, unknown = parser.parse_known_args([underscored(word) for word in argv])
     if unknown:
         name = unknown[0].lstrip("-").split("=")[0].replace("-", "_")
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)

@@ -109,7 +109,7 @@ class Evaluation:
             self.baselines[which] = [record["prompt"] + record["text"] for record in records]
         records, samples = self.stories(checkpoint, which, SELECT if which == "select" else REPORT, "stories")
         kl, model = 0.0, checkpoint.model
-        for batch in micro_batches(samples, None, model.args.vocab_size, model.device):
+        for batch in micro_batches(samples, None, model.args.vocab_size, self.world.device):
             kl += float(token_kl(model(batch.tokens), self.reference.model(batch.tokens), batch.mask).sum())
         kl = float(self.world.total(torch.tensor(kl, dtype=torch.float64)))
         texts = [record["prompt"] + record["text"] for record in records]

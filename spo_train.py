@@ -39,6 +39,7 @@ from checkpoint import Checkpoint
 from config import flag, parse, run
 from evaluation import ONLINE, Evaluation, Verdict, report
 from groups import Batch, EncodedGroup, encode_groups, micro_batches, read_groups, require
+from folders import fill, on_meta, open_folder
 from judge import JudgeFlags, OfflineJudge, make_judge
 from losses import LOSSES, REGULARIZERS, clamped, importance, sequence_logps, token_kl
 from model import ModelArgs, Transformer
@@ -66,7 +67,8 @@ class TrainConfig(JudgeFlags):
     norm: str | None = flag(None, "ipo: log-ratios of whole responses or per token", choices=["sum", "mean"])
     nll: str | None = flag(None, "cpo: likelihood of whole responses or per token", choices=["sum", "mean"])
     data: str = flag("", "ranked groups (JSONL); none: the offline demo")
-    init_from: str = flag("", "policy and reference to start from: a .pt, a llama2.c .bin, or `scratch`")
+    init_from: str = flag("", "policy and reference to start from: a .pt, a llama2.c .bin, a folder of Meta or Hugging Face, "
+                          "or `scratch`")
     tokenizer: str = flag("", "sentencepiece model; none: tokenizer.model beside init_from")
     out_dir: str = flag("out", "where the run's files go")
     dim: int = flag(288, "width, with --init_from=scratch")
@@ -208,19 +210,27 @@ def check_config(config: TrainConfig, world: World) -> None:
 # --- the pieces of a step ------------------------------------------------------------------------
 
 
-def policy_at_start(config: TrainConfig, device: str) -> tuple[Checkpoint, Tokenizer]:
-    """The policy at step 0: a checkpoint's, or fresh weights. Its config is this run's, and the terminator's id."""
+def policy_at_start(config: TrainConfig, world: World):
+    """(the policy at step 0: a checkpoint's, or fresh weights; its tokenizer; the folder that its weights are still in, or
+    None). Its config is this run's, and the terminator's id.
+    """
     if config.init_from == "scratch":
         tokenizer = Tokenizer(config.tokenizer)
         shape = {name: getattr(config, name) for name in SHAPE_FLAGS}
         model = Transformer(ModelArgs(vocab_size=tokenizer.vocab_size, multiple_of=32, **shape))
         model.init_weights(torch.Generator().manual_seed(config.seed))
         eos_id = tokenizer.bos_id  # as in llama2.c's TinyStories: the next story's BOS ends a story
+    elif os.path.isdir(config.init_from):
+        folder = open_folder(config.init_from)
+        tokenizer = load_tokenizer(config.tokenizer, config.init_from, folder.args.vocab_size)
+        if world.size > 1 and not folder.tied:  # each process reads its rows, once it knows which
+            return Checkpoint(on_meta(folder), dataclasses.asdict(config) | {"eos_id": folder.eos_id}), tokenizer, folder
+        model, eos_id = checkpoints.load(config.init_from).model, folder.eos_id
     else:
         loaded = checkpoints.load(config.init_from)
         model, eos_id = loaded.model, loaded.eos_id
         tokenizer = load_tokenizer(config.tokenizer, config.init_from, model.args.vocab_size)
-    return Checkpoint(model.to(device), dataclasses.asdict(config) | {"eos_id": eos_id}), tokenizer
+    return Checkpoint(model.to(world.device), dataclasses.asdict(config) | {"eos_id": eos_id}), tokenizer, None
 
 
 def make_optimizer(config: TrainConfig, model: Transformer) -> torch.optim.AdamW:
@@ -490,14 +500,16 @@ def state_to_resume(config: TrainConfig) -> str | None:
     return path
 
 
-def describe(config: TrainConfig, objective: Objective, policy: Checkpoint, groups: list[EncodedGroup]) -> str:
+def describe(
+    config: TrainConfig, objective: Objective, policy: Checkpoint, groups: Sequence[EncodedGroup], device: str
+) -> str:
     n = len(groups[0].responses)
     parameters = sum(p.numel() for p in policy.model.parameters())
     some = [groups[i] for i in range(min(1000, len(groups)))]
     tokens = sum(len(r) for g in some for r in g.responses) / len(some) * config.batch_size
     start = objective.start(n)
     known = "" if start is None else f", which is {start:.4f} while the policy equals the reference"
-    return (f"{parameters:,} parameters on {policy.model.device}; {len(groups)} groups of {n} in {config.data}; "
+    return (f"{parameters:,} parameters on {device}; {len(groups)} groups of {n} in {config.data}; "
             f"{config.max_iters} steps of {tokens:,.0f} tokens\nobjective: {objective}{known}")
 
 
@@ -531,7 +543,7 @@ def train(config: TrainConfig, world: World) -> None:
         groups_file, reference = world.from_first(lambda: demo(config.loss, world.device))
         steps = config.max_iters or 80
         config = dataclasses.replace(config, data=groups_file, init_from=reference, max_iters=steps)
-    policy, tokenizer = policy_at_start(config, world.device)
+    policy, tokenizer, folder = policy_at_start(config, world)
     groups, prompts = load_groups(config, objective.loss.data, tokenizer, policy, world.say)
     if config.max_iters is None:  # one epoch: the least that uses every group
         config = dataclasses.replace(config, max_iters=math.ceil(len(groups) / config.batch_size))
@@ -546,13 +558,14 @@ def train(config: TrainConfig, world: World) -> None:
         start, tokenizer, prompts, config.eval_stories, judge=make_judge(config) if world.rank == 0 else OfflineJudge(),
         seed=config.seed, max_new_tokens=config.max_new_tokens, baseline=config.baseline, world=world,
     ) if judged else None
-    world.say(describe(config, objective, policy, groups))
+    world.say(describe(config, objective, policy, groups, world.device))
     state = world.from_first(lambda: state_to_resume(config)) if config.resume else None
     if state is None:
         world.from_first(lambda: new_run(config, policy, tokenizer))
-    parallel.shard(policy.model, world)
-    if start is not None:
-        parallel.shard(start.model, world)
+    for model in (policy.model, start.model) if start else (policy.model,):
+        parallel.shard(model, world)
+        if folder is not None:
+            fill(model.to_empty(device=world.device), folder, world.rank, world.size)
     optimizer = make_optimizer(config, policy.model)
     run = Run(config, objective, policy, reference, evaluation, optimizer, world, prompt_ids)
     if state is not None:

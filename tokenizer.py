@@ -1,15 +1,49 @@
-"""Text <-> token ids, by a sentencepiece model; the same vocabulary as run.c reads it."""
+"""Text <-> token ids, by a sentencepiece model or a tiktoken file (Llama 3); the former's vocabulary as run.c reads it."""
 
+import base64
 import os
 import struct
 
 from sentencepiece import SentencePieceProcessor
 
 
+class Llama3:
+    """A tiktoken file as Llama 3 has it, lines of (base64 piece, rank), behind the methods of sentencepiece used here."""
+
+    PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+               r"\s*[\r\n]+|\s+(?!\S)|\s+")
+    RESERVED = 256  # special tokens behind the pieces: begin_of_text is the first, end_of_text the second
+
+    def __init__(self, path: str):
+        from tiktoken import Encoding
+
+        with open(path, "rb") as f:
+            ranks = {base64.b64decode(piece, validate=True): int(rank) for piece, rank in map(bytes.split, f)}
+        self.first = len(ranks)
+        special = {f"<|special_{i}|>": self.first + i for i in range(self.RESERVED)}
+        self.encoding = Encoding("llama3", pat_str=self.PATTERN, mergeable_ranks=ranks, special_tokens=special)
+
+    def encode(self, text: str) -> list[int]:
+        return self.encoding.encode(text, disallowed_special=())
+
+    def decode(self, ids: list[int]) -> str:
+        return self.encoding.decode([i for i in ids if i < self.first])
+
+    def vocab_size(self) -> int:
+        return self.first + self.RESERVED
+
+    def bos_id(self) -> int:
+        return self.first
+
+    def eos_id(self) -> int:
+        return self.first + 1
+
+
 class Tokenizer:
-    """A sentencepiece model behind encode and decode.
+    """A sentencepiece model, or a tiktoken file, behind encode and decode.
 
     path  a `.model` file; ValueError if it is not one
+    kind  "sentencepiece" or "tiktoken"
     """
 
     def __init__(self, path: str):
@@ -17,9 +51,12 @@ class Tokenizer:
             raise ValueError(f"{path}: no such tokenizer file; give a sentencepiece .model with --tokenizer")
         self.path = path
         try:
-            self.model = SentencePieceProcessor(model_file=path)
-        except (RuntimeError, OSError):
-            raise ValueError(f"{path}: not a sentencepiece model (or damaged)") from None
+            self.kind, self.model = "tiktoken", Llama3(path)
+        except ValueError:  # not lines of base64
+            try:
+                self.kind, self.model = "sentencepiece", SentencePieceProcessor(model_file=path)
+            except (RuntimeError, OSError):
+                raise ValueError(f"{path}: not a sentencepiece model (or damaged)") from None
         self.vocab_size: int = self.model.vocab_size()
         self.bos_id: int = self.model.bos_id()
         self.eos_id: int = self.model.eos_id()
@@ -36,7 +73,7 @@ class Tokenizer:
         sentencepiece puts a space before a text that begins: "," would become " ,". Behind a newline, which is a byte
         of its own and joins nothing, it does not. Behind an empty prompt the text begins.
         """
-        if not prompt:
+        if not prompt or self.kind == "tiktoken":
             return self.encode(text)
         newline = self.model.encode("\n")
         return self.model.encode("\n" + text)[len(newline):]
@@ -61,12 +98,19 @@ class Tokenizer:
         return longest + b"".join(struct.pack("<fI", score, len(piece)) + piece for score, piece in pieces)
 
 
+def tokenizer_path(checkpoint_path: str) -> str:
+    """Where a checkpoint's tokenizer is looked for: beside a file; in a folder, or one level up, where Meta has it."""
+    path = checkpoint_path.rstrip("/")
+    inside = os.path.join(path, "tokenizer.model")
+    return inside if os.path.isfile(inside) else os.path.join(os.path.dirname(path), "tokenizer.model")
+
+
 def load_tokenizer(path: str, checkpoint_path: str, vocab_size: int) -> Tokenizer:
     """The tokenizer of a checkpoint: `path` if it is given, else tokenizer.model beside the checkpoint.
 
     ValueError if there is none, or if it has another number of pieces than the model has embeddings.
     """
-    tokenizer = Tokenizer(path or os.path.join(os.path.dirname(checkpoint_path), "tokenizer.model"))
+    tokenizer = Tokenizer(path or tokenizer_path(checkpoint_path))
     if tokenizer.vocab_size != vocab_size:
         raise ValueError(
             f"{tokenizer.path} has {tokenizer.vocab_size} pieces, {checkpoint_path} was trained on {vocab_size}; "
