@@ -1,13 +1,15 @@
 """Processes and what they share: sums over all of them, sharded weights, and the state of a run on disk.
 
 Acts on a model that it is handed; the model never asks for it. Started by torchrun there are several processes, and every
-model is sharded over them (FSDP2); else there is one, and nothing is sharded.
+model is sharded over them (FSDP2); else there is one, and nothing is sharded. bfloat16 is FSDP2's mixed precision, for one
+process, too: weights, sums and optimizer stay float32, layers compute in bfloat16.
 
 The state of a run is a folder of safetensors (weights and optimizer, written by torch.distributed.checkpoint, each process
 its part, readable by any number of processes) and a state.json. Nothing in it can run code.
 """
 
 import contextlib
+import functools
 import gc
 import glob
 import hashlib
@@ -22,7 +24,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.utils.checkpoint import checkpoint
 
 KEPT = 2  # states of a run on disk
 
@@ -34,6 +37,7 @@ class World:
     rank: int = 0
     size: int = 1
     device: str = "cpu"
+    dtype: str = "float32"
 
     def say(self, text: str) -> None:
         """Print it, once for all processes."""
@@ -78,17 +82,19 @@ class World:
         return result[0]
 
 
-def start(device: str) -> World:
+def start(device: str, dtype: str = "float32") -> World:
     """Join the processes of torchrun, if there are several. device: cpu, or cuda for the one of this process's number."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
+    if size == 1 and dtype == "float32":
         return World(device=device)
-    if device == "cuda":
+    if device == "cuda" and size > 1:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if device.startswith("cuda"):
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    return World(dist.get_rank(), size, device)
+        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", **alone)
+    return World(dist.get_rank(), size, device, dtype)
 
 
 def end() -> None:
@@ -100,15 +106,28 @@ def end() -> None:
 
 
 def shard(model, world: World) -> None:
-    """Leaves this process its part of every weight; a layer is gathered when it is used. One process: as it is."""
-    if world.size == 1:
+    """Leaves this process its part of every weight; a layer is gathered when it is used. One process in float32: as it is."""
+    if world.size == 1 and world.dtype == "float32":
         return
+    # Inputs are not cast: the rotary tables would lose their precision, in the policy and not in what it is compared with.
+    low = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    precision = {"mp_policy": low} if world.dtype == "bfloat16" else {}
     for layer in model.layers:
-        fully_shard(layer)
+        fully_shard(layer, **precision)
     # The root is resharded, too: it would stay whole after a pass without gradient, and the next pass would use it
     # as it was before the optimizer's step.
-    fully_shard(model, reshard_after_forward=True)
+    fully_shard(model, reshard_after_forward=True, **precision)
     register_fsdp_forward_method(model, "next_logits")
+
+
+def checkpoint_activations(model) -> None:
+    """A layer's activations are computed again in the backward pass, and only its input is kept."""
+    for layer in model.layers:
+        layer.forward = functools.partial(recomputed, layer.forward)
+
+
+def recomputed(forward, *inputs):
+    return checkpoint(forward, *inputs, use_reentrant=False) if torch.is_grad_enabled() else forward(*inputs)
 
 
 @contextlib.contextmanager
@@ -124,6 +143,10 @@ def whole(*models) -> Iterator[None]:
         for model in modules:
             model.set_reshard_after_forward(True, recurse=False)
             model.reshard()
+
+
+def is_sharded(model) -> bool:
+    return isinstance(model, FSDPModule)
 
 
 def full(tensor: Tensor) -> Tensor:
@@ -159,7 +182,7 @@ def save_state(folder: str, step: int, tensors: dict[str, Tensor], facts: dict, 
     world.gather(None)  # all wait for the folder
     with quiet():
         writer = dcp.HuggingFaceStorageWriter(temporary, save_distributed=True)
-        dcp.save(tensors, storage_writer=writer, no_dist=world.size == 1)
+        dcp.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
     if world.rank == 0:
         with open(os.path.join(temporary, "state.json"), "w", encoding="utf-8") as f:
             json.dump(facts | {"step": step}, f)
@@ -227,10 +250,10 @@ def facts_of(path: str) -> dict:
         return json.load(f)
 
 
-def load_state(path: str, tensors: dict[str, Tensor], world: World) -> None:
+def load_state(path: str, tensors: dict[str, Tensor]) -> None:
     """Reads a state into tensors of the same names and shapes, sharded over any number of processes."""
     with quiet():
-        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(path), no_dist=world.size == 1)
+        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(path), no_dist=not dist.is_initialized())
 
 
 def sha256_of(path: str) -> str:

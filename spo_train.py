@@ -96,6 +96,9 @@ class TrainConfig(JudgeFlags):
     keep_checkpoints: bool = flag(False, "keep the weights of every evaluation, as step_N.pt")
     log_interval: int = flag(5, "steps between log lines")
     device: str = flag("", "cpu, cuda, cuda:1, mps; none: cuda where there is one, else cpu")
+    dtype: str = flag("float32", "what layers compute in; weights, sums and optimizer stay float32",
+                      choices=["float32", "bfloat16"])
+    activation_checkpointing: bool = flag(False, "compute activations again in the backward pass: less memory, same result")
     seed: int = flag(1337, "of the data order, of every sample, and of the weights from scratch")
     resume: str = flag("", "go on from the newest state in out_dir, or from STATE; auto: from the newest whole one, if any",
                        alone="newest")
@@ -473,7 +476,7 @@ def new_run(config: TrainConfig, policy: Checkpoint, tokenizer: Tokenizer) -> No
 
 
 # What a resumed run may change: what it costs and shows, and nothing of what it computes.
-FREE = {"resume", "device", "micro_batch_size", "log_interval", "report", "keep_checkpoints", "workers", "max_usd", "base_url",
+FREE = {"resume", "device", "micro_batch_size", "activation_checkpointing", "log_interval", "report", "keep_checkpoints", "workers", "max_usd", "base_url",
         "journal", "judge_timeout", "judge_retries", "judge_attempts"}
 
 
@@ -522,7 +525,7 @@ def gathered(policy: Checkpoint) -> Checkpoint:
 def save(config: TrainConfig, policy: Checkpoint, verdict: Verdict | None, best: float, world: World) -> float:
     """The files of an evaluation (verdict None: of a model that nobody judges); returns the best win-rate so far."""
     improved = verdict is None or verdict.rate > best
-    policy = policy if world.size == 1 else gathered(policy)
+    policy = gathered(policy) if parallel.is_sharded(policy.model) else policy
     if world.rank == 0:
         checkpoints.save_pt(in_run(config, "ckpt.pt"), policy)
         if config.keep_checkpoints:
@@ -566,6 +569,8 @@ def train(config: TrainConfig, world: World) -> None:
         parallel.shard(model, world)
         if folder is not None:
             fill(model.to_empty(device=world.device), folder, world.rank, world.size)
+    if config.activation_checkpointing:
+        parallel.checkpoint_activations(policy.model)
     optimizer = make_optimizer(config, policy.model)
     run = Run(config, objective, policy, reference, evaluation, optimizer, world, prompt_ids)
     if state is not None:
@@ -618,7 +623,7 @@ class Run:
         facts = parallel.facts_of(path)
         self.first = self.policy.step = facts["step"]
         self.best_rate, self.evaluated = facts["best_rate"], facts["evaluated"]
-        parallel.load_state(path, parallel.tensors_of_run(self.policy.model, self.optimizer), self.world)
+        parallel.load_state(path, parallel.tensors_of_run(self.policy.model, self.optimizer))
         if facts["online"] is not None:
             samples = [EncodedGroup(*group) for group in facts["online"]]
             self.online = online_of(self.config, samples, self.reference, self.world)
@@ -677,7 +682,7 @@ class Run:
 
 def main(argv: list[str]) -> None:
     config = parse(TrainConfig, argv, "spo_train.py", "Align a Llama by Soft Preference Optimization.")
-    world = parallel.start(checkpoints.pick_device(config.device))
+    world = parallel.start(checkpoints.pick_device(config.device), config.dtype)
     train(config, world)
     parallel.end()
 

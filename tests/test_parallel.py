@@ -110,6 +110,28 @@ def test_every_objective_has_one_gradient_whatever_the_layout():
         assert error < (1e-12 if "float64" in case else 1e-5), case
 
 
+def test_activation_checkpointing_changes_nothing(workshop):  # noqa: F811
+    workshop("spo_rank")
+    plain, weights = log_of("out"), weights_of("out")
+    workshop("spo_rank", "--activation_checkpointing")
+    assert log_of("out") == plain
+    assert all(torch.equal(weight, weights[name]) for name, weight in weights_of("out").items())
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_bfloat16_is_close_to_float32_and_its_kl_begins_at_0(flags, processes):
+    """Policy and reference compute alike; weights and optimizer stay float32, so that a run goes on from its state."""
+    run(1, flags("spo_rank", "exact", "--max_iters=4"))
+    run(processes, flags("spo_rank", "low", "--max_iters=4", "--dtype=bfloat16"))
+    first, exact = log_of("low")[1], log_of("exact")[1]
+    assert first["step"] == 0 and first["kl"] == 0
+    assert first["logps/chosen"] == pytest.approx(exact["logps/chosen"], rel=0.02)
+    assert all(weight.dtype == torch.float32 for weight in weights_of("low").values())
+    killed_at(processes, flags("spo_rank", "again", "--max_iters=4", "--dtype=bfloat16"), 3, random.Random(0))
+    run(processes, flags("spo_rank", "again", "--max_iters=4", "--dtype=bfloat16", "--resume=auto"))
+    assert_same("low", "again")
+
+
 def test_a_share_is_a_part_and_all_shares_are_the_whole():
     for size in (1, 2, 3, 7):
         parts = [list(range(10))[World(rank, size).share(10)] for rank in range(size)]
