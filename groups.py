@@ -4,7 +4,7 @@ A dataset is JSON Lines, one group a line, in any of these forms (unknown keys a
 
     {"prompt": "", "responses": ["...", "...", "..."], "ranking": [2, 0, 1]}     indices, best first
     {"prompt": "", "responses": ["...", "..."], "best": 0}                       best-of-n: the rest is unordered
-    {"prompt": "...", "chosen": "...", "rejected": "..."}                        a pair
+    {"prompt": "...", "chosen": "...", "rejected": "..."}                        a pair, also with messages, as TRL has them
     {"prompt": "...", "responses": ["..."]}  or  {"text": "..."}                 text for sft
 
 "finished": [true, ...] beside "responses" (true or false beside "text") marks those that ended by themselves (default:
@@ -52,6 +52,8 @@ def parse_group(record, where: str, line: int) -> RankedGroup:
             raise ValueError(f"{where}: {message}")
 
     need(isinstance(record, dict), "not a JSON object")
+    if any(isinstance(record.get(name), list) for name in ("prompt", "chosen", "rejected")):
+        record = record | plain_texts(record, need)
     prompt, finished = record.get("prompt", ""), record.get("finished")
     if "chosen" in record or "rejected" in record:
         responses, ranking = [record.get("chosen"), record.get("rejected")], [0, 1]
@@ -79,6 +81,37 @@ def parse_group(record, where: str, line: int) -> RankedGroup:
     ranking = ranking or list(range(n))
     ordered, ended = tuple(responses[i] for i in ranking), tuple(finished[i] for i in ranking)
     return RankedGroup(prompt, ordered, ended, order, line)
+
+
+def plain_texts(record: dict, need: Callable) -> dict[str, str]:
+    """Chat messages -> texts, in Llama 2's chat format. The prompt is apart, or begins both conversations.
+
+    One turn: a system message perhaps, a user's, and the assistant's that is chosen or rejected.
+    """
+    sides = [record.get("chosen"), record.get("rejected")]
+    prompt = record.get("prompt")
+    for messages in [*sides, prompt] if prompt is not None else sides:
+        need(isinstance(messages, list) and messages and all(
+            isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages),
+            'messages and texts are mixed, or a message has no "content"')
+    if prompt is None:
+        prompt = sides[0][:-1]
+        need(sides[1][:-1] == prompt, "chosen and rejected are different before their last message, and there is no prompt")
+        sides = [side[-1:] for side in sides]
+    roles = [m.get("role") for m in prompt]
+    need(roles in (["user"], ["system", "user"]) and all([m.get("role") for m in side] == ["assistant"] for side in sides),
+         f"a conversation of {roles}: only one turn is read, (system,) user, assistant")
+    system = f"<<SYS>>\n{prompt[0]['content']}\n<</SYS>>\n\n" if len(prompt) == 2 else ""
+    texts = [f" {side[0]['content'].strip()}" for side in sides]
+    return {"prompt": f"[INST] {system}{prompt[-1]['content'].strip()} [/INST]", "chosen": texts[0], "rejected": texts[1]}
+
+
+def parse_prompt(record, where: str) -> str:
+    """The "prompt" of a line that is to be continued. ValueError, beginning with `where`."""
+    prompt = record.get("prompt") if isinstance(record, dict) else None
+    if not isinstance(prompt, str) or not is_unicode(prompt):
+        raise ValueError(f'{where}: no "prompt", or none in Unicode')
+    return prompt
 
 
 def read_records(path: str) -> list[tuple[int, dict]]:

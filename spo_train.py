@@ -516,16 +516,22 @@ def describe(
             f"{config.max_iters} steps of {tokens:,.0f} tokens\nobjective: {objective}{known}")
 
 
-def gathered(policy: Checkpoint) -> Checkpoint:
-    """The policy with all its weights on the CPU, in every process that asks; all have to."""
-    weights = {name: full(weight.detach()).cpu() for name, weight in policy.model.state_dict().items()}
+def gathered(policy: Checkpoint, world: World) -> Checkpoint | None:
+    """The policy with all its weights, on the CPU of the first process; the others get None. All have to ask."""
+    weights = {}
+    for name, weight in policy.model.state_dict().items():
+        whole_weight = full(weight.detach())  # one at a time
+        if world.rank == 0:
+            weights[name] = whole_weight.cpu()
+    if world.rank > 0:
+        return None
     return dataclasses.replace(policy, model=checkpoints.build("the policy", policy.model.args, weights))
 
 
 def save(config: TrainConfig, policy: Checkpoint, verdict: Verdict | None, best: float, world: World) -> float:
     """The files of an evaluation (verdict None: of a model that nobody judges); returns the best win-rate so far."""
     improved = verdict is None or verdict.rate > best
-    policy = gathered(policy) if parallel.is_sharded(policy.model) else policy
+    policy = gathered(policy, world) if parallel.is_sharded(policy.model) else policy
     if world.rank == 0:
         checkpoints.save_pt(in_run(config, "ckpt.pt"), policy)
         if config.keep_checkpoints:

@@ -28,7 +28,7 @@ import download
 import pretokenize
 from checkpoint import Checkpoint, write_jsonl, write_text
 from config import flag, parse, run
-from groups import encode_groups, is_unicode, parse_group, read_groups, read_records
+from groups import encode_groups, parse_group, parse_prompt, read_groups, read_records
 from judge import (
     BothOrders, Judge, JudgeFlags, OfflineJudge, estimate, make_judge, position_bias, rank_in_both_orders,
 )
@@ -341,13 +341,6 @@ def generate_command(config: GenerateConfig) -> None:
     speed = (len(records) - first) / (time.monotonic() - started)
     print(f"{config.out}: {len(records)} stories, {unfinished} of them cut at {config.max_new_tokens} tokens; "
           f"{speed:.1f} stories/s" + f", the first {first} from an interrupted run" * bool(first))
-
-
-def parse_prompt(record, where: str) -> str:
-    prompt = record.get("prompt") if isinstance(record, dict) else None
-    if not isinstance(prompt, str) or not is_unicode(prompt):
-        raise ValueError(f'{where}: no "prompt", or none in Unicode')
-    return prompt
 
 
 def rank_command(config: RankConfig) -> None:
