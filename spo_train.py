@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 import checkpoint as checkpoints
 import parallel
+import plan
 import tinystories_data as data
 from checkpoint import Checkpoint
 from config import flag, parse, run
@@ -100,6 +101,7 @@ class TrainConfig(JudgeFlags):
                       choices=["float32", "bfloat16"])
     activation_checkpointing: bool = flag(False, "compute activations again in the backward pass: less memory, same result")
     seed: int = flag(1337, "of the data order, of every sample, and of the weights from scratch")
+    plan: int | None = flag(None, "only print what each of so many processes needs of memory, and whether it fits", alone=1)
     resume: str = flag("", "go on from the newest state in out_dir, or from STATE; auto: from the newest whole one, if any",
                        alone="newest")
 
@@ -177,7 +179,7 @@ def objective_of(config: TrainConfig) -> Objective:
 
 def check_config(config: TrainConfig, world: World) -> None:
     """ValueError, naming the flag, for what no run can work with."""
-    positive = ("batch_size", "max_iters", "kl_interval", "kl_batch_size", "max_new_tokens", "eval_interval",
+    positive = ("plan", "batch_size", "max_iters", "kl_interval", "kl_batch_size", "max_new_tokens", "eval_interval",
                 "log_interval", "micro_batch_size", *SHAPE_FLAGS)
     for name in positive:
         value = getattr(config, name)
@@ -226,7 +228,7 @@ def policy_at_start(config: TrainConfig, world: World):
     elif os.path.isdir(config.init_from):
         folder = open_folder(config.init_from)
         tokenizer = load_tokenizer(config.tokenizer, config.init_from, folder.args.vocab_size)
-        if world.size > 1 and not folder.tied:  # each process reads its rows, once it knows which
+        if config.plan is not None or (world.size > 1 and not folder.tied):  # its rows are read once they are known
             return Checkpoint(on_meta(folder), dataclasses.asdict(config) | {"eos_id": folder.eos_id}), tokenizer, folder
         model, eos_id = checkpoints.load(config.init_from).model, folder.eos_id
     else:
@@ -516,6 +518,20 @@ def describe(
             f"{config.max_iters} steps of {tokens:,.0f} tokens\nobjective: {objective}{known}")
 
 
+def load_of(config: TrainConfig, objective: Objective, policy: Checkpoint, groups: Sequence[EncodedGroup]) -> plan.Load:
+    """What --plan is to reckon with."""
+    mine, vocab_size = max(1, config.batch_size // config.plan), policy.model.args.vocab_size
+    some = [groups[i] for i in range(min(1000, len(groups)))]
+    longest = max(some, key=lambda group: max(map(len, group.responses)))
+    batch = micro_batches([longest] * mine, config.micro_batch_size, vocab_size, "cpu")[0]
+    return plan.Load(
+        processes=config.plan, dtype=config.dtype, reference=objective.needs_reference,
+        online=config.kl_batch_size if objective.online else 0, eval_stories=config.eval_stories,
+        sequences=len(batch.tokens), longest=batch.tokens.shape[1], new_tokens=config.max_new_tokens,
+        activation_checkpointing=config.activation_checkpointing,
+    )
+
+
 def gathered(policy: Checkpoint, world: World) -> Checkpoint | None:
     """The policy with all its weights, on the CPU of the first process; the others get None. All have to ask."""
     weights = {}
@@ -567,6 +583,9 @@ def train(config: TrainConfig, world: World) -> None:
         start, tokenizer, prompts, config.eval_stories, judge=make_judge(config) if world.rank == 0 else OfflineJudge(),
         seed=config.seed, max_new_tokens=config.max_new_tokens, baseline=config.baseline, world=world,
     ) if judged else None
+    if config.plan is not None:
+        world.say(plan.report(policy.model.args, policy.model.tied, load_of(config, objective, policy, groups), world.device))
+        return
     world.say(describe(config, objective, policy, groups, world.device))
     state = world.from_first(lambda: state_to_resume(config)) if config.resume else None
     if state is None:

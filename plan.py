@@ -1,0 +1,100 @@
+"""What a run needs of every process's memory, by arithmetic from the model's shape: `spo_train.py --plan=PROCESSES`.
+
+An estimate for deciding what to rent and which flags to give. Weights, gradients, moments, caches and logits are exact;
+activations are what autograd keeps of a layer (tests/test_plan.py compares); an allocator's fragmentation is not in it.
+"""
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from model import ModelArgs, Transformer
+
+GIB = 2**30
+
+
+@dataclass
+class Load:
+    """What the flags and the data make a process work on."""
+
+    processes: int
+    dtype: str
+    reference: bool
+    online: int  # samples of the policy, over all processes; 0: none
+    eval_stories: int
+    sequences: int  # in one micro-batch
+    longest: int  # tokens of the longest of them
+    new_tokens: int
+    activation_checkpointing: bool
+
+
+def saved_by_layer(args: ModelArgs, tokens: int, width: int) -> int:
+    """Bytes that autograd keeps of one layer for `tokens` tokens, at `width` bytes a number.
+
+    Inputs of the matrices, and what attention, SwiGLU and RMSNorm need of themselves. The norms upcast 16-bit numbers.
+    """
+    kv_dim = args.n_kv_heads * args.head_dim
+    upcast = 4 if width == 2 else 0
+    norms = 2 * args.dim * (2 * width + upcast) + 2 * 4
+    attention = (args.dim + 2 * kv_dim) * width + 2 * args.dim * width + args.n_heads * 4
+    swiglu = 4 * args.hidden_dim * width
+    return tokens * (norms + attention + swiglu)
+
+
+def memory(args: ModelArgs, tied: bool, load: Load) -> dict[str, int]:
+    """Bytes of each kind, for one process."""
+    with torch.device("meta"):
+        model = Transformer(args, tied)
+    numbers = sum(p.numel() for p in model.parameters())
+    layer = sum(p.numel() for p in model.layers[0].parameters())
+    root = numbers - layer * args.n_layers
+    share = -(-numbers // load.processes)
+    width = 2 if load.dtype == "bfloat16" else 4
+    sharded = load.processes > 1 or load.dtype == "bfloat16"
+    tokens = load.sequences * load.longest
+    samples = -(-load.online // load.processes)
+    stories = max(samples, min(128, -(-load.eval_stories // load.processes)))
+    kept = tokens * args.dim * width * args.n_layers + saved_by_layer(args, tokens, width) if load.activation_checkpointing \
+        else saved_by_layer(args, tokens, width) * args.n_layers
+    cache_tokens = min(args.max_seq_len, load.new_tokens + load.longest)
+    return {
+        "weights": 4 * share,
+        "gradients": 4 * share,
+        "AdamW's moments": 8 * share,
+        "reference": 4 * share if load.reference else 0,
+        "gathered layers": width * (2 * layer + root) if sharded else 0,
+        "activations": kept,
+        "logits": 3 * 4 * tokens * args.vocab_size,  # themselves, their softmax, their gradient
+        "reference's logits of the samples": 4 * samples * min(load.new_tokens, args.max_seq_len) * args.vocab_size,
+        "whole policy to generate": width * numbers if sharded else 0,
+        "whole reference to judge": width * numbers if sharded and load.eval_stories else 0,
+        "key-value cache": 2 * stories * cache_tokens * args.n_layers * args.n_kv_heads * args.head_dim * width,
+    }
+
+
+def report(args: ModelArgs, tied: bool, load: Load, device: str) -> str:
+    """A table of the kinds, the peak of training and of generation, and whether they fit."""
+    kinds = memory(args, tied, load)
+    always = ("weights", "AdamW's moments", "reference", "reference's logits of the samples")
+    phases = {
+        "training": (*always, "gradients", "gathered layers", "activations", "logits"),
+        "generation and evaluation": (*always, "whole policy to generate", "whole reference to judge", "key-value cache"),
+    }
+    peaks = {phase: sum(kinds[kind] for kind in names) for phase, names in phases.items()}
+    lines = [f"memory of each of {load.processes} processes, {load.dtype}, {load.sequences} sequences of up to "
+             f"{load.longest} tokens at a time:"]
+    lines += [f"  {kind:<36}{size / GIB:9.3f} GiB" for kind, size in kinds.items() if size]
+    lines += [f"  peak of {phase:<28}{size / GIB:9.3f} GiB" for phase, size in peaks.items()]
+    there, what = available(device, load.processes)
+    verdict = "fits" if max(peaks.values()) <= 0.95 * there else "does not fit"
+    lines.append(f"  {verdict}: {what} has {there / GIB:.1f} GiB for each")
+    return "\n".join(lines)
+
+
+def available(device: str, processes: int) -> tuple[int, str]:
+    """Bytes for each process, and of what."""
+    if device.startswith("cuda"):
+        properties = torch.cuda.get_device_properties(device)
+        return properties.total_memory, properties.name
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // processes, "this machine"
