@@ -14,6 +14,7 @@ import json
 import math
 import os
 import struct
+import zipfile
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -124,8 +125,30 @@ def save_pt(path: str, checkpoint: Checkpoint, **extra) -> None:
 
 
 def load_pt(path: str) -> Checkpoint:
+    file = PtFile(path)
+    return Checkpoint(build(path, file.args, file.weights), file.config, file.step)
+
+
+class PtFile:
+    """A `.pt`, its weights mapped: they stay on the disk until they, or some of their rows, are read (folders.fill)."""
+
+    def __init__(self, path: str):
+        self.path = path
+        self.args, self.weights, self.config, self.step = read_pt(path)
+        output, embedding = self.weights.get("output.weight"), self.weights.get("tok_embeddings.weight")
+        self.tied = output is None or (embedding is not None and torch.equal(output, embedding))
+        self.eos_id = self.config.get("eos_id", TINYSTORIES_EOS_ID)
+
+    def rows(self, name: str, rows: slice, shape: tuple[int, ...]) -> Tensor:
+        if name not in self.weights:
+            raise ValueError(f"{self.path}: {name} is missing")
+        return self.weights[name][rows]
+
+
+def read_pt(path: str) -> tuple[ModelArgs, dict[str, Tensor], dict, int]:
+    """(model_args, weights, config, step) of a `.pt`. ValueError, naming the file, if it cannot be used."""
     try:
-        entries = torch.load(path, map_location="cpu", weights_only=True)
+        entries = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # what a damaged file raises depends on which byte is wrong
         reason = "it holds Python objects and could run code" if "Unsupported" in str(error) else "it is damaged"
         raise ValueError(f"{path}: not loaded, {reason}, or it is no checkpoint of ours or llama2.c's") from None
@@ -142,16 +165,16 @@ def load_pt(path: str) -> Checkpoint:
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None
     # llama2.c saves compiled models, whose names carry a prefix
-    model = build(path, args, {str(k).removeprefix("_orig_mod."): v for k, v in weights.items()})
+    weights = {str(k).removeprefix("_orig_mod."): v for k, v in weights.items()}
+    for name, weight in weights.items():
+        if not isinstance(weight, Tensor):
+            raise ValueError(f"{path}: {name} is no tensor")
     config, step = entries.get("config"), entries.get("step")
-    return Checkpoint(model, config if isinstance(config, dict) else {}, step if isinstance(step, int) else 0)
+    return args, weights, config if isinstance(config, dict) else {}, step if isinstance(step, int) else 0
 
 
 def build(path: str, args: ModelArgs, weights: dict[str, Tensor]) -> Transformer:
     """A Transformer that holds these weights; ValueError naming the first that is missing or does not fit."""
-    for name, weight in weights.items():
-        if not isinstance(weight, Tensor):
-            raise ValueError(f"{path}: {name} is no tensor")
     output, embedding = weights.get("output.weight"), weights.get("tok_embeddings.weight")
     tied = output is None or (embedding is not None and torch.equal(output, embedding))
     with torch.device("meta"):

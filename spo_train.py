@@ -36,7 +36,7 @@ import checkpoint as checkpoints
 import parallel
 import plan
 import tinystories_data as data
-from checkpoint import Checkpoint
+from checkpoint import Checkpoint, PtFile
 from config import flag, parse, run
 from evaluation import ONLINE, Evaluation, Verdict, report
 from groups import Batch, EncodedGroup, encode_groups, micro_batches, read_groups, require
@@ -216,8 +216,8 @@ def check_config(config: TrainConfig, world: World) -> None:
 
 
 def policy_at_start(config: TrainConfig, world: World):
-    """(the policy at step 0: a checkpoint's, or fresh weights; its tokenizer; the folder that its weights are still in, or
-    None). Its config is this run's, and the terminator's id.
+    """(the policy at step 0: a checkpoint's, or fresh weights; its tokenizer; where its weights are still to be read from,
+    or None). Its config is this run's, and the terminator's id.
     """
     if config.init_from == "scratch":
         tokenizer = Tokenizer(config.tokenizer)
@@ -225,17 +225,36 @@ def policy_at_start(config: TrainConfig, world: World):
         model = Transformer(ModelArgs(vocab_size=tokenizer.vocab_size, multiple_of=32, **shape))
         model.init_weights(torch.Generator().manual_seed(config.seed))
         eos_id = tokenizer.bos_id  # as in llama2.c's TinyStories: the next story's BOS ends a story
-    elif os.path.isdir(config.init_from):
-        folder = open_folder(config.init_from)
-        tokenizer = load_tokenizer(config.tokenizer, config.init_from, folder.args.vocab_size)
-        if config.plan is not None or (world.size > 1 and not folder.tied):  # its rows are read once they are known
-            return Checkpoint(on_meta(folder), dataclasses.asdict(config) | {"eos_id": folder.eos_id}), tokenizer, folder
-        model, eos_id = checkpoints.load(config.init_from).model, folder.eos_id
+    elif (source := source_of(config.init_from, world.size if config.plan is None else 2)) is not None:  # a plan loads nothing
+        tokenizer = load_tokenizer(config.tokenizer, config.init_from, source.args.vocab_size)
+        return Checkpoint(on_meta(source), dataclasses.asdict(config) | {"eos_id": source.eos_id}), tokenizer, source
     else:
         loaded = checkpoints.load(config.init_from)
         model, eos_id = loaded.model, loaded.eos_id
         tokenizer = load_tokenizer(config.tokenizer, config.init_from, model.args.vocab_size)
     return Checkpoint(model.to(world.device), dataclasses.asdict(config) | {"eos_id": eos_id}), tokenizer, None
+
+
+def source_of(path: str, processes: int):
+    """Weights that every process is to read its rows of, once it knows which; None: they are loaded whole.
+
+    Those of a tied classifier are: such models are small, and no module may lose what ties it.
+    """
+    if processes == 1 or not (os.path.isdir(path) or path.endswith(".pt")):
+        return None
+    source = open_folder(path) if os.path.isdir(path) else PtFile(path)
+    return None if source.tied else source
+
+
+def load_sharded(path: str, world: World) -> Checkpoint:
+    """A `.pt`, sharded over the processes if there are several."""
+    source = source_of(path, world.size)
+    if source is None:
+        return checkpoints.load(path, world.device)
+    checkpoint = Checkpoint(on_meta(source), source.config, source.step)
+    parallel.shard(checkpoint.model, world)
+    fill(checkpoint.model.to_empty(device=world.device), source, world.rank, world.size)
+    return checkpoint
 
 
 def make_optimizer(config: TrainConfig, model: Transformer) -> torch.optim.AdamW:
@@ -568,7 +587,7 @@ def train(config: TrainConfig, world: World) -> None:
         groups_file, reference = world.from_first(lambda: demo(config.loss, world.device))
         steps = config.max_iters or 80
         config = dataclasses.replace(config, data=groups_file, init_from=reference, max_iters=steps)
-    policy, tokenizer, folder = policy_at_start(config, world)
+    policy, tokenizer, source = policy_at_start(config, world)
     groups, prompts = load_groups(config, objective.loss.data, tokenizer, policy, world.say)
     if config.max_iters is None:  # one epoch: the least that uses every group
         config = dataclasses.replace(config, max_iters=math.ceil(len(groups) / config.batch_size))
@@ -592,8 +611,8 @@ def train(config: TrainConfig, world: World) -> None:
         world.from_first(lambda: new_run(config, policy, tokenizer))
     for model in (policy.model, start.model) if start else (policy.model,):
         parallel.shard(model, world)
-        if folder is not None:
-            fill(model.to_empty(device=world.device), folder, world.rank, world.size)
+        if source is not None:
+            fill(model.to_empty(device=world.device), source, world.rank, world.size)
     if config.activation_checkpointing:
         parallel.checkpoint_activations(policy.model)
     optimizer = make_optimizer(config, policy.model)
@@ -604,7 +623,7 @@ def train(config: TrainConfig, world: World) -> None:
     if judged and config.report and not run.stopped:
         if run.best_rate < 0:
             raise ValueError("the judge gave no win-rate that can be trusted, so there is no best.pt; see ckpt.pt")
-        best = checkpoints.load(in_run(config, "best.pt"), world.device)
+        best = load_sharded(in_run(config, "best.pt"), world)
         report(evaluation, {"before": start, "best": best, "last": policy}, run.record)
         world.say(f"\n{config.out_dir}: best.pt, ckpt.pt, model.bin; sample with "
                   f"`python sample.py --checkpoint={in_run(config, 'best.pt')}`")

@@ -187,9 +187,13 @@ def test_two_processes_train_from_a_folder_as_one_does(tmp_path, tokenizer, monk
     flags = ["--init_from=model", "--data=ranked.jsonl", "--max_iters=3", "--batch_size=4", "--eval_interval=3",
              "--eval_stories=2", "--max_new_tokens=12", "--log_interval=1", "--kl_batch_size=4"]
     run(1, [*flags, "--out_dir=one"])
-    run(2, [*flags, "--out_dir=two"])
+    printed = run(2, [*flags, "--out_dir=two"])
     assert_close("one", "two", 2e-4)
-    assert checkpoints.load("two/ckpt.pt").eos_id == 2
+    assert checkpoints.load("two/ckpt.pt").eos_id == 2 and "best (step" in printed  # best.pt was read shard by shard
+    flags[0] = "--init_from=one/ckpt.pt"  # and so is a .pt to begin with
+    run(1, [*flags, "--out_dir=three", "--report=false"])
+    run(2, [*flags, "--out_dir=four", "--report=false"])
+    assert_close("three", "four", 2e-4)
 
 
 # --- Llama 3's tokenizer -------------------------------------------------------------------------
