@@ -182,7 +182,7 @@ def save_state(folder: str, step: int, tensors: dict[str, Tensor], facts: dict, 
     world.gather(None)  # all wait for the folder
     with quiet():
         writer = dcp.HuggingFaceStorageWriter(temporary, save_distributed=True)
-        dcp.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
+        dcp.save(tensors, storage_writer=writer, no_dist=world.size == 1)
     if world.rank == 0:
         with open(os.path.join(temporary, "state.json"), "w", encoding="utf-8") as f:
             json.dump(facts | {"step": step}, f)
@@ -250,10 +250,10 @@ def facts_of(path: str) -> dict:
         return json.load(f)
 
 
-def load_state(path: str, tensors: dict[str, Tensor]) -> None:
+def load_state(path: str, tensors: dict[str, Tensor], world: World) -> None:
     """Reads a state into tensors of the same names and shapes, sharded over any number of processes."""
     with quiet():
-        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(path), no_dist=not dist.is_initialized())
+        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(path), no_dist=world.size == 1)
 
 
 def sha256_of(path: str) -> str:

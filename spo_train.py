@@ -667,7 +667,7 @@ class Run:
         facts = parallel.facts_of(path)
         self.first = self.policy.step = facts["step"]
         self.best_rate, self.evaluated = facts["best_rate"], facts["evaluated"]
-        parallel.load_state(path, parallel.tensors_of_run(self.policy.model, self.optimizer))
+        parallel.load_state(path, parallel.tensors_of_run(self.policy.model, self.optimizer), self.world)
         if facts["online"] is not None:
             samples = [EncodedGroup(*group) for group in facts["online"]]
             self.online = online_of(self.config, samples, self.reference, self.world)
