@@ -13,23 +13,18 @@ win-rate), model.bin (best, for run.c), log.jsonl, config.json and the stories o
 
 import copy
 import dataclasses
-import functools
 import glob
-import inspect
 import json
 import math
 import os
-import random
 import shutil
 import signal
 import textwrap
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 import checkpoint as checkpoints
@@ -37,182 +32,20 @@ import parallel
 import plan
 import tinystories_data as data
 from checkpoint import Checkpoint, PtFile
-from config import flag, parse, run
-from evaluation import ONLINE, Evaluation, Verdict, report
-from groups import Batch, EncodedGroup, encode_groups, micro_batches, read_groups, require
+from config import parse, run
+from evaluation import Evaluation, Verdict, report
 from folders import fill, on_meta, open_folder
-from judge import JudgeFlags, OfflineJudge, make_judge
-from losses import LOSSES, REGULARIZERS, clamped, importance, sequence_logps, token_kl
+from groups import EncodedGroup, encode_groups, micro_batches, read_groups, require
+from judge import OfflineJudge, make_judge
+from losses import LOSSES
 from model import ModelArgs, Transformer
-from parallel import World, full, whole
+from parallel import World, full
 from pretokenize import TokenWindows
-from sampling import sample
+from step import OnlineSamples, draw_online, gradient_step, groups_of_step, make_optimizer, online_of
 from tokenizer import Tokenizer, load_tokenizer
+from train_config import SHAPE_FLAGS, Objective, TrainConfig, check_config, identity, objective_of
 
-SHAPE_FLAGS = ("dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len")
-ONLINE_FLAGS = ("kl_interval", "kl_batch_size")
-
-
-@dataclass
-class TrainConfig(JudgeFlags):
-    loss: str = flag("spo_rank", "the objective, a name in losses.LOSSES", choices=list(LOSSES))
-    regularizer: str = flag("", "what beta weighs, for a loss with no beta of its own; none: the loss's default",
-                            choices=["", *REGULARIZERS])
-    alpha: float | None = flag(None, "spo*: softmax exponent; cpo: weight of the likelihood; rdpo: of the length")
-    beta: float | None = flag(None, "strength of the reference, or weight of the regularizer (spo*: 0.1)")
-    gamma: float | None = flag(None, "spo, spo_bon, spo_rank: exponent in the weight mu; simpo: margin")
-    eta: float | None = flag(None, "spo_rank: stage k weighs eta^k")
-    tau: float | None = flag(None, "ipo: its margin is 1/(2 tau)")
-    lambda_d: float | None = flag(None, "kto: weight of the chosen")
-    lambda_u: float | None = flag(None, "kto: weight of the rejected")
-    norm: str | None = flag(None, "ipo: log-ratios of whole responses or per token", choices=["sum", "mean"])
-    nll: str | None = flag(None, "cpo: likelihood of whole responses or per token", choices=["sum", "mean"])
-    data: str = flag("", "ranked groups (JSONL); none: the offline demo")
-    init_from: str = flag("", "policy and reference to start from: a .pt, a llama2.c .bin, a folder of Meta or Hugging Face, "
-                          "or `scratch`")
-    tokenizer: str = flag("", "sentencepiece model; none: tokenizer.model beside init_from")
-    out_dir: str = flag("out", "where the run's files go")
-    dim: int = flag(288, "width, with --init_from=scratch")
-    n_layers: int = flag(6, "layers, with --init_from=scratch")
-    n_heads: int = flag(6, "attention heads, with --init_from=scratch")
-    n_kv_heads: int | None = flag(None, "key-value heads, with --init_from=scratch; none: n_heads")
-    max_seq_len: int = flag(256, "context, with --init_from=scratch")
-    batch_size: int = flag(32, "groups per optimizer step")
-    micro_batch_size: int | None = flag(None, "groups per forward pass: memory, never the result; none: what fits")
-    max_iters: int | None = flag(None, "optimizer steps; none: 80 for the demo, one epoch of other data")
-    learning_rate: float = flag(1e-4, "peak learning rate of AdamW")
-    warmup_iters: int = flag(5, "steps of linear warm-up")
-    decay_lr: bool = flag(True, "cosine decay of the learning rate to 0 at max_iters")
-    weight_decay: float = flag(0.0, "AdamW's, on matrices")
-    adam_beta1: float = flag(0.95, "AdamW's; gradients of preferences are mostly noise, so the mean is a long one")
-    adam_beta2: float = flag(0.99, "AdamW's")
-    grad_clip: float = flag(1.0, "gradient norm to clip at; 0: no clipping")
-    kl_interval: int = flag(8, "steps between fresh samples of the policy (T in the paper)")
-    kl_batch_size: int = flag(32, "how many samples")
-    max_new_tokens: int = flag(256, "longest sampled story, in tokens")
-    eval_interval: int = flag(20, "steps between evaluations")
-    eval_stories: int = flag(128, "stories judged at an evaluation, twice as many fresh ones at the end; 0: none")
-    baseline: str = flag("", "stories to win against (JSONL); none: the reference's own")
-    report: bool = flag(True, "end with a table on fresh stories: before, best and last")
-    keep_checkpoints: bool = flag(False, "keep the weights of every evaluation, as step_N.pt")
-    log_interval: int = flag(5, "steps between log lines")
-    device: str = flag("", "cpu, cuda, cuda:1, mps; none: cuda where there is one, else cpu")
-    dtype: str = flag("float32", "what layers compute in; weights, sums and optimizer stay float32",
-                      choices=["float32", "bfloat16"])
-    activation_checkpointing: bool = flag(False, "compute activations again in the backward pass: less memory, same result")
-    seed: int = flag(1337, "of the data order, of every sample, and of the weights from scratch")
-    plan: int | None = flag(None, "only print what each of so many processes needs of memory, and whether it fits", alone=1)
-    resume: str = flag("", "go on from the newest state in out_dir, or from STATE; auto: from the newest whole one, if any",
-                       alone="newest")
-
-
-# --- what the flags mean -------------------------------------------------------------------------
-
-
-def reads(*functions: Callable) -> set[str]:
-    """The argument names of some losses and regularizers: the tensors and numbers they want."""
-    return {name for function in functions for name in inspect.signature(function).parameters}
-
-
-def settings_of(loss: Callable) -> dict[str, float | str]:
-    """What a loss is tuned with (numbers, and words such as norm), and the defaults."""
-    parameters = inspect.signature(loss).parameters.values()
-    return {p.name: p.default for p in parameters if isinstance(p.default, float | str)}
-
-
-def call(function: Callable, values: dict):
-    """function(**those of values that it reads); what it reads and values lacks keeps its default."""
-    return function(**{name: values[name] for name in reads(function) if name in values})
-
-
-@dataclass
-class Objective:
-    """mean(loss) + beta * mean(regularizer), and what the loss is tuned with."""
-
-    loss: Callable[..., Tensor]
-    regularizer: Callable[..., Tensor]
-    settings: dict[str, float | str | bool]
-    beta: float
-
-    def __post_init__(self):
-        self.reads = reads(self.loss, self.regularizer)
-        # does the regularizer read samples of the policy (and not the dataset)?
-        self.online = "online_kl" in self.reads
-        self.needs_reference = bool(self.reads & {"reference_logps", "response_kl", "online_kl"})
-
-    def __str__(self) -> str:
-        settings = ", ".join(f"{name} {value}" for name, value in self.settings.items() if name != "centered")
-        weighed = f" + {self.beta:g} * {self.regularizer.__name__}" if self.beta else ""
-        return f"{self.loss.__name__}({settings}){weighed}"
-
-    def start(self, n: int) -> float | None:
-        """The preference loss at step 0 for groups of n, where the formula alone tells it."""
-        return call(self.loss.start, self.settings | {"n": n}) if self.loss.start else None
-
-
-def objective_of(config: TrainConfig) -> Objective:
-    """ValueError, naming the flag, for a setting that the loss does not take or cannot work with."""
-    loss = LOSSES[config.loss]
-    defaults, name = settings_of(loss), config.regularizer or loss.regularizer
-    own_beta = "beta" in defaults
-    if own_beta and name != "none":
-        raise ValueError(f"--regularizer={name}: the beta of {config.loss} is its own; leave the regularizer out")
-    takes = set(defaults) | ({"beta"} if name != "none" else set())
-    every_setting = {"beta"}.union(*map(settings_of, LOSSES.values()))
-    settings = {n: getattr(config, n) for n in sorted(every_setting) if getattr(config, n) is not None}
-    for n, value in settings.items():
-        if n not in takes:
-            listed = ", ".join(f"--{n}" for n in sorted(takes)) or "no settings"
-            raise ValueError(f"--{n}: {config.loss} with regularizer {name} does not take it; it takes {listed}")
-        if isinstance(value, float) and not (math.isfinite(value) and value >= 0 and (value > 0 or n != "tau")):
-            raise ValueError(f"--{n}={value}: must be finite and {'above 0' if n == 'tau' else 'not negative'}")
-    beta = 0.0 if own_beta or name == "none" else settings.pop("beta", 0.1)
-    settings = defaults | settings
-    if "centered" in reads(loss):
-        settings["centered"] = True  # the same gradient; the value is 0 at equal log-probs
-    objective = Objective(loss, REGULARIZERS[name], settings, beta)
-    for flag_name in () if objective.online else ONLINE_FLAGS:
-        if getattr(config, flag_name) != getattr(TrainConfig(), flag_name):
-            raise ValueError(f"--{flag_name}: {config.loss} with regularizer {name} draws no samples of the policy")
-    return objective
-
-
-def check_config(config: TrainConfig, world: World) -> None:
-    """ValueError, naming the flag, for what no run can work with."""
-    positive = ("plan", "batch_size", "max_iters", "kl_interval", "kl_batch_size", "max_new_tokens", "eval_interval",
-                "log_interval", "micro_batch_size", *SHAPE_FLAGS)
-    for name in positive:
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name}={value}: must be 1 or more")
-    for name in ("learning_rate", "warmup_iters", "weight_decay", "grad_clip", "eval_stories", "seed"):
-        value = getattr(config, name)
-        if value is not None and not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"--{name}={value}: must be finite and not negative")
-    for name in ("adam_beta1", "adam_beta2"):
-        if not 0 <= getattr(config, name) < 1:
-            raise ValueError(f"--{name}={getattr(config, name)}: must be in [0, 1)")
-    for name in SHAPE_FLAGS if config.init_from != "scratch" else ():
-        if getattr(config, name) != getattr(TrainConfig(), name):
-            raise ValueError(f"--{name}: the shape comes with --init_from={config.init_from or 'the demo'}; "
-                             "give it with --init_from=scratch only")
-    for name in ("init_from", "tokenizer"):
-        if not config.data and getattr(config, name):
-            raise ValueError(f"--{name}: needs --data as well; without --data the demo brings its own model")
-    if config.data and not config.init_from:
-        raise ValueError("--data: needs --init_from, the model to align (a .pt, a llama2.c .bin, or `scratch`)")
-    for name in ("batch_size", "kl_batch_size"):
-        if getattr(config, name) % world.size:
-            raise ValueError(f"--{name}={getattr(config, name)}: must be a multiple of the number of processes, {world.size}")
-    if config.judge != "offline" and config.eval_stories == 0:
-        raise ValueError(f"--judge={config.judge}: nothing is judged with --eval_stories=0; leave it out")
-    if config.baseline and (config.eval_stories == 0 or config.init_from == "scratch"):
-        raise ValueError("--baseline: nothing is judged with --eval_stories=0 or --init_from=scratch; leave it out")
-    if config.init_from == "scratch" and not config.tokenizer:
-        raise ValueError("--init_from=scratch: needs --tokenizer")
-
-
-# --- the pieces of a step ------------------------------------------------------------------------
+# --- what a run begins with ----------------------------------------------------------------------
 
 
 def policy_at_start(config: TrainConfig, world: World):
@@ -255,182 +88,6 @@ def load_sharded(path: str, world: World) -> Checkpoint:
     parallel.shard(checkpoint.model, world)
     fill(checkpoint.model.to_empty(device=world.device), source, world.rank, world.size)
     return checkpoint
-
-
-def make_optimizer(config: TrainConfig, model: Transformer) -> torch.optim.AdamW:
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2))
-
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear warm-up over warmup_iters steps, then a cosine to 0 at max_iters (or constant)."""
-    if step < config.warmup_iters:
-        return config.learning_rate * (step + 1) / config.warmup_iters
-    if not config.decay_lr:
-        return config.learning_rate
-    done = (step - config.warmup_iters) / max(1, config.max_iters - config.warmup_iters)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
-
-
-@functools.lru_cache(maxsize=2)
-def order_of_epoch(count: int, seed: int) -> list[int]:
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def groups_of_step(groups: Sequence[EncodedGroup], batch_size: int, step: int, seed: int) -> list[EncodedGroup]:
-    """The batch of a step: epochs are permutations seeded by (seed, epoch), read one after the other."""
-    chosen = []
-    for position in range(step * batch_size, (step + 1) * batch_size):
-        epoch, i = divmod(position, len(groups))
-        chosen.append(groups[order_of_epoch(len(groups), seed + epoch)[i]])
-    return chosen
-
-
-def tensors_of(batch: Batch, wanted: set[str], policy: Transformer, reference: Transformer | None) -> dict[str, Tensor]:
-    """The (B, n) tensors that losses and regularizers read of a batch, those of `wanted` at least."""
-    logits = policy(batch.tokens)
-    tensors = {"policy_logps": sequence_logps(logits, batch.tokens, batch.mask), "lengths": batch.lengths}
-    if wanted & {"reference_logps", "response_kl"}:
-        with torch.no_grad():
-            reference_logits = reference(batch.tokens)
-        tensors["reference_logps"] = sequence_logps(reference_logits, batch.tokens, batch.mask)
-        if "response_kl" in wanted:
-            tensors["response_kl"] = token_kl(logits, reference_logits, batch.mask)
-    return {name: tensor.view(-1, batch.n) for name, tensor in tensors.items()}
-
-
-def batch_statistic(
-    objective: Objective, policy: Transformer, reference, batches: list[Batch], world: World
-) -> dict[str, Tensor]:
-    """The mean over the whole batch that the loss asks for, before any gradient: {its name: value}.
-
-    With one micro-batch the loss computes it itself; at gamma = 0 SPO's weight is 1 whatever the mean.
-    """
-    alone = len(batches) == 1 and world.size == 1
-    if objective.loss.statistic is None or alone or objective.settings.get("gamma") == 0:
-        return {}
-    name, statistic = objective.loss.statistic
-    values = []
-    with torch.no_grad():
-        for batch in batches:
-            if "policy_logps" in reads(statistic):
-                tensors = tensors_of(batch, reads(statistic), policy, reference)
-            else:
-                tensors = {"lengths": batch.lengths}  # known without a pass over the batch
-            values.append(call(statistic, tensors | objective.settings))
-    mine = torch.cat(values)
-    return {name: world.total(mine.sum(0)) / (len(mine) * world.size)}
-
-
-def preference_backward(
-    objective: Objective, policy, reference, batches: list[Batch], world: World = World()
-) -> dict[str, Tensor]:
-    """Adds the gradient of the mean preference loss to the policy, and that of a regularizer on the dataset.
-
-    Returns what is logged, as means over the groups of all processes, which have equally many. margin and accuracy compare column 0 with the others: by log-ratio
-    where a reference is read, and by log-prob where it is not.
-    """
-    count = sum(len(batch.lengths) for batch in batches) * world.size
-    statistics = batch_statistic(objective, policy, reference, batches, world)
-    means: dict[str, Tensor] = {}
-    for batch in batches:
-        tensors = tensors_of(batch, objective.reads, policy, reference)
-        values = call(objective.loss, tensors | statistics | objective.settings)
-        logps = tensors["policy_logps"].detach()
-        logged = {"loss": values.detach(), "logps/chosen": logps[:, 0]}
-        if batch.n > 1:
-            compared = logps - tensors["reference_logps"] if "reference_logps" in tensors else logps
-            gaps = compared[:, :1] - compared[:, 1:]
-            logged |= {"logps/rejected": logps[:, 1:].mean(1), "margin": gaps.mean(1),
-                       "accuracy": (gaps > 0).float().mean(1)}
-        if objective.beta and not objective.online:
-            regularizer = call(objective.regularizer, tensors)
-            values = values + objective.beta * regularizer
-            logged["regularizer"] = regularizer.detach()
-            if objective.regularizer is importance:
-                logged["clamped"] = clamped(logps, tensors["reference_logps"]) * float(count)  # a count, not a mean
-        (values.sum() * world.size / count).backward()  # several processes: FSDP takes the mean over them
-        for name, value in logged.items():
-            means[name] = means.get(name, 0) + value.sum() / count
-    return {name: world.total(value) for name, value in means.items()}
-
-
-@dataclass
-class OnlineSamples:
-    """Samples of the policy, and the reference's logits of them: both stay for kl_interval steps.
-
-    samples  those of all processes; batches and logits are of this process's share
-    """
-
-    samples: list[EncodedGroup]
-    batches: list[Batch]
-    reference_logits: list[Tensor]
-
-
-def draw_online(
-    config: TrainConfig, policy: Checkpoint, reference: Transformer, prompts: list[list[int]], step: int,
-    world: World = World(),
-) -> OnlineSamples:
-    """Whole samples of the policy: temperature 1, no truncation, eval mode (Eq. 15 is about the policy itself)."""
-    policy.model.eval()
-    chosen = random.Random(config.seed + step).choices(prompts, k=config.kl_batch_size)
-    with whole(policy.model):
-        mine = sample(policy, chosen, (config.seed, ONLINE, step), config.max_new_tokens, part=world.share(len(chosen)))
-    return online_of(config, [group for part in world.gather(mine) for group in part], reference, world)
-
-
-def online_of(config: TrainConfig, samples: list[EncodedGroup], reference: Transformer, world: World) -> OnlineSamples:
-    mine = samples[world.share(len(samples))]
-    batches = micro_batches(mine, config.micro_batch_size, reference.args.vocab_size, world.device, world.most)
-    with torch.no_grad():
-        return OnlineSamples(samples, batches, [reference(batch.tokens) for batch in batches])
-
-
-def regularizer_backward(
-    objective: Objective, policy: Transformer, online: OnlineSamples, world: World = World()
-) -> dict[str, Tensor]:
-    """Adds the gradient of beta * mean(regularizer) on the online samples; returns the mean KL, in nats."""
-    count = len(online.samples)
-    kl = 0.0
-    for batch, reference_logits in zip(online.batches, online.reference_logits):
-        online_kl = token_kl(policy(batch.tokens), reference_logits, batch.mask)
-        (objective.beta * objective.regularizer(online_kl).sum() * world.size / count).backward()
-        kl += online_kl.detach().sum() / count
-    return {"kl": world.total(kl)}
-
-
-def gradient_step(
-    config: TrainConfig, objective: Objective, policy: Transformer, reference: Transformer | None,
-    groups: list[EncodedGroup], online: OnlineSamples | None, optimizer: torch.optim.Optimizer, step: int,
-    world: World = World(),
-) -> dict[str, float]:
-    """One optimizer step on the groups of all processes; returns what is logged. ValueError if it would not be finite."""
-    started = time.perf_counter()
-    policy.train()
-    mine = groups[world.rank :: world.size]
-    batches = micro_batches(mine, config.micro_batch_size, policy.args.vocab_size, world.device, world.most)
-    logged = preference_backward(objective, policy, reference, batches, world)
-    if online is not None:
-        logged |= regularizer_backward(objective, policy, online, world)
-    logged["grad_norm"] = full(torch.nn.utils.clip_grad_norm_(policy.parameters(), config.grad_clip or math.inf))
-    logged = {name: float(value) for name, value in logged.items()}
-    if not (math.isfinite(logged["loss"]) and math.isfinite(logged["grad_norm"])):
-        raise ValueError(
-            f"step {step}: loss is {logged['loss']}, grad norm {logged['grad_norm']}; ckpt.pt holds the last "
-            f"evaluation. Try --learning_rate={config.learning_rate / 4:g}; the batch holds lines "
-            f"{sorted(group.line for group in groups)} of {config.data}"
-        )
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(config, step)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    tokens = sum(len(response) for group in groups for response in group.responses)
-    return logged | {"lr": learning_rate(config, step), "tokens_per_second": tokens / (time.perf_counter() - started)}
-
-
-# --- the run -------------------------------------------------------------------------------------
 
 
 def demo(loss: str, device: str) -> tuple[str, str]:
@@ -494,18 +151,6 @@ def new_run(config: TrainConfig, policy: Checkpoint, tokenizer: Tokenizer) -> No
         os.makedirs(in_run(config, folder), exist_ok=True)
     checkpoints.write_text(in_run(config, "config.json"), json.dumps(policy.config, indent=1))
     checkpoints.copy_tokenizer(tokenizer, config.out_dir)
-
-
-# What a resumed run may change: what it costs and shows, and nothing of what it computes.
-FREE = {"resume", "device", "micro_batch_size", "activation_checkpointing", "log_interval", "report", "keep_checkpoints", "workers", "max_usd", "base_url",
-        "journal", "judge_timeout", "judge_retries", "judge_attempts"}
-
-
-def identity(config: TrainConfig) -> dict:
-    """What makes a run this run: its flags, and the SHA-256 of the files that it reads."""
-    flags = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE}
-    files = [path for path in (config.data, config.init_from, config.baseline) if os.path.isfile(path)]
-    return {"flags": flags, "files": {path: parallel.sha256_of(path) for path in files}}
 
 
 def state_to_resume(config: TrainConfig) -> str | None:

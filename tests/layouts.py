@@ -15,9 +15,8 @@ import parallel  # noqa: E402
 from groups import micro_batches  # noqa: E402
 from losses import LOSSES, REGULARIZERS  # noqa: E402
 from parallel import World, full  # noqa: E402
-from spo_train import (  # noqa: E402
-    TrainConfig, objective_of, online_of, preference_backward, regularizer_backward, settings_of,
-)
+from step import online_of, preference_backward, regularizer_backward  # noqa: E402
+from train_config import TrainConfig, objective_of, settings_of  # noqa: E402
 from test_model import tiny  # noqa: E402
 from test_spo_train import perturbed, random_groups, size_for  # noqa: E402
 

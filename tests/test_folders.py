@@ -209,15 +209,15 @@ def llama3(tmp_path) -> str:
 
 
 def test_llama_3s_tokenizer(llama3, tmp_path):
-    tokenizer = Tokenizer(llama3)
-    assert (tokenizer.kind, tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == ("tiktoken", 263 + 256, 263, 264)
-    assert tokenizer.encode("the thing", bos=True, eos=True) == [263, 257, 32, 256, 261, 264]
+    llama = Tokenizer(llama3)
+    assert (llama.kind, llama.vocab_size, llama.bos_id, llama.eos_id) == ("tiktoken", 263 + 256, 263, 264)
+    assert llama.encode("the thing", bos=True, eos=True) == [263, 257, 32, 256, 261, 264]
     for text in ("the caf\u00e9\n\nsinging 12345 <|begin_of_text|>", "", " the"):
-        assert tokenizer.decode(tokenizer.encode(text, bos=True, eos=True)) == text
-        assert max(tokenizer.encode(text), default=0) < 263  # no text can spell a special token
-    assert tokenizer.encode_after("a", "\nb") == tokenizer.encode("\nb")
+        assert llama.decode(llama.encode(text, bos=True, eos=True)) == text
+        assert max(llama.encode(text), default=0) < 263  # no text can spell a special token
+    assert llama.encode_after("a", "\nb") == llama.encode("\nb")
     os.makedirs(tmp_path / "copy")
-    checkpoints.copy_tokenizer(tokenizer, str(tmp_path / "copy"))
+    checkpoints.copy_tokenizer(llama, str(tmp_path / "copy"))
     assert os.listdir(tmp_path / "copy") == ["tokenizer.model"]  # run.c reads no such
 
 

@@ -9,7 +9,7 @@ import frontier
 import pytest
 import tinystories_data as data
 from config import parse
-from spo_train import TrainConfig
+from train_config import TrainConfig
 from test_spo_train import workshop  # noqa: F401 (a fixture)
 from test_tinystories_data import tokenizer  # noqa: F401 (a fixture)
 

@@ -16,12 +16,14 @@ from test_tinystories_data import tokenizer, write  # noqa: F401 (a fixture)
 import checkpoint as checkpoints
 import sampling
 import spo_train
+import step as steps
 import tinystories_data as data
+import train_config
 from checkpoint import Checkpoint
 from groups import EncodedGroup, make_batch, micro_batches
 from losses import LOSSES, REGULARIZERS, sequence_logps, token_kl
 from model import generate
-from spo_train import TrainConfig
+from train_config import TrainConfig
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -52,12 +54,12 @@ def perturbed(model):
 
 
 def objective_of(loss: str, **flags):
-    return spo_train.objective_of(TrainConfig(loss=loss, **flags))
+    return train_config.objective_of(TrainConfig(loss=loss, **flags))
 
 
 def gradients(objective, policy, reference, batches) -> list[torch.Tensor]:
     policy.zero_grad()
-    spo_train.preference_backward(objective, policy, reference, batches)
+    steps.preference_backward(objective, policy, reference, batches)
     return [p.grad.clone() for p in policy.parameters()]
 
 
@@ -65,7 +67,7 @@ def gradients(objective, policy, reference, batches) -> list[torch.Tensor]:
 def test_the_number_of_micro_batches_never_changes_the_gradient(loss):
     reference = tiny().double()
     policy, groups = perturbed(reference), random_groups(8, size_for(loss))
-    number = {"gamma": 0.05} if "gamma" in spo_train.settings_of(LOSSES[loss]) else {}
+    number = {"gamma": 0.05} if "gamma" in train_config.settings_of(LOSSES[loss]) else {}
     objective = objective_of(loss, **number)
     whole = gradients(objective, policy, reference, micro_batches(groups, 8, 64, "cpu"))
     for size in (1, 3):
@@ -98,11 +100,11 @@ def test_kl_is_zero_at_step_0_and_its_micro_batches_add_up():
     config = TrainConfig(kl_batch_size=6, max_new_tokens=20, micro_batch_size=2)
     objective = objective_of("spo_rank", beta=1.0)
     online = spo_train.draw_online(config, start, reference, [[1], [1, 5]], 0)
-    assert float(spo_train.regularizer_backward(objective, start.model, online)["kl"]) == 0.0
+    assert float(steps.regularizer_backward(objective, start.model, online)["kl"]) == 0.0
 
     policy = perturbed(reference)
     policy.zero_grad()
-    kl = spo_train.regularizer_backward(objective, policy, online)["kl"]
+    kl = steps.regularizer_backward(objective, policy, online)["kl"]
     ours = [p.grad.clone() for p in policy.parameters()]
     policy.zero_grad()
     rows = [(len(b.tokens), token_kl(policy(b.tokens), reference(b.tokens), b.mask)) for b in online.batches]
@@ -133,16 +135,16 @@ def test_online_samples_are_untruncated_draws_of_the_policy_in_eval_mode(monkeyp
 
 def test_the_warm_up_is_linear_and_the_decay_ends_at_zero():
     config = TrainConfig(learning_rate=1.0, warmup_iters=4, max_iters=12)
-    assert [spo_train.learning_rate(config, i) for i in (0, 3, 4, 8)] == pytest.approx([0.25, 1.0, 1.0, 0.5])
-    assert spo_train.learning_rate(config, 12) == pytest.approx(0.0)
-    assert spo_train.learning_rate(dataclasses.replace(config, decay_lr=False), 12) == 1.0
+    assert [steps.learning_rate(config, i) for i in (0, 3, 4, 8)] == pytest.approx([0.25, 1.0, 1.0, 0.5])
+    assert steps.learning_rate(config, 12) == pytest.approx(0.0)
+    assert steps.learning_rate(dataclasses.replace(config, decay_lr=False), 12) == 1.0
 
 
 def test_an_epoch_uses_every_group_once_in_an_order_of_its_own():
     groups = random_groups(10, 2)
-    lines = [[g.line for step in range(2) for g in spo_train.groups_of_step(groups, 5, 2 * e + step, 3)] for e in range(2)]
+    lines = [[g.line for step in range(2) for g in steps.groups_of_step(groups, 5, 2 * e + step, 3)] for e in range(2)]
     assert sorted(lines[0]) == sorted(lines[1]) == list(range(1, 11)) and lines[0] != lines[1]
-    across = spo_train.groups_of_step(groups, 15, 0, 3)  # a batch larger than the data goes on with the next epoch
+    across = steps.groups_of_step(groups, 15, 0, 3)  # a batch larger than the data goes on with the next epoch
     assert [g.line for g in across] == lines[0] + lines[1][:5]
 
 
@@ -181,15 +183,15 @@ def log_of(folder: str) -> list[dict]:
 
 
 def test_samples_of_the_policy_are_drawn_anew_every_kl_interval(workshop, monkeypatch):
-    steps, original = [], spo_train.draw_online
+    drawn, original = [], spo_train.draw_online
 
     def spy(config, policy, reference, prompts, step, world):
-        steps.append(step)
+        drawn.append(step)
         return original(config, policy, reference, prompts, step, world)
 
     monkeypatch.setattr(spo_train, "draw_online", spy)
     workshop("spo_rank", "--kl_interval=3", "--kl_batch_size=4", "--eval_stories=0")
-    assert steps == [0, 3, 6]
+    assert drawn == [0, 3, 6]
 
 
 @pytest.mark.parametrize("loss", list(LOSSES))
@@ -230,10 +232,10 @@ def test_responses_beyond_the_importance_limit_are_counted():
         reference.tok_embeddings.weight *= 3  # sure of itself, and wrong: the policy gives the responses more
     batches = micro_batches(random_groups(6, 2), 2, 64, "cpu")
     with torch.no_grad():
-        tensors = [spo_train.tensors_of(b, {"reference_logps"}, policy, reference) for b in batches]
+        tensors = [steps.tensors_of(b, {"reference_logps"}, policy, reference) for b in batches]
         expected = sum(int((t["policy_logps"] - t["reference_logps"] > 20).sum()) for t in tensors)
     objective = objective_of("spo_basic", regularizer="importance")
-    assert expected and float(spo_train.preference_backward(objective, policy, reference, batches)["clamped"]) == expected
+    assert expected and float(steps.preference_backward(objective, policy, reference, batches)["clamped"]) == expected
 
 
 def test_a_run_leaves_its_files_and_they_agree(workshop, capsys):
@@ -317,7 +319,7 @@ def test_the_api_judge_evaluates_within_a_budget_and_training_outlives_it(worksh
 
 
 def test_a_step_that_is_not_finite_stops_and_names_its_lines(workshop, monkeypatch):
-    monkeypatch.setattr(spo_train, "sequence_logps", lambda *_: torch.full((16,), float("nan"), requires_grad=True))
+    monkeypatch.setattr(steps, "sequence_logps", lambda *_: torch.full((16,), float("nan"), requires_grad=True))
     with pytest.raises(ValueError, match=r"step 0: loss is nan.*--learning_rate=.*lines \[\d+"):
         workshop("spo_rank", "--micro_batch_size=4", "--eval_stories=0")
     before, after = checkpoints.load("start.pt"), checkpoints.load("out/ckpt.pt")
