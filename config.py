@@ -87,5 +87,5 @@ def run(main) -> None:
         print(f"{os.path.basename(sys.argv[0])}: {' '.join(text.split())}", file=sys.stderr)
         sys.exit(3 if isinstance(error, ConnectionError) else 2)
     except KeyboardInterrupt:
-        print("\nstopped by Ctrl-C", file=sys.stderr)
+        print("\nstopped by Ctrl-C; what was finished is kept", file=sys.stderr)
         sys.exit(130)

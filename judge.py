@@ -305,7 +305,7 @@ def rank_in_both_orders(judge: Judge, groups: list[list[str]], label: str | None
 
         def show() -> None:
             invalid = sum(ranking is None for ranking in answers.values())
-            bar.set_postfix_str(f"kept {kept}, invalid {invalid}" + f", {judge.status}" * bool(judge.status))
+            bar.set_postfix_str(f"groups kept {kept}, rankings invalid {invalid}" + f", {judge.status}" * bool(judge.status))
 
         def both(i: int) -> BothOrders:
             last, other = len(groups[i]) - 1, answers[2 * i + 1]
@@ -316,7 +316,7 @@ def rank_in_both_orders(judge: Judge, groups: list[list[str]], label: str | None
             if task ^ 1 in answers:
                 kept += both(task // 2).ranking is not None
             bar.update()
-            if not bar.disable and bar.n % 16 == 0:
+            if not bar.disable and (bar.n % 16 == 0 or bar.n == len(tasks)):
                 show()
     return [both(i) for i in range(len(groups))]
 

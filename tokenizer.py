@@ -48,7 +48,7 @@ class Tokenizer:
 
     def __init__(self, path: str):
         if not os.path.isfile(path):
-            raise ValueError(f"{path}: no such tokenizer file; give a sentencepiece .model with --tokenizer")
+            raise ValueError(f"{path}: no such tokenizer file; name the model's tokenizer.model with --tokenizer")
         self.path = path
         try:
             self.kind, self.model = "tiktoken", Llama3(path)
