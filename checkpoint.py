@@ -10,6 +10,7 @@ the disk and renamed: a reader finds the old file or the new one, never half of 
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -59,6 +60,11 @@ def atomic_write(path: str):
         with contextlib.suppress(FileNotFoundError):
             os.remove(temporary)
         raise
+
+
+def sha256_of(path: str) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def write_text(path: str, text: str) -> None:

@@ -1,7 +1,6 @@
 """Files from the network: the whole file with the right hash, or nothing under its name."""
 
 import contextlib
-import hashlib
 import os
 import re
 import shutil
@@ -12,17 +11,14 @@ import zlib
 import requests
 from tqdm import tqdm
 
+from checkpoint import sha256_of
+
 ATTEMPTS = 6
 SECONDS = (10, 60)  # to connect, and of silence
 
 
 class Interrupted(Exception):
     """What came is not the whole file; the next attempt goes on from there, or from the start."""
-
-
-def sha256_of(path: str) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def fetch(url: str, path: str, sha256: str = "") -> None:

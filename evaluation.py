@@ -11,11 +11,12 @@ import offline_judge
 from chat import BudgetSpent, Stopped
 from checkpoint import Checkpoint
 from groups import micro_batches, read_groups
-from judge import Judge, WinRate, compare_all
+from judge import Judge, compare_all
 from losses import token_kl
 from parallel import World, whole
 from sampling import sample, spread, story_records
 from tokenizer import Tokenizer
+from win_rate import WinRate
 
 # What stories are drawn for: the second number of their seed, so that no two uses share a stream.
 ONLINE, SELECT, SELECT_BASELINE, REPORT, REPORT_BASELINE = range(5)

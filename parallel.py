@@ -12,7 +12,6 @@ import contextlib
 import functools
 import gc
 import glob
-import hashlib
 import json
 import os
 import shutil
@@ -26,6 +25,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
+
+from checkpoint import sha256_of
 
 KEPT = 2  # states of a run on disk
 
@@ -254,11 +255,6 @@ def load_state(path: str, tensors: dict[str, Tensor], world: World) -> None:
     """Reads a state into tensors of the same names and shapes, sharded over any number of processes."""
     with quiet():
         dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(path), no_dist=world.size == 1)
-
-
-def sha256_of(path: str) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def flush(path: str) -> None:

@@ -323,7 +323,7 @@ def generate_command(config: GenerateConfig) -> None:
     settings = {name: value for name, value in asdict(config).items() if name not in ("out", "batch_size", "device")}
     for name in ("checkpoint", "tokenizer", "prompts"):  # a file is what it holds, not what it is called
         path = tokenizer.path if name == "tokenizer" else settings[name]
-        settings[name] = download.sha256_of(path) if path else ""
+        settings[name] = checkpoints.sha256_of(path) if path else ""
     stories = StoriesOnTheWay(config.out, settings)
     first, started = stories.go_on(config.batch_size), time.monotonic()
     batches = sample_batches(

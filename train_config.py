@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from checkpoint import sha256_of
 from config import flag
 from judge import JudgeFlags
 from losses import LOSSES, REGULARIZERS
-from parallel import World, sha256_of
+from parallel import World
 
 SHAPE_FLAGS = ("dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len")
 ONLINE_FLAGS = ("kl_interval", "kl_batch_size")

@@ -40,13 +40,28 @@ def conclusion(ranking: list[int], fence: str) -> str:
     return "\n".join([f"<conclusion {fence}>", *lines, f"</conclusion {fence}>"])
 
 
-class FakeApi(ThreadingHTTPServer):
+class LocalServer(ThreadingHTTPServer):
+    """A server on localhost that runs while it is entered."""
+
+    daemon_threads, request_queue_size = True, 128
+
+    def __enter__(self):
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.shutdown()
+        self.server_close()
+
+    def handle_error(self, request, client_address):
+        pass  # a client that was killed
+
+
+class FakeApi(LocalServer):
     """`faults` names what happens to each request in turn, then all is well. Counts what it was asked and what it did.
 
     A question never gets two unusable replies, and never four failures one after the other: it can be answered.
     """
-
-    daemon_threads, request_queue_size = True, 128
 
     def __init__(self, faults=(), port: int = 0, score=offline_judge.score, stall: float = 30.0, patience: bool = True):
         super().__init__(("127.0.0.1", port), Handler)
@@ -56,14 +71,6 @@ class FakeApi(ThreadingHTTPServer):
         self.headers: list[str] = []
         self.usage = None  # instead of what a request took
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
-
-    def __enter__(self):
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.shutdown()
-        self.server_close()
 
     def fault_for(self, question: str) -> str:
         with self.lock:
@@ -79,9 +86,6 @@ class FakeApi(ThreadingHTTPServer):
                     fault = ""
             self.done[fault] += 1
             return fault
-
-    def handle_error(self, request, client_address):
-        pass  # a client that was killed
 
     def reply(self, fault: str, stories: list[str], fence: str) -> tuple[str | list | None, str]:
         """(content, finish_reason)"""

@@ -5,11 +5,11 @@ import io
 import os
 import random
 import tarfile
-import threading
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import pytest
+from fake_api import LocalServer
 
 import download
 import tinystories_data as data
@@ -20,27 +20,14 @@ RECOVERS = ["truncate", "503", "429", "reset"]  # trying again helps
 REFUSED = ["404", "web page", "wrong bytes", "gzip", "no hash"]  # it does not
 
 
-class FakeHub(ThreadingHTTPServer):
+class FakeHub(LocalServer):
     """Serves `content` under every path, `faults` first; announces its SHA-256 as the Hugging Face hub does."""
-
-    daemon_threads = True
 
     def __init__(self, faults=(), ranges: str = "honest", content: bytes = CONTENT):
         super().__init__(("127.0.0.1", 0), Handler)
         self.faults, self.ranges, self.content = iter(faults), ranges, content
         self.sent, self.asked = Counter(), []
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
-
-    def __enter__(self):
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.shutdown()
-        self.server_close()
-
-    def handle_error(self, request, client_address):
-        pass
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -11,6 +11,7 @@ from fake_api import FakeApi, conclusion, stories_of
 from test_offline_judge import PLAIN, RICH
 
 import judge
+import win_rate
 from chat import Journal
 from judge import PROMPT, BothOrders, JudgeFlags, OfflineJudge, fill, make_fence, parse_conclusion, rank_in_both_orders
 
@@ -205,7 +206,7 @@ def test_length_controlled_rate_by_hand():
     preferences = ([1.0] * 20 + [0.0] * 80 + [1.0] * 60 + [0.0] * 40) * 100  # many, so that the penalty is nothing
     differences = ([-1.0] * 100 + [1.0] * 100) * 100
     a = (np.log(0.2 / 0.8) + np.log(0.6 / 0.4)) / 2
-    assert judge.length_controlled_rate(preferences, differences) == pytest.approx(1 / (1 + np.exp(-a)), abs=1e-4)
+    assert win_rate.length_controlled_rate(preferences, differences) == pytest.approx(1 / (1 + np.exp(-a)), abs=1e-4)
 
 
 @pytest.mark.parametrize("seed,n,a,b,shift,package", [
@@ -218,7 +219,7 @@ def test_length_controlled_rate_is_that_of_alpaca_eval(seed, n, a, b, shift, pac
     differences = [round(rng.gauss(shift, 280)) for _ in range(n)]
     wins = [1 / (1 + math.exp(-(a + b * math.tanh(d / 280)))) for d in differences]
     preferences = [0.5 if rng.random() < 0.15 else float(rng.random() < p) for p in wins]
-    assert 100 * judge.length_controlled_rate(preferences, differences) == pytest.approx(package, abs=0.05)
+    assert 100 * win_rate.length_controlled_rate(preferences, differences) == pytest.approx(package, abs=0.05)
 
 
 def test_the_fit_is_at_its_minimum():
@@ -226,21 +227,21 @@ def test_the_fit_is_at_its_minimum():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(60, 2)), rng.random(60)
     for C in (0.05, 0.5, 1e4):
-        w = judge.fit(x, y, C)
+        w = win_rate.fit(x, y, C)
 
         def objective(w):
-            return judge.cross_entropy(x, y, w).sum() + np.abs(w).sum() / C
+            return win_rate.cross_entropy(x, y, w).sum() + np.abs(w).sum() / C
 
         assert all(objective(w) <= objective(w + 1e-3 * rng.normal(size=2)) for _ in range(200))
-    assert judge.fit(x, y, 1e-3).tolist() == [0, 0]
+    assert win_rate.fit(x, y, 1e-3).tolist() == [0, 0]
 
 
 def test_length_controlled_rate_at_its_limits():
-    assert judge.length_controlled_rate([1.0, 0.0, 0.5, 1.0], [3.0] * 4) == pytest.approx(0.625, abs=1e-3)  # equal lengths
-    assert judge.length_controlled_rate([1.0] * 50, list(range(50))) > 0.95  # all won, and finite
-    assert judge.length_controlled_rate([1.0, 0.0] * 50, [9.0, -9.0] * 50) == pytest.approx(0.5)  # only length decides
-    swapped = judge.length_controlled_rate([0.0, 1.0, 0.5, 0.0, 1.0], [-3, 1, 4, 1, -5])
-    assert judge.length_controlled_rate([1.0, 0.0, 0.5, 1.0, 0.0], [3, -1, -4, -1, 5]) == pytest.approx(1 - swapped)
+    assert win_rate.length_controlled_rate([1.0, 0.0, 0.5, 1.0], [3.0] * 4) == pytest.approx(0.625, abs=1e-3)  # equal lengths
+    assert win_rate.length_controlled_rate([1.0] * 50, list(range(50))) > 0.95  # all won, and finite
+    assert win_rate.length_controlled_rate([1.0, 0.0] * 50, [9.0, -9.0] * 50) == pytest.approx(0.5)  # only length decides
+    swapped = win_rate.length_controlled_rate([0.0, 1.0, 0.5, 0.0, 1.0], [-3, 1, 4, 1, -5])
+    assert win_rate.length_controlled_rate([1.0, 0.0, 0.5, 1.0, 0.0], [3, -1, -4, -1, 5]) == pytest.approx(1 - swapped)
 
 
 def write(path, *texts: str) -> str:
