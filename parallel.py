@@ -15,6 +15,7 @@ import glob
 import json
 import os
 import shutil
+import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from checkpoint import sha256_of
 
 KEPT = 2  # states of a run on disk
+CONNECT_SECONDS = 120.0  # for all processes to find each other, once torchrun has started them
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,13 @@ def start(device: str, dtype: str = "float32") -> World:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
+        # After a restart by torchrun, gloo's processes now and then wait for each other for ever (seen in 2 of 20).
+        # Ending this one makes torchrun try again.
+        giving_up = threading.Timer(CONNECT_SECONDS, os._exit, [1])
+        giving_up.daemon = True
+        giving_up.start()
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", **alone)
+        giving_up.cancel()
     return World(dist.get_rank(), size, device, dtype)
 
 

@@ -38,7 +38,7 @@ from folders import fill, on_meta, open_folder
 from groups import EncodedGroup, encode_groups, micro_batches, read_groups, require
 from judge import OfflineJudge, make_judge
 from losses import LOSSES
-from model import ModelArgs, Transformer
+from model import ModelArgs, Transformer, rope_tables
 from parallel import World, full
 from pretokenize import TokenWindows
 from step import OnlineSamples, draw_online, gradient_step, groups_of_step, make_optimizer, online_of
@@ -197,15 +197,25 @@ def load_of(config: TrainConfig, objective: Objective, policy: Checkpoint, group
 
 
 def gathered(policy: Checkpoint, world: World) -> Checkpoint | None:
-    """The policy with all its weights, on the CPU of the first process; the others get None. All have to ask."""
-    weights = {}
-    for name, weight in policy.model.state_dict().items():
+    """The policy with all its weights, on the CPU of the first process; the others get None. All have to ask.
+
+    Of a bfloat16 run they are bfloat16, as its layers computed: nobody holds all of a large model in float32. The
+    weights that the optimizer goes on from are in the state.
+    """
+    weights, model = {}, policy.model
+    for name, weight in model.state_dict().items():
         whole_weight = full(weight.detach())  # one at a time
         if world.rank == 0:
-            weights[name] = whole_weight.cpu()
+            weights[name] = whole_weight.to("cpu", getattr(torch, world.dtype))
     if world.rank > 0:
         return None
-    return dataclasses.replace(policy, model=checkpoints.build("the policy", policy.model.args, weights))
+    if model.tied:
+        return dataclasses.replace(policy, model=checkpoints.build("the policy", model.args, weights))
+    with torch.device("meta"):
+        copy = Transformer(model.args, tied=False)
+    copy.load_state_dict(weights, assign=True)
+    copy.freqs_cos, copy.freqs_sin = rope_tables(model.args)
+    return dataclasses.replace(policy, model=copy)
 
 
 def save(config: TrainConfig, policy: Checkpoint, verdict: Verdict | None, best: float, world: World) -> float:

@@ -196,6 +196,22 @@ def test_two_processes_train_from_a_folder_as_one_does(tmp_path, tokenizer, monk
     assert_close("three", "four", 2e-4)
 
 
+def test_a_bfloat16_run_keeps_bfloat16_checkpoints_that_load_and_export(tmp_path, tokenizer, monkeypatch):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    folder = hf_folder(tmp_path / "model", untied())
+    checkpoints.copy_tokenizer(tokenizer, folder)
+    texts = [[f"the owl sang {i} {j} times." for j in range(3)] for i in range(8)]
+    write(tmp_path / "ranked.jsonl", *({"responses": t, "ranking": [2, 0, 1]} for t in texts))
+    run(2, ["--init_from=model", "--data=ranked.jsonl", "--max_iters=1", "--batch_size=4", "--eval_stories=2", "--max_new_tokens=12",
+            "--kl_batch_size=4", "--learning_rate=0", "--dtype=bfloat16", "--out_dir=out"])
+    weights = torch.load("out/best.pt", weights_only=True)["model"]
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    loaded, exported = checkpoints.load("out/best.pt").model, checkpoints.load("out/model.bin").model
+    for name, weight in untied().state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weight.bfloat16().float()), name
+        assert torch.equal(exported.state_dict()[name], weight.bfloat16().float()), name
+
+
 # --- Llama 3's tokenizer -------------------------------------------------------------------------
 
 

@@ -1,7 +1,12 @@
 """--plan against what is really kept."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
+from conftest import ROOT
 from test_model import tiny
 from test_spo_train import workshop  # noqa: F401 (a fixture)
 from test_tinystories_data import tokenizer  # noqa: F401 (a fixture)
@@ -54,6 +59,23 @@ def test_llama_2_7b_on_4_processes():
         kinds = memory(LLAMA2, False, load(processes=processes, dtype="bfloat16", longest=1024))
         assert sum(kinds[k] for k in ("weights", "gradients", "AdamW's moments")) / GIB == pytest.approx(wanted, abs=0.01)
         assert kinds["whole policy to generate"] / GIB == pytest.approx(12.55, abs=0.01)
+
+
+def test_the_shards_of_a_7b_are_what_the_plan_says():
+    """FSDP2 on the meta device, with a process group that pretends to be 4."""
+    code = (
+        "import torch, torch.distributed as dist\n"
+        "from torch.testing._internal.distributed.fake_pg import FakeStore\n"
+        "import parallel\nfrom model import Transformer\nfrom test_plan import LLAMA2\n"
+        "dist.init_process_group('fake', store=FakeStore(), rank=0, world_size=4)\n"
+        "with torch.device('meta'):\n    model = Transformer(LLAMA2, tied=False)\n"
+        "parallel.shard(model, parallel.World(0, 4))\n"
+        "print(sum(4 * p.to_local().numel() for p in model.parameters()))"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{os.path.join(ROOT, 'tests')}"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) == memory(LLAMA2, False, load(processes=4))["weights"]
 
 
 def test_the_flag_prints_and_trains_nothing(workshop, tmp_path, capsys):  # noqa: F811
