@@ -9,6 +9,7 @@ its part, readable by any number of processes) and a state.json. Nothing in it c
 """
 
 import contextlib
+import datetime
 import functools
 import gc
 import glob
@@ -30,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from checkpoint import sha256_of
 
 KEPT = 2  # states of a run on disk
+PATIENCE = datetime.timedelta(hours=6)  # the others wait for the first process while it asks an API judge
 CONNECT_SECONDS = 120.0  # for all processes to find each other, once torchrun has started them
 
 
@@ -101,7 +103,7 @@ def start(device: str, dtype: str = "float32") -> World:
         giving_up = threading.Timer(CONNECT_SECONDS, os._exit, [1])
         giving_up.daemon = True
         giving_up.start()
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", **alone)
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=PATIENCE, **alone)
         giving_up.cancel()
     return World(dist.get_rank(), size, device, dtype)
 
