@@ -225,9 +225,9 @@ def find_state(folder: str, which: str) -> str | None:
     states = states_in(folder)
     if which == "auto":
         for path in reversed(states):
-            if damage(path) is None:
+            if (reason := damage(path)) is None:
                 return path
-            print(f"{path}: {damage(path)}; passed over", flush=True)
+            print(f"{path}: {reason}; passed over", flush=True)
         return None
     if which == "newest" and not states:
         raise ValueError(f"--resume: there is no state of a run in {folder}; start it without --resume, or with --resume=auto")

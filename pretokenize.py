@@ -132,7 +132,7 @@ class TokenWindows:
 
     def __init__(self, path: str, length: int, vocab_size: int):
         """path: a .bin file or a folder of them. ValueError if there is no window in it."""
-        self.path, self.length, self.vocab_size = path, length, vocab_size
+        self.length, self.vocab_size = length, vocab_size
         candidates = token_files(path) or [path]
         self.files = [file for file in candidates if os.path.isfile(file) and os.path.getsize(file) > 1]
         self.streams = [np.memmap(file, np.uint16, "r") for file in self.files]

@@ -212,10 +212,10 @@ def gathered(policy: Checkpoint, world: World) -> Checkpoint | None:
     if model.tied:
         return dataclasses.replace(policy, model=checkpoints.build("the policy", model.args, weights))
     with torch.device("meta"):
-        copy = Transformer(model.args, tied=False)
-    copy.load_state_dict(weights, assign=True)
-    copy.freqs_cos, copy.freqs_sin = rope_tables(model.args)
-    return dataclasses.replace(policy, model=copy)
+        unsharded = Transformer(model.args, tied=False)
+    unsharded.load_state_dict(weights, assign=True)
+    unsharded.freqs_cos, unsharded.freqs_sin = rope_tables(model.args)
+    return dataclasses.replace(policy, model=unsharded)
 
 
 def save(config: TrainConfig, policy: Checkpoint, verdict: Verdict | None, best: float, world: World) -> float:
@@ -246,6 +246,9 @@ def train(config: TrainConfig, world: World) -> None:
     groups, prompts = load_groups(config, objective.loss.data, tokenizer, policy, world.say)
     if config.max_iters is None:  # one epoch: the least that uses every group
         config = dataclasses.replace(config, max_iters=math.ceil(len(groups) / config.batch_size))
+    if config.plan is not None:
+        world.say(plan.report(policy.model.args, policy.model.tied, load_of(config, objective, policy, groups), world.device))
+        return
     policy.config |= dataclasses.asdict(config)
     prompt_ids = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
 
@@ -257,9 +260,6 @@ def train(config: TrainConfig, world: World) -> None:
         start, tokenizer, prompts, config.eval_stories, judge=make_judge(config) if world.rank == 0 else OfflineJudge(),
         seed=config.seed, max_new_tokens=config.max_new_tokens, baseline=config.baseline, world=world,
     ) if judged else None
-    if config.plan is not None:
-        world.say(plan.report(policy.model.args, policy.model.tied, load_of(config, objective, policy, groups), world.device))
-        return
     world.say(describe(config, objective, policy, groups, world.device))
     state = world.from_first(lambda: state_to_resume(config)) if config.resume else None
     if state is None:
