@@ -16,7 +16,6 @@ import glob
 import json
 import os
 import shutil
-import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,7 +31,6 @@ from checkpoint import sha256_of
 
 KEPT = 2  # states of a run on disk
 PATIENCE = datetime.timedelta(hours=6)  # the others wait for the first process while it asks an API judge
-CONNECT_SECONDS = 120.0  # for all processes to find each other, once torchrun has started them
 
 
 @dataclass(frozen=True)
@@ -97,14 +95,14 @@ def start(device: str, dtype: str = "float32") -> World:
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
-        # After a restart by torchrun, gloo's processes now and then wait for each other for ever (seen in 2 of 20).
-        # Ending this one makes torchrun try again.
-        giving_up = threading.Timer(CONNECT_SECONDS, os._exit, [1])
-        giving_up.daemon = True
-        giving_up.start()
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=PATIENCE, **alone)
-        giving_up.cancel()
+        if size == 1:
+            store, rank = dist.HashStore(), 0
+        else:
+            store, rank, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
+            # torchrun keeps one store over its restarts, and in it the addresses of the processes that died.
+            store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        backend = "nccl" if device.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, timeout=PATIENCE, store=store, rank=rank, world_size=size)
     return World(dist.get_rank(), size, device, dtype)
 
 
