@@ -4,8 +4,9 @@ Knows no loss, no data and no process group. `model(tokens)` gives logits for ev
 `generate` samples in batches with a key-value cache.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -101,6 +102,20 @@ class KVCache:
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(head_dim)) v, no mask: q (N, KV, Q, head_dim), k, v (N, KV, T, head_dim) -> as q."""
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v)
+    # On a CPU two products take half of the time, but not those of oneDNN ("medium"): it is slow at small ones.
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    k, v = k.flatten(0, 1), v.flatten(0, 1)
+    scores = torch.bmm(q.flatten(0, 1).to(k.dtype) * q.shape[-1] ** -0.5, k.transpose(1, 2))
+    y = torch.bmm(scores.softmax(-1), v)
+    torch.set_float32_matmul_precision(precision)
+    return y.view(q.shape)
+
+
 class Attention(nn.Module):
     def __init__(self, layer: int, args: ModelArgs):
         super().__init__()
@@ -115,15 +130,14 @@ class Attention(nn.Module):
         q = rotate(self.wq(x).view(N, T, self.n_heads, -1), cos, sin).transpose(1, 2)  # (N, heads, T, head_dim)
         k = rotate(self.wk(x).view(N, T, self.n_kv_heads, -1), cos, sin).transpose(1, 2)
         v = self.wv(x).view(N, T, self.n_kv_heads, -1).transpose(1, 2)
-        if cache is not None:
-            k, v = cache.extend(self.layer, k, v)
+        keys, values = (k, v) if cache is None else cache.extend(self.layer, k, v)
         if T == 1:
             # One query sees every key, so the heads that share a key head can stand in the place of
             # queries: no mask, and grouped-query attention without copying keys.
             q = q.reshape(N, self.n_kv_heads, -1, q.shape[-1])  # (N, KV, heads per KV, head_dim)
-            y = F.scaled_dot_product_attention(q, k, v).reshape(N, 1, -1)
+            y = attend(q, keys, values).to(x.dtype).reshape(N, 1, -1)
         else:
-            assert k.shape[2] == T, "several tokens at once only from position 0: the mask is square"
+            assert keys.shape[2] == T, "several tokens at once only from position 0: the mask is square"
             y = F.scaled_dot_product_attention(
                 q, k, v, is_causal=True, enable_gqa=self.n_kv_heads != self.n_heads
             )
@@ -208,6 +222,10 @@ class Transformer(nn.Module):
         """
         return self.output(self.hidden(tokens, cache))
 
+    def with_head(self, tokens: Tensor, head: Callable[[Tensor, Tensor], Any]) -> Any:
+        """head(hidden states (N, T, D), classifier (V, D)), for who needs no logits at every position."""
+        return head(self.hidden(tokens), self.output.weight)
+
     def next_logits(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """Token ids (N, T) -> logits (N, V) of the token behind the last."""
         return self.output(self.hidden(tokens, cache)[:, -1])
@@ -231,14 +249,32 @@ def sample_token(
 ) -> Tensor:
     """One id per row of logits (N, V), by inverting the cumulative distribution at uniforms (N,) in [0, 1).
 
-    Unlike torch.multinomial it spends one number per row, known beforehand: a row's draw is its own.
+    Unlike torch.multinomial it spends one number per row, known beforehand: a row's draw is its own. The logits are used up:
+    their probabilities are written over them.
     """
     if temperature == 0:
         return logits.argmax(-1)
-    p = filter_logits(logits.float() / temperature, top_k, top_p).softmax(-1)
-    cdf = p.cumsum(-1, dtype=torch.float64)
-    threshold = uniforms.unsqueeze(-1) * cdf[:, -1:]  # the sum is 1 only up to rounding
-    return torch.searchsorted(cdf, threshold, right=True).squeeze(-1).clamp_(max=logits.shape[-1] - 1)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).div_(temperature)
+    p = torch.softmax(filter_logits(logits, top_k, top_p), -1, out=logits)
+    # First the block of 128 words, then the word in it: a sum over all is cheap, a running one is not.
+    N, V = p.shape
+    blocks = (F.pad(p, (0, -V % 128)) if V % 128 else p).view(N, -1, 128)
+    block, rest = invert(blocks.sum(-1), uniforms)
+    inside, _ = invert(blocks[torch.arange(N, device=p.device), block], rest)
+    return (128 * block + inside).clamp_(max=V - 1)
+
+
+def invert(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Where u (N,) in [0, 1) falls in the distribution of weights (N, K): (index, where in [0, 1) of that weight)."""
+    cdf = weights.cumsum(-1, dtype=torch.float64)
+    u = u.unsqueeze(-1) * cdf[:, -1:]
+    index = torch.searchsorted(cdf, u, right=True).clamp_(max=cdf.shape[1] - 1)
+    weight = weights.gather(1, index)
+    rest = ((u - cdf.gather(1, index) + weight) / weight).clamp_(0, 1 - 2**-53)
+    return index.squeeze(1), rest.squeeze(1)
+
+
+LOOK = 8  # tokens between two looks at which rows have ended
 
 
 @torch.inference_mode()
@@ -280,37 +316,43 @@ def generate(
         raise ValueError(f"need temperature >= 0, top_k >= 1, 0 < top_p <= 1; got {temperature}, {top_k}, {top_p}")
     device, N, max_new_tokens = model.device, len(lengths), min(max_new_tokens, context)
     end = min(context, max(lengths) + max_new_tokens)
-    tokens = torch.zeros(N, end, dtype=torch.long)
+    tokens, uniforms = np.zeros((N, end), dtype=np.int64), np.zeros((N, end))
     for row, prompt in enumerate(prompt_tokens):
-        tokens[row, : lengths[row]] = torch.tensor(prompt)
-    streams = [(*np.atleast_1d(seed).tolist(), first_row + i) for i in range(N)]
-    uniforms = torch.from_numpy(np.stack([np.random.default_rng(stream).random(end) for stream in streams]))
-    tokens, uniforms = tokens.to(device), uniforms.to(device)
-    first = torch.tensor(lengths, device=device)  # each row's first position to fill
-    last = (first + max_new_tokens).clamp(max=end)  # and the first one not to fill any more
+        tokens[row, : lengths[row]] = prompt
+        stream = np.random.default_rng((*np.atleast_1d(seed).tolist(), first_row + row))
+        uniforms[row, lengths[row] :] = stream.random(end)[: end - lengths[row]]
+    written = torch.from_numpy(tokens).to(device)
+    ends = torch.tensor(lengths, device=device) + max_new_tokens  # each row's first position not to fill any more
+    ends = ends.clamp(max=end)
     stop = torch.tensor(list(stop_ids), device=device, dtype=torch.long)
 
-    rows = torch.arange(N, device=device)  # the rows still being written
+    rows = torch.arange(N, device=device)  # the rows still being written: what belongs to them lies side by side
+    tokens, uniforms, last = written.clone(), torch.from_numpy(uniforms).to(device), ends.clone()
+    first = torch.tensor(lengths, device=device)
+    dtype = model.tok_embeddings.weight.dtype
+    if device.type == "cpu":
+        dtype = torch.promote_types(dtype, torch.float32)  # its small products are no faster in bfloat16
+    cache = KVCache(model.args, N, end, device, dtype)
     position = min(lengths)
-    cache = KVCache(model.args, N, end, device, model.tok_embeddings.weight.dtype)
     logits = model.next_logits(tokens[:, :position], cache)  # (N, V)
     while True:
-        prompted = first[rows] > position  # this row's prompt goes on: its token is given, not drawn
-        draw = uniforms[rows, (position - first[rows]).clamp(min=0)]
-        drawn = sample_token(logits, draw, temperature, top_k, top_p)
-        drawn = torch.where(prompted, tokens[rows, position], drawn)
-        tokens[rows, position] = drawn
-        ended = (torch.isin(drawn, stop) & ~prompted) | (last[rows] <= position + 1)
-        last[rows] = torch.where(ended, last[rows].clamp(max=position + 1), last[rows])
+        drawn = sample_token(logits, uniforms[:, position], temperature, top_k, top_p)
+        stopped = (drawn.unsqueeze(1) == stop).any(1)
+        if position < max(lengths):  # some prompts go on: their token is given, not drawn
+            prompted = first > position
+            drawn, stopped = torch.where(prompted, tokens[:, position], drawn), stopped & ~prompted
+        tokens[:, position] = drawn
         position += 1
-        alive = last[rows] > position
-        n_alive = int(alive.sum())
-        if n_alive == 0:
-            break
-        if n_alive <= 0.75 * len(rows):  # leave the finished behind; rarely, since it copies the cache
-            keep = alive.nonzero().squeeze(1)
-            cache.keep(keep)
-            rows = rows[keep]
-        logits = model.next_logits(tokens[rows, position - 1].unsqueeze(1), cache)
-    tokens, last = tokens.tolist(), last.tolist()
-    return [tokens[i][lengths[i] : last[i]] for i in range(N)]
+        last = torch.where(stopped, last.clamp(max=position), last)
+        if position % LOOK == 0 or position == end:  # not at every token: a GPU would have to wait for the answer
+            alive = last > position
+            count = int(alive.sum())
+            if count <= 0.75 * len(rows):  # leave the finished behind; rarely, since it copies the cache
+                written[rows], ends[rows] = tokens, last
+                rows, tokens, uniforms, first, last = (x[alive] for x in (rows, tokens, uniforms, first, last))
+                cache.keep(alive)
+            if count == 0:
+                break
+        logits = model.next_logits(tokens[:, position - 1 : position], cache)
+    written, ends = written.tolist(), ends.tolist()
+    return [written[i][lengths[i] : ends[i]] for i in range(N)]

@@ -127,11 +127,11 @@ def test_a_sequence_ends_with_its_terminator_and_never_holds_it_before():
 def test_sampling_follows_the_distribution():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(20000, 4)
     uniforms = torch.rand(20000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    share = torch.bincount(sample_token(logits, uniforms, 1.0), minlength=4) / 20000
+    share = torch.bincount(sample_token(logits.clone(), uniforms, 1.0), minlength=4) / 20000
     assert torch.allclose(share, logits[0].softmax(0), atol=0.01)
-    assert set(sample_token(logits, uniforms, 1.0, top_k=2).tolist()) == {0, 1}
-    assert set(sample_token(logits, uniforms, 1.0, top_p=0.7).tolist()) == {0, 1}  # 0.64 alone is less than 0.7
-    assert set(sample_token(logits, uniforms, 1.0, top_p=0.6).tolist()) == {0}
+    assert set(sample_token(logits.clone(), uniforms, 1.0, top_k=2).tolist()) == {0, 1}
+    assert set(sample_token(logits.clone(), uniforms, 1.0, top_p=0.7).tolist()) == {0, 1}  # 0.64 alone is less than 0.7
+    assert set(sample_token(logits.clone(), uniforms, 1.0, top_p=0.6).tolist()) == {0}
 
 
 def test_generate_ends_with_the_context_and_refuses_a_prompt_that_fills_it():
