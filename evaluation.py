@@ -11,8 +11,8 @@ import offline_judge
 from chat import BudgetSpent, Stopped
 from checkpoint import Checkpoint
 from groups import micro_batches, read_groups
+from head import token_kl
 from judge import Judge, compare_all
-from losses import token_kl
 from parallel import World, whole
 from sampling import sample, spread, story_records
 from tokenizer import Tokenizer
@@ -109,9 +109,10 @@ class Evaluation:
             records, _ = self.stories(self.reference, which, purpose, "stories of the reference")
             self.baselines[which] = [record["prompt"] + record["text"] for record in records]
         records, samples = self.stories(checkpoint, which, SELECT if which == "select" else REPORT, "stories")
-        kl, model = 0.0, checkpoint.model
+        kl, model, reference = 0.0, checkpoint.model, self.reference.model
         for batch in micro_batches(samples, None, model.args.vocab_size, self.world.device):
-            kl += float(token_kl(model(batch.tokens), self.reference.model(batch.tokens), batch.mask).sum())
+            hidden, reference_hidden = model.hidden(batch.tokens), reference.hidden(batch.tokens)
+            kl += float(token_kl(hidden, model.output.weight, reference_hidden, reference.output.weight, batch.mask).sum())
         kl = float(self.world.total(torch.tensor(kl, dtype=torch.float64)))
         texts = [record["prompt"] + record["text"] for record in records]
         score = sum(map(offline_judge.score, texts)) / len(texts)

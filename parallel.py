@@ -126,7 +126,8 @@ def shard(model, world: World) -> None:
     # The root is resharded, too: it would stay whole after a pass without gradient, and the next pass would use it
     # as it was before the optimizer's step.
     fully_shard(model, reshard_after_forward=True, **precision)
-    register_fsdp_forward_method(model, "next_logits")
+    for method in ("with_head", "next_logits"):
+        register_fsdp_forward_method(model, method)
 
 
 def checkpoint_activations(model) -> None:

@@ -65,8 +65,9 @@ def memory(args: ModelArgs, tied: bool, load: Load) -> dict[str, int]:
         "reference": 4 * share if load.reference else 0,
         "gathered layers": width * (2 * layer + root) if sharded else 0,
         "activations": kept,
-        "logits": 3 * 4 * tokens * args.vocab_size,  # themselves, their softmax, their gradient
-        "reference's logits of the samples": 4 * samples * min(load.new_tokens, args.max_seq_len) * args.vocab_size,
+        "gradient of the logits": 4 * tokens * args.vocab_size,  # written over the logits
+        "classifier for the KL": width * args.vocab_size * args.dim if sharded and load.online else 0,
+        "reference's states of the samples": width * samples * min(load.new_tokens, args.max_seq_len) * args.dim,
         "whole policy to generate": width * numbers if sharded else 0,
         "whole reference to judge": width * numbers if sharded and load.eval_stories else 0,
         "key-value cache": 2 * stories * cache_tokens * args.n_layers * args.n_kv_heads * args.head_dim * width,
@@ -76,9 +77,10 @@ def memory(args: ModelArgs, tied: bool, load: Load) -> dict[str, int]:
 def report(args: ModelArgs, tied: bool, load: Load, device: str) -> str:
     """A table of the kinds, the peak of training and of generation, and whether they fit."""
     kinds = memory(args, tied, load)
-    always = ("weights", "AdamW's moments", "reference", "reference's logits of the samples")
+    always = ("weights", "AdamW's moments", "reference", "reference's states of the samples")
     phases = {
-        "training": (*always, "gradients", "gathered layers", "activations", "logits"),
+        "training": (*always, "gradients", "gathered layers", "activations", "gradient of the logits",
+                     "classifier for the KL"),
         "generation and evaluation": (*always, "whole policy to generate", "whole reference to judge", "key-value cache"),
     }
     peaks = {phase: sum(kinds[kind] for kind in names) for phase, names in phases.items()}

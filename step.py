@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+import head
 from checkpoint import Checkpoint
 from evaluation import ONLINE
 from groups import Batch, EncodedGroup, micro_batches
-from losses import clamped, importance, sequence_logps, token_kl
+from losses import clamped, importance
 from model import Transformer
 from parallel import World, full, whole
 from sampling import sample
@@ -57,15 +58,32 @@ def groups_of_step(groups: Sequence[EncodedGroup], batch_size: int, step: int, s
 
 def tensors_of(batch: Batch, wanted: set[str], policy: Transformer, reference: Transformer | None) -> dict[str, Tensor]:
     """The (B, n) tensors that losses and regularizers read of a batch, those of `wanted` at least."""
-    logits = policy(batch.tokens)
-    tensors = {"policy_logps": sequence_logps(logits, batch.tokens, batch.mask), "lengths": batch.lengths}
+    tokens, mask, other = batch.tokens, batch.mask, None
+    tensors = {"lengths": batch.lengths}
     if wanted & {"reference_logps", "response_kl"}:
-        with torch.no_grad():
-            reference_logits = reference(batch.tokens)
-        tensors["reference_logps"] = sequence_logps(reference_logits, batch.tokens, batch.mask)
+        other = read_reference(reference, tokens)
+        tensors["reference_logps"] = head.sequence_logps(*other, tokens, mask)
+
+    def read(hidden: Tensor, classifier: Tensor) -> dict[str, Tensor]:
+        values = {"policy_logps": head.sequence_logps(hidden, classifier, tokens, mask)}
         if "response_kl" in wanted:
-            tensors["response_kl"] = token_kl(logits, reference_logits, batch.mask)
+            values["response_kl"] = head.token_kl(hidden, classifier, *other, mask)
+        return values
+
+    tensors |= policy.with_head(tokens, read)
     return {name: tensor.view(-1, batch.n) for name, tensor in tensors.items()}
+
+
+@torch.no_grad()
+def read_reference(reference: Transformer, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """(hidden states (N, T, D) of the reference, its classifier (V, D))."""
+    hidden = reference.with_head(tokens, lambda hidden, classifier: hidden)
+    return hidden, classifier_of(reference, hidden.dtype)
+
+
+def classifier_of(model: Transformer, dtype: torch.dtype) -> Tensor:
+    """(V, D), gathered if the model is sharded: all processes have to ask."""
+    return full(model.output.weight.detach()).to(dtype)
 
 
 def batch_statistic(
@@ -126,14 +144,14 @@ def preference_backward(
 
 @dataclass
 class OnlineSamples:
-    """Samples of the policy, and the reference's logits of them: both stay for kl_interval steps.
+    """Samples of the policy, and the reference's hidden states of them: both stay for kl_interval steps.
 
-    samples  those of all processes; batches and logits are of this process's share
+    samples  those of all processes; batches and hidden states (N, T, D) are of this process's share
     """
 
     samples: list[EncodedGroup]
     batches: list[Batch]
-    reference_logits: list[Tensor]
+    reference_hidden: list[Tensor]
 
 
 def draw_online(
@@ -151,18 +169,18 @@ def draw_online(
 def online_of(config: TrainConfig, samples: list[EncodedGroup], reference: Transformer, world: World) -> OnlineSamples:
     mine = samples[world.share(len(samples))]
     batches = micro_batches(mine, config.micro_batch_size, reference.args.vocab_size, world.device, world.most)
-    with torch.no_grad():
-        return OnlineSamples(samples, batches, [reference(batch.tokens) for batch in batches])
+    return OnlineSamples(samples, batches, [read_reference(reference, batch.tokens)[0] for batch in batches])
 
 
 def regularizer_backward(
-    objective: Objective, policy: Transformer, online: OnlineSamples, world: World = World()
+    objective: Objective, policy: Transformer, reference: Transformer, online: OnlineSamples, world: World = World()
 ) -> dict[str, Tensor]:
     """Adds the gradient of beta * mean(regularizer) on the online samples; returns the mean KL, in nats."""
     count = len(online.samples)
-    kl = 0.0
-    for batch, reference_logits in zip(online.batches, online.reference_logits):
-        online_kl = token_kl(policy(batch.tokens), reference_logits, batch.mask)
+    kl, classifier = 0.0, classifier_of(reference, online.reference_hidden[0].dtype)
+    for batch, hidden in zip(online.batches, online.reference_hidden):
+        online_kl = policy.with_head(
+            batch.tokens, lambda *policy_head: head.token_kl(*policy_head, hidden, classifier, batch.mask))
         (objective.beta * objective.regularizer(online_kl).sum() * world.size / count).backward()
         kl += online_kl.detach().sum() / count
     return {"kl": world.total(kl)}
@@ -180,7 +198,7 @@ def gradient_step(
     batches = micro_batches(mine, config.micro_batch_size, policy.args.vocab_size, world.device, world.most)
     logged = preference_backward(objective, policy, reference, batches, world)
     if online is not None:
-        logged |= regularizer_backward(objective, policy, online, world)
+        logged |= regularizer_backward(objective, policy, reference, online, world)
     logged["grad_norm"] = full(torch.nn.utils.clip_grad_norm_(policy.parameters(), config.grad_clip or math.inf))
     logged = {name: float(value) for name, value in logged.items()}
     if not (math.isfinite(logged["loss"]) and math.isfinite(logged["grad_norm"])):

@@ -28,7 +28,7 @@ def gradients(world, objective, policy, reference, groups, samples, micro_batch_
     batches = micro_batches(groups[world.rank :: world.size], micro_batch_size, 64, "cpu", world.most)
     logged = preference_backward(objective, policy, reference, batches, world)
     if objective.online:
-        logged |= regularizer_backward(objective, policy, online_of(config, samples, reference, world), world)
+        logged |= regularizer_backward(objective, policy, reference, online_of(config, samples, reference, world), world)
     return float(logged["loss"]), {name: full(p.grad) for name, p in policy.named_parameters()}
 
 

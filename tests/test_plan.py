@@ -50,7 +50,7 @@ def test_what_is_exact_is_exact():
     assert kinds["weights"] == kinds["gradients"] == kinds["reference"] == 4 * numbers and kinds["AdamW's moments"] == 8 * numbers
     cache = KVCache(model.args, 128, 64, "cpu", torch.float32)
     assert kinds["key-value cache"] == cache.keys.nbytes + cache.values.nbytes  # 60 + 50 tokens are more than the context
-    assert kinds["reference's logits of the samples"] == 32 * 60 * 64 * 4
+    assert kinds["reference's states of the samples"] == 32 * 60 * model.args.dim * 4
 
 
 def test_llama_2_7b_on_4_processes():

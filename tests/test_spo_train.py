@@ -100,11 +100,11 @@ def test_kl_is_zero_at_step_0_and_its_micro_batches_add_up():
     config = TrainConfig(kl_batch_size=6, max_new_tokens=20, micro_batch_size=2)
     objective = objective_of("spo_rank", beta=1.0)
     online = spo_train.draw_online(config, start, reference, [[1], [1, 5]], 0)
-    assert float(steps.regularizer_backward(objective, start.model, online)["kl"]) == 0.0
+    assert float(steps.regularizer_backward(objective, start.model, reference, online)["kl"]) == 0.0
 
     policy = perturbed(reference)
     policy.zero_grad()
-    kl = steps.regularizer_backward(objective, policy, online)["kl"]
+    kl = steps.regularizer_backward(objective, policy, reference, online)["kl"]
     ours = [p.grad.clone() for p in policy.parameters()]
     policy.zero_grad()
     rows = [(len(b.tokens), token_kl(policy(b.tokens), reference(b.tokens), b.mask)) for b in online.batches]
@@ -319,7 +319,7 @@ def test_the_api_judge_evaluates_within_a_budget_and_training_outlives_it(worksh
 
 
 def test_a_step_that_is_not_finite_stops_and_names_its_lines(workshop, monkeypatch):
-    monkeypatch.setattr(steps, "sequence_logps", lambda *_: torch.full((16,), float("nan"), requires_grad=True))
+    monkeypatch.setattr(steps.head, "sequence_logps", lambda *_: torch.full((16,), float("nan"), requires_grad=True))
     with pytest.raises(ValueError, match=r"step 0: loss is nan.*--learning_rate=.*lines \[\d+"):
         workshop("spo_rank", "--micro_batch_size=4", "--eval_stories=0")
     before, after = checkpoints.load("start.pt"), checkpoints.load("out/ckpt.pt")
