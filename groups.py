@@ -163,11 +163,15 @@ def require(groups: list[RankedGroup], need: str, path: str, loss: str) -> None:
 
 @dataclass(frozen=True)
 class EncodedGroup:
-    """A group in token ids: the prompt from BOS on; each response with the terminator, if it has ended."""
+    """A group in token ids: the prompt from BOS on; each response with the terminator, if it has ended.
+
+    reference_logps  what the reference says of each response, in nats; None: nobody has asked
+    """
 
     prompt: list[int]
     responses: list[list[int]]
     line: int
+    reference_logps: tuple[float, ...] | None = None
 
 
 @dataclass
@@ -178,11 +182,13 @@ class Batch:
     mask    (N, T) bool: the tokens that are scored, i.e. the responses; by length, never by token value,
             since BOS, terminator and padding may share an id
     n       responses per group
+    reference_logps  (B, n) float64, or None where the groups have none
     """
 
     tokens: Tensor
     mask: Tensor
     n: int = 1
+    reference_logps: Tensor | None = None
 
     @property
     def lengths(self) -> Tensor:
@@ -190,7 +196,8 @@ class Batch:
         return self.mask.sum(1).view(-1, self.n)
 
     def to(self, device) -> "Batch":
-        return Batch(self.tokens.to(device), self.mask.to(device), self.n)
+        logps = None if self.reference_logps is None else self.reference_logps.to(device)
+        return Batch(self.tokens.to(device), self.mask.to(device), self.n, logps)
 
 
 def collate(sequences: list[tuple[list[int], list[int]]], n: int = 1) -> Batch:
@@ -207,7 +214,10 @@ def collate(sequences: list[tuple[list[int], list[int]]], n: int = 1) -> Batch:
 
 def make_batch(groups: list[EncodedGroup]) -> Batch:
     sequences = [(group.prompt, response) for group in groups for response in group.responses]
-    return collate(sequences, n=len(groups[0].responses))
+    batch = collate(sequences, n=len(groups[0].responses))
+    if all(group.reference_logps for group in groups):
+        batch.reference_logps = torch.tensor([group.reference_logps for group in groups], dtype=torch.float64)
+    return batch
 
 
 def encode_groups(
@@ -240,18 +250,24 @@ def encode_groups(
     return encoded, drops
 
 
-def micro_batches(
-    groups: list[EncodedGroup], size: int | None, vocab_size: int, device, agree: Callable[[int], int] = int
-) -> list[Batch]:
-    """The groups, by length, in equal batches of at most `size`, or of what keeps the logits under 2^21 numbers: 8 MB.
+def longest_response(group: EncodedGroup) -> int:
+    return max(map(len, group.responses))
 
-    That many stay in a processor's cache; and neighbours of equal length need little padding.
+
+def micro_batches(
+    groups: list[EncodedGroup], size: int | None, dim: int, device: str, agree: Callable[[int], int] = int
+) -> list[Batch]:
+    """The groups, by length, in equal batches of at most `size`, so that neighbours need little padding.
+
+    size   None: what is enough to keep the machine busy, and no more: 2,048 tokens, fewer for wide models
+    dim    the model's width
     agree  from the number of batches that this process would make to the one that all make
     """
-    groups = sorted(groups, key=lambda group: max(map(len, group.responses)))
+    groups = sorted(groups, key=longest_response)
     if size is None:
-        longest = max(len(g.prompt) + max(map(len, g.responses)) for g in groups)
-        size = max(1, 2**21 // (longest * vocab_size * len(groups[0].responses)))
+        longest = max(len(group.prompt) + longest_response(group) for group in groups)
+        tokens = min(2048, 300_000 // dim) if str(device) == "cpu" else 2**23 // dim
+        size = max(1, tokens // (longest * len(groups[0].responses)))
     count = agree(math.ceil(len(groups) / size))
     ends = [i * len(groups) // count for i in range(count + 1)]
     return [make_batch(groups[a:b]).to(device) for a, b in zip(ends, ends[1:])]

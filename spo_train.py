@@ -35,13 +35,14 @@ from checkpoint import Checkpoint, PtFile
 from config import parse, run
 from evaluation import Evaluation, Verdict, report
 from folders import fill, on_meta, open_folder
-from groups import EncodedGroup, encode_groups, micro_batches, read_groups, require
+from groups import EncodedGroup, encode_groups, longest_response, micro_batches, read_groups, require
 from judge import OfflineJudge, make_judge
 from losses import LOSSES
 from model import ModelArgs, Transformer, rope_tables
 from parallel import World, full
 from pretokenize import TokenWindows
-from step import OnlineSamples, draw_online, gradient_step, groups_of_step, make_optimizer, online_of
+from reference import ReferenceCache, complete
+from step import OnlineSamples, draw_online, gradient_step, groups_of_step, make_optimizer, numbers_of_step, online_of
 from tokenizer import Tokenizer, load_tokenizer
 from train_config import SHAPE_FLAGS, Objective, TrainConfig, check_config, identity, objective_of
 
@@ -130,6 +131,15 @@ def load_groups(config: TrainConfig, need: str, tokenizer: Tokenizer, policy: Ch
     return encoded, sorted({group.prompt for group in groups if group.line in used})
 
 
+def with_reference(config: TrainConfig, groups: list[EncodedGroup], policy: Checkpoint, world: World):
+    """The groups that this run will see with what the policy, as it is at the start, says of them."""
+    wanted = {i for step in range(config.max_iters)
+              for i in numbers_of_step(len(groups), config.batch_size, step, config.seed)}
+    cached = config.init_from != "scratch"
+    cache = world.from_first(lambda: ReferenceCache(config.data, groups, config.init_from, config.dtype)) if cached else None
+    return complete(groups, wanted, policy.model, cache, config.micro_batch_size, world, world.say)
+
+
 def in_run(config: TrainConfig, name: str) -> str:
     return os.path.join(config.out_dir, name)
 
@@ -184,12 +194,12 @@ def describe(
 
 def load_of(config: TrainConfig, objective: Objective, policy: Checkpoint, groups: Sequence[EncodedGroup]) -> plan.Load:
     """What --plan is to reckon with."""
-    mine, vocab_size = max(1, config.batch_size // config.plan), policy.model.args.vocab_size
+    mine = max(1, config.batch_size // config.plan)
     some = [groups[i] for i in range(min(1000, len(groups)))]
-    longest = max(some, key=lambda group: max(map(len, group.responses)))
-    batch = micro_batches([longest] * mine, config.micro_batch_size, vocab_size, "cpu")[0]
+    longest = max(some, key=longest_response)
+    batch = micro_batches([longest] * mine, config.micro_batch_size, policy.model.args.dim, "cpu")[0]
     return plan.Load(
-        processes=config.plan, dtype=config.dtype, reference=objective.needs_reference,
+        processes=config.plan, dtype=config.dtype, reference=objective.needs_reference or config.eval_stories > 0,
         online=config.kl_batch_size if objective.online else 0, eval_stories=config.eval_stories,
         sequences=len(batch.tokens), longest=batch.tokens.shape[1], new_tokens=config.max_new_tokens,
         activation_checkpointing=config.activation_checkpointing,
@@ -270,6 +280,8 @@ def train(config: TrainConfig, world: World) -> None:
             fill(model.to_empty(device=world.device), source, world.rank, world.size)
     if config.activation_checkpointing:
         parallel.checkpoint_activations(policy.model)
+    if "reference_logps" in objective.reads:  # the policy still is the reference
+        groups = with_reference(config, groups, policy, world)
     optimizer = make_optimizer(config, policy.model)
     run = Run(config, objective, policy, reference, evaluation, optimizer, world, prompt_ids)
     if state is not None:

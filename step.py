@@ -47,22 +47,24 @@ def order_of_epoch(count: int, seed: int) -> list[int]:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def groups_of_step(groups: Sequence[EncodedGroup], batch_size: int, step: int, seed: int) -> list[EncodedGroup]:
-    """The batch of a step: epochs are permutations seeded by (seed, epoch), read one after the other."""
+def numbers_of_step(count: int, batch_size: int, step: int, seed: int) -> list[int]:
+    """Which of `count` groups are the batch of a step: epochs are permutations by seed + epoch, one after the other."""
     chosen = []
     for position in range(step * batch_size, (step + 1) * batch_size):
-        epoch, i = divmod(position, len(groups))
-        chosen.append(groups[order_of_epoch(len(groups), seed + epoch)[i]])
+        epoch, i = divmod(position, count)
+        chosen.append(order_of_epoch(count, seed + epoch)[i])
     return chosen
+
+
+def groups_of_step(groups: Sequence[EncodedGroup], batch_size: int, step: int, seed: int) -> list[EncodedGroup]:
+    return [groups[i] for i in numbers_of_step(len(groups), batch_size, step, seed)]
 
 
 def tensors_of(batch: Batch, wanted: set[str], policy: Transformer, reference: Transformer | None) -> dict[str, Tensor]:
     """The (B, n) tensors that losses and regularizers read of a batch, those of `wanted` at least."""
-    tokens, mask, other = batch.tokens, batch.mask, None
+    tokens, mask = batch.tokens, batch.mask
     tensors = {"lengths": batch.lengths}
-    if wanted & {"reference_logps", "response_kl"}:
-        other = read_reference(reference, tokens)
-        tensors["reference_logps"] = head.sequence_logps(*other, tokens, mask)
+    other = read_reference(reference, tokens) if "response_kl" in wanted else None
 
     def read(hidden: Tensor, classifier: Tensor) -> dict[str, Tensor]:
         values = {"policy_logps": head.sequence_logps(hidden, classifier, tokens, mask)}
@@ -71,6 +73,8 @@ def tensors_of(batch: Batch, wanted: set[str], policy: Transformer, reference: T
         return values
 
     tensors |= policy.with_head(tokens, read)
+    if "reference_logps" in wanted:
+        tensors["reference_logps"] = batch.reference_logps.to(tensors["policy_logps"].dtype)
     return {name: tensor.view(-1, batch.n) for name, tensor in tensors.items()}
 
 
@@ -168,7 +172,7 @@ def draw_online(
 
 def online_of(config: TrainConfig, samples: list[EncodedGroup], reference: Transformer, world: World) -> OnlineSamples:
     mine = samples[world.share(len(samples))]
-    batches = micro_batches(mine, config.micro_batch_size, reference.args.vocab_size, world.device, world.most)
+    batches = micro_batches(mine, config.micro_batch_size, reference.args.dim, world.device, world.most)
     return OnlineSamples(samples, batches, [read_reference(reference, batch.tokens)[0] for batch in batches])
 
 
@@ -195,7 +199,7 @@ def gradient_step(
     started = time.perf_counter()
     policy.train()
     mine = groups[world.rank :: world.size]
-    batches = micro_batches(mine, config.micro_batch_size, policy.args.vocab_size, world.device, world.most)
+    batches = micro_batches(mine, config.micro_batch_size, policy.args.dim, world.device, world.most)
     logged = preference_backward(objective, policy, reference, batches, world)
     if online is not None:
         logged |= regularizer_backward(objective, policy, reference, online, world)

@@ -101,7 +101,8 @@ class Objective:
         self.reads = reads(self.loss, self.regularizer)
         # does the regularizer read samples of the policy (and not the dataset)?
         self.online = "online_kl" in self.reads
-        self.needs_reference = bool(self.reads & {"reference_logps", "response_kl", "online_kl"})
+        # is a reference read at every step (and not once, of the dataset)?
+        self.needs_reference = bool(self.reads & {"response_kl", "online_kl"})
 
     def __str__(self) -> str:
         settings = ", ".join(f"{name} {value}" for name, value in self.settings.items() if name != "centered")

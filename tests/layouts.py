@@ -15,6 +15,7 @@ import parallel  # noqa: E402
 from groups import micro_batches  # noqa: E402
 from losses import LOSSES, REGULARIZERS  # noqa: E402
 from parallel import World, full  # noqa: E402
+from reference import with_reference_logps  # noqa: E402
 from step import online_of, preference_backward, regularizer_backward  # noqa: E402
 from train_config import TrainConfig, objective_of, settings_of  # noqa: E402
 from test_model import tiny  # noqa: E402
@@ -25,6 +26,7 @@ def gradients(world, objective, policy, reference, groups, samples, micro_batch_
     """(loss, {name: gradient}) of a layout."""
     policy.zero_grad()
     config = TrainConfig(micro_batch_size=micro_batch_size)
+    groups = with_reference_logps(groups, reference, micro_batch_size, world)
     batches = micro_batches(groups[world.rank :: world.size], micro_batch_size, 64, "cpu", world.most)
     logged = preference_backward(objective, policy, reference, batches, world)
     if objective.online:

@@ -23,6 +23,7 @@ from checkpoint import Checkpoint
 from groups import EncodedGroup, make_batch, micro_batches
 from losses import LOSSES, REGULARIZERS, sequence_logps, token_kl
 from model import generate
+from reference import with_reference_logps
 from train_config import TrainConfig
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -57,6 +58,10 @@ def objective_of(loss: str, **flags):
     return train_config.objective_of(TrainConfig(loss=loss, **flags))
 
 
+def batches_of(groups, size, reference):
+    return micro_batches(with_reference_logps(groups, reference), size, 64, "cpu")
+
+
 def gradients(objective, policy, reference, batches) -> list[torch.Tensor]:
     policy.zero_grad()
     steps.preference_backward(objective, policy, reference, batches)
@@ -69,9 +74,9 @@ def test_the_number_of_micro_batches_never_changes_the_gradient(loss):
     policy, groups = perturbed(reference), random_groups(8, size_for(loss))
     number = {"gamma": 0.05} if "gamma" in train_config.settings_of(LOSSES[loss]) else {}
     objective = objective_of(loss, **number)
-    whole = gradients(objective, policy, reference, micro_batches(groups, 8, 64, "cpu"))
+    whole = gradients(objective, policy, reference, batches_of(groups, 8, reference))
     for size in (1, 3):
-        parts = gradients(objective, policy, reference, micro_batches(groups, size, 64, "cpu"))
+        parts = gradients(objective, policy, reference, batches_of(groups, size, reference))
         for a, b in zip(whole, parts):
             assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
 
@@ -218,11 +223,11 @@ def test_micro_batches_add_up_for_regularizers_on_the_dataset(name):
     reference = tiny().double()
     policy, groups = perturbed(reference), random_groups(8, 2)
     objective = objective_of("spo_basic", regularizer=name, beta=0.5)
-    whole = gradients(objective, policy, reference, micro_batches(groups, 8, 64, "cpu"))
+    whole = gradients(objective, policy, reference, batches_of(groups, 8, reference))
     plain = gradients(objective_of("spo_basic", regularizer="none"), policy, reference,
-                      micro_batches(groups, 8, 64, "cpu"))
+                      batches_of(groups, 8, reference))
     assert not all(torch.allclose(a, b) for a, b in zip(whole, plain))
-    for a, b in zip(whole, gradients(objective, policy, reference, micro_batches(groups, 3, 64, "cpu"))):
+    for a, b in zip(whole, gradients(objective, policy, reference, batches_of(groups, 3, reference))):
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
 
 
@@ -230,7 +235,7 @@ def test_responses_beyond_the_importance_limit_are_counted():
     reference, policy = tiny(), perturbed(tiny())
     with torch.no_grad():
         reference.tok_embeddings.weight *= 3  # sure of itself, and wrong: the policy gives the responses more
-    batches = micro_batches(random_groups(6, 2), 2, 64, "cpu")
+    batches = batches_of(random_groups(6, 2), 2, reference)
     with torch.no_grad():
         tensors = [steps.tensors_of(b, {"reference_logps"}, policy, reference) for b in batches]
         expected = sum(int((t["policy_logps"] - t["reference_logps"] > 20).sum()) for t in tensors)
