@@ -1,0 +1,299 @@
+"""How fast, how much memory, how near the machine's limit, and how that compares: each workload on both sides in one run.
+
+    python experiments/bench.py                       # W1, W2, W3 on a CPU; W4 too, where there is a GPU
+    python experiments/bench.py --only=W1 --rounds=3
+
+    W1  one DPO step: 15M parameters, vocabulary 32,000, 8 pairs of 150 to 256 tokens
+    W2  one step: 260K parameters, vocabulary 512, 32 groups of 4 (for TRL: 64 pairs, as many sequences); and with the online KL
+    W3  generation: 32 rows of 256 tokens at temperature 1, 15M and 260K
+    W4  one spo_rank step with its online KL: 110M, 32 groups of 4; GPU only
+
+Weights and tokens are random. Every measurement is a process of its own, the sides take turns, and the median step of all
+rounds counts: on a shared machine ratios mean something and seconds little. TRL and transformers take part where they are
+installed (pip install trl). Memory is the high-water mark over what rests after the models are built.
+Prints a line of JSON for each measurement, then a table.
+"""
+
+import copy
+import importlib.util
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+import parallel  # noqa: E402
+import step as steps  # noqa: E402
+from checkpoint import Checkpoint  # noqa: E402
+from config import flag, parse, run  # noqa: E402
+from groups import EncodedGroup  # noqa: E402
+from model import ModelArgs, Transformer, generate  # noqa: E402
+from reference import with_reference_logps  # noqa: E402
+from train_config import TrainConfig, objective_of  # noqa: E402
+
+SHAPES = {  # dim, layers, heads, key-value heads, hidden, vocabulary
+    "260K": (64, 5, 8, 4, 172, 512), "15M": (288, 6, 6, 6, 768, 32000), "110M": (768, 12, 12, 12, 2048, 32000),
+}
+
+
+@dataclass
+class BenchConfig:
+    only: str = flag("", "one workload", choices=["", "W1", "W2", "W3", "W4"])
+    rounds: int = flag(2, "how often every measurement is made")
+    measure: str = flag("", "one measurement of MEASUREMENTS, in this process: a line of JSON")
+
+
+# --- what is measured ----------------------------------------------------------------------------
+
+
+def shape_of(shape: str) -> ModelArgs:
+    dim, layers, heads, kv, hidden, vocab = SHAPES[shape]
+    return ModelArgs(dim=dim, n_layers=layers, n_heads=heads, n_kv_heads=kv, hidden_dim=hidden, vocab_size=vocab, max_seq_len=512)
+
+
+def products(shape: str) -> int:
+    """Multiplications with weights that a token meets: 2 flops each forward, 4 backward."""
+    dim, layers, heads, kv, hidden, vocab = SHAPES[shape]
+    return layers * (2 * dim * dim + 2 * dim * dim * kv // heads + 3 * dim * hidden) + dim * vocab
+
+
+def responses(shape: str, groups: int, n: int, seed: int) -> list[list[list[int]]]:
+    """`groups` groups of n responses, 149 to 255 random ids behind a BOS."""
+    random_ids, vocab = random.Random(seed), SHAPES[shape][-1]
+    return [[[random_ids.randrange(3, vocab) for _ in range(random_ids.randint(149, 255))] for _ in range(n)] for _ in range(groups)]
+
+
+class Peak:
+    """Memory over what was held when this was made, in MB; `added` asks for the high-water mark since."""
+
+    def __init__(self):
+        self.cuda = torch.cuda.is_available()
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+            self.start = torch.cuda.memory_allocated()
+        else:
+            with open("/proc/self/clear_refs", "w") as f:
+                f.write("5")
+            self.start = self.resident("VmRSS")
+
+    def resident(self, name: str) -> int:
+        with open("/proc/self/status") as f:
+            return 1024 * int(dict(line.split(":", 1) for line in f)[name].split()[0])
+
+    def added(self) -> float:
+        return ((torch.cuda.max_memory_allocated() if self.cuda else self.resident("VmHWM")) - self.start) / 1e6
+
+
+def timed(work) -> float:
+    started = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def matmul_rate(dtype: str) -> dict:
+    """Flops per second of the machine in the classifier's product of 15M, into memory that is there."""
+    device, kind = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, dtype)
+    rows, size = (1024, 288) if device == "cpu" else (8192, 4096)
+    left, right = torch.randn(rows, size, device=device, dtype=kind), torch.randn(size, 32000, device=device, dtype=kind)
+    out = torch.empty(rows, 32000, device=device, dtype=kind)
+    times = [timed(lambda: torch.mm(left, right, out=out)) for _ in range(8)]
+    return {"seconds": times, "flops": 2 * rows * size * 32000}
+
+
+def our_step(shape: str, loss: str, groups: int, n: int, reference_each_step: bool = False, online: bool = False,
+             dtype: str = "float32", count: int = 4) -> dict:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = TrainConfig(loss=loss, data="random", batch_size=groups, max_iters=count, dtype=dtype, kl_batch_size=32)
+    objective, world = objective_of(config), parallel.start(device, dtype)
+    policy = Transformer(shape_of(shape)).to(device)
+    policy.init_weights(torch.Generator(device).manual_seed(0))
+    reference = copy.deepcopy(policy).requires_grad_(False)
+    for model in (policy, reference):
+        parallel.shard(model, world)
+    optimizer, samples, peak, seconds, drawing = steps.make_optimizer(config, policy), None, Peak(), [], 0.0
+    if online:
+        def draw():
+            nonlocal samples
+            samples = steps.draw_online(config, Checkpoint(policy, {"eos_id": 1}), reference, [[1]], 0, world)
+
+        timed(draw)
+        drawing = timed(draw)
+    tokens = 0
+    for i in range(count):
+        batch = [EncodedGroup([1], group, line) for line, group in enumerate(responses(shape, groups, n, seed=i))]
+        tokens += sum(len(response) + 1 for group in batch for response in group.responses)
+        if "reference_logps" in objective.reads and not reference_each_step:
+            batch = with_reference_logps(batch, reference, None, world)  # once for all of a run: not counted
+
+        def step():
+            scored = with_reference_logps(batch, reference, None, world) if reference_each_step else batch
+            steps.gradient_step(config, objective, policy, reference, scored, samples, optimizer, i, world)
+
+        seconds.append(timed(step) + drawing / config.kl_interval)
+    return {"seconds": seconds[1:], "tokens": tokens / count, "flops": 6 * products(shape) * tokens / count, "peak_mb": peak.added()}
+
+
+def our_generation(shape: str, dtype: str = "float32", rows: int = 32, count: int = 3) -> dict:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = Transformer(shape_of(shape)).to(device, getattr(torch, dtype))
+    model.init_weights(torch.Generator(device).manual_seed(0))
+    peak = Peak()
+    seconds = [timed(lambda: generate(model, [[1]] * rows, 256, seed=i)) for i in range(count)]
+    return {"seconds": seconds[1:], "tokens": rows * 256, "flops": 2 * products(shape) * rows * 256, "peak_mb": peak.added()}
+
+
+# --- the others ----------------------------------------------------------------------------------
+
+
+def their_model(shape: str, **more):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    dim, layers, heads, kv, hidden, vocab = SHAPES[shape]
+    return LlamaForCausalLM(LlamaConfig(
+        hidden_size=dim, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv, intermediate_size=hidden,
+        vocab_size=vocab, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=1, pad_token_id=0, **more))
+
+
+def trl_step(shape: str, pairs: int, precision: str = "highest", precomputed: bool = False, bf16: bool = False, count: int = 4) -> dict:
+    import tempfile
+
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, TrainerCallback
+    from trl import DPOConfig, DPOTrainer
+
+    torch.set_float32_matmul_precision(precision)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(SHAPES[shape][-1])}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="w1", eos_token="w2", pad_token="w0", unk_token="w0")
+    records, tokens = [], 0
+    for i in range(count):
+        for pair in responses(shape, pairs, 2, seed=i):
+            tokens += sum(len(response) + 1 for response in pair)
+            chosen, rejected = (" " + " ".join(f"w{t}" for t in response[:-1]) for response in pair)  # TRL adds a terminator
+            records.append({"prompt": "w1", "chosen": chosen, "rejected": rejected})
+    seconds = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            self.started = time.perf_counter()
+
+        def on_step_end(self, *_, **__):
+            seconds.append(time.perf_counter() - self.started)
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = DPOConfig(
+            output_dir=folder, per_device_train_batch_size=pairs, max_steps=count, report_to=[], save_strategy="no",
+            logging_steps=1000, max_length=512, bf16=bf16, use_cpu=not torch.cuda.is_available(), disable_tqdm=True,
+            gradient_checkpointing=False, precompute_ref_log_probs=precomputed)
+        trainer = DPOTrainer(model=their_model(shape, eos_token_id=2), ref_model=their_model(shape, eos_token_id=2), args=arguments,
+                             train_dataset=Dataset.from_list(records), processing_class=tokenizer, callbacks=[Clock()])
+        peak = Peak()
+        trainer.train()
+    return {"seconds": seconds[1:], "tokens": tokens / count, "flops": 6 * products(shape) * tokens / count, "peak_mb": peak.added()}
+
+
+def their_generation(shape: str, dtype: str = "float32", rows: int = 32, count: int = 3) -> dict:
+    model = their_model(shape, eos_token_id=None).eval().to(getattr(torch, dtype))
+    ids, peak = torch.ones(rows, 1, dtype=torch.long), Peak()
+    seconds = [timed(lambda: model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0, top_k=0, max_new_tokens=256,
+        min_new_tokens=256)) for _ in range(count)]
+    return {"seconds": seconds[1:], "tokens": rows * 256, "flops": 2 * products(shape) * rows * 256, "peak_mb": peak.added()}
+
+
+# --- the table -----------------------------------------------------------------------------------
+
+# workload: [(what, function, its arguments)]; the first of a workload is what the others are compared with
+MEASUREMENTS = {
+    "W1": [
+        ("spo", our_step, {"shape": "15M", "loss": "dpo", "groups": 8, "n": 2}),
+        ("spo, reference at every step", our_step, {"shape": "15M", "loss": "dpo", "groups": 8, "n": 2, "reference_each_step": True}),
+        ("spo, bfloat16", our_step, {"shape": "15M", "loss": "dpo", "groups": 8, "n": 2, "dtype": "bfloat16"}),
+        ("spo, 16 pairs", our_step, {"shape": "15M", "loss": "dpo", "groups": 16, "n": 2}),
+        ("TRL, reference at every step", trl_step, {"shape": "15M", "pairs": 8}),
+        ("TRL, oneDNN, reference precomputed", trl_step, {"shape": "15M", "pairs": 8, "precision": "medium", "precomputed": True}),
+        ("TRL, bfloat16, reference precomputed", trl_step, {"shape": "15M", "pairs": 8, "bf16": True, "precomputed": True}),
+    ],
+    "W2": [
+        ("spo_rank, no KL", our_step, {"shape": "260K", "loss": "spo_rank", "groups": 32, "n": 4}),
+        ("spo_rank with its online KL", our_step, {"shape": "260K", "loss": "spo_rank", "groups": 32, "n": 4, "online": True}),
+        ("dpo_rank", our_step, {"shape": "260K", "loss": "dpo_rank", "groups": 32, "n": 4}),
+        ("TRL, 64 pairs", trl_step, {"shape": "260K", "pairs": 64}),
+        ("TRL, 64 pairs, bfloat16", trl_step, {"shape": "260K", "pairs": 64, "bf16": True}),
+    ],
+    "W3": [
+        ("15M", our_generation, {"shape": "15M"}),
+        ("15M, bfloat16", our_generation, {"shape": "15M", "dtype": "bfloat16"}),
+        ("15M, transformers", their_generation, {"shape": "15M"}),
+        ("15M, transformers, bfloat16", their_generation, {"shape": "15M", "dtype": "bfloat16"}),
+        ("260K", our_generation, {"shape": "260K"}),
+        ("260K, transformers", their_generation, {"shape": "260K"}),
+    ],
+    "W4": [
+        ("spo_rank, no KL", our_step, {"shape": "110M", "loss": "spo_rank", "groups": 32, "n": 4, "dtype": "bfloat16"}),
+        ("spo_rank with its online KL", our_step,
+         {"shape": "110M", "loss": "spo_rank", "groups": 32, "n": 4, "dtype": "bfloat16", "online": True}),
+    ],
+}
+RATES = [(f"matmul, {dtype}", matmul_rate, {"dtype": dtype}) for dtype in ("float32", "bfloat16")]
+
+
+def chosen(only: str) -> list[tuple[str, str]]:
+    """(workload, what) of all that can run here."""
+    needs = {trl_step: "trl", their_generation: "transformers"}
+    workloads = [only] if only else ["W1", "W2", "W3"] + ["W4"] * torch.cuda.is_available()
+    return [("matmul", what) for what, *_ in RATES] + [
+        (workload, what) for workload in workloads for what, function, _ in MEASUREMENTS[workload]
+        if function not in needs or importlib.util.find_spec(needs[function])]
+
+
+def measured(workload: str, what: str) -> dict:
+    """In a process of its own."""
+    command = [sys.executable, os.path.abspath(__file__), f"--measure={workload}/{what}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"{workload} {what}: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def main(argv: list[str]) -> None:
+    config = parse(BenchConfig, argv, "bench.py", "Measure the workloads, and TRL and transformers on the same work.")
+    if config.measure:
+        workload, what = config.measure.split("/", 1)
+        (function, arguments), = [(f, a) for name, f, a in MEASUREMENTS.get(workload, RATES) if name == what]
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        print(json.dumps(function(**arguments)))
+        return
+    all_of = {case: [] for case in chosen(config.only)}
+    for _ in range(config.rounds):  # the sides take turns
+        for case, results in all_of.items():
+            results.append(measured(*case))
+            print(json.dumps({"workload": case[0], "what": case[1]} | results[-1]), flush=True)
+    rows, rates, first = [], {}, {}
+    for (workload, what), results in all_of.items():
+        seconds = statistics.median(s for result in results for s in result["seconds"])
+        flops = results[0]["flops"] / seconds
+        if workload == "matmul":
+            rates[what.split(", ")[1]] = flops
+            rows.append((workload, what, f"{seconds:.3f}", "", "", f"{flops / 1e9:.0f} GFLOP/s", ""))
+            continue
+        tokens = results[0]["tokens"] / seconds
+        base = first.setdefault((workload, what.split(", ")[0] if workload == "W3" else ""), tokens)
+        rows.append((workload, what, f"{seconds:.2f}", f"{tokens:,.0f}", f"{max(r['peak_mb'] for r in results):,.0f}",
+                     f"{flops / rates['bfloat16' if 'bfloat16' in what else 'float32']:.0%}", f"{tokens / base:.2f}"))
+    head = ("", "", "s", "tokens/s", "MB added", "of matmul limit", "to the first")
+    print("\n" + "\n".join("| " + " | ".join(row) + " |" for row in (head, ("---",) * len(head), *rows)))
+
+
+if __name__ == "__main__":
+    run(main)
