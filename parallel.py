@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -128,6 +128,26 @@ def shard(model, world: World) -> None:
     fully_shard(model, reshard_after_forward=True, **precision)
     for method in ("with_head", "next_logits"):
         register_fsdp_forward_method(model, method)
+
+
+def can_compile(device: str, say: Callable[[str], None]) -> bool:
+    """Does torch.compile work here? If not, why is said, and training can go on without."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
+    except Exception as error:  # no C++ compiler, no Triton, too new a Python
+        say(f"continuing without --compile (slower): {str(error).strip().splitlines()[0]}")
+        return False
+    return True
+
+
+def compile_layers(model) -> None:
+    """torch.compile them for whole sequences of any length. Generation goes without: its cache grows with every token."""
+    for layer in model.layers:
+        layer.forward = functools.partial(compiled_without_cache, torch.compile(layer.forward, dynamic=True), layer.forward)
+
+
+def compiled_without_cache(compiled, plain, x, cos, sin, cache):
+    return (compiled if cache is None else plain)(x, cos, sin, cache)
 
 
 def checkpoint_activations(model) -> None:

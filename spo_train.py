@@ -274,7 +274,10 @@ def train(config: TrainConfig, world: World) -> None:
     state = world.from_first(lambda: state_to_resume(config)) if config.resume else None
     if state is None:
         world.from_first(lambda: new_run(config, policy, tokenizer))
+    compiled = config.compile and parallel.can_compile(world.device, world.say)
     for model in (policy.model, start.model) if start else (policy.model,):
+        if compiled:
+            parallel.compile_layers(model)
         parallel.shard(model, world)
         if source is not None:
             fill(model.to_empty(device=world.device), source, world.rank, world.size)

@@ -66,6 +66,7 @@ class TrainConfig(JudgeFlags):
     dtype: str = flag("float32", "what layers compute in; weights, sums and optimizer stay float32",
                       choices=["float32", "bfloat16"])
     activation_checkpointing: bool = flag(False, "compute activations again in the backward pass: less memory, same result")
+    compile: bool = flag(False, "torch.compile the layers for training: a minute at the start, for faster steps on a GPU")
     seed: int = flag(1337, "of the data order, of every sample, and of the weights from scratch")
     plan: int | None = flag(None, "only print what each of so many processes needs of memory, and whether it fits", alone=1)
     resume: str = flag("", "go on from the newest state in out_dir, or from STATE; auto: from the newest whole one, if any",

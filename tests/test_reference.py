@@ -4,7 +4,6 @@ import json
 import os
 
 import pytest
-import torch
 from test_model import tiny
 from test_spo_train import perturbed, random_groups
 from test_spo_train import workshop  # noqa: F401 (a fixture)

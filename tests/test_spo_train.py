@@ -323,6 +323,33 @@ def test_the_api_judge_evaluates_within_a_budget_and_training_outlives_it(worksh
             workshop("spo_rank", *judge[:2], "--journal=k.jsonl", "--eval_stories=2", *prices, "--max_usd=0.001")
 
 
+def check_compiled(workshop, losses, *more):
+    for loss in losses:
+        logs = [log_of(workshop(loss, "--max_iters=2", "--eval_interval=2", *more, *flag)) for flag in ((), ("--compile",))]
+        assert torch._dynamo.utils.counters["stats"]["calls_captured"] > 50  # operations of the layers
+        for plain, compiled in zip(*logs):
+            for name in plain.keys() - {"tokens_per_second", "accuracy"}:  # accuracy: whether a rounding error is positive
+                assert compiled[name] == pytest.approx(plain[name], rel=2e-3, abs=1e-3), (loss, name)
+
+
+def test_compiled_layers_train_alike(workshop):
+    check_compiled(workshop, ["spo_rank"])
+
+
+@pytest.mark.slow
+def test_compiled_layers_train_alike_under_every_loss(workshop):
+    check_compiled(workshop, LOSSES)
+
+
+def test_without_a_compiler_a_run_says_so_and_goes_on(workshop, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise RuntimeError("no compiler here\nmore of it")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    workshop("spo_rank", "--compile", "--max_iters=1", "--eval_stories=0")
+    assert "continuing without --compile (slower): no compiler here\n" in capsys.readouterr().out
+
+
 def test_a_step_that_is_not_finite_stops_and_names_its_lines(workshop, monkeypatch):
     monkeypatch.setattr(steps.head, "sequence_logps", lambda *_: torch.full((16,), float("nan"), requires_grad=True))
     with pytest.raises(ValueError, match=r"step 0: loss is nan.*--learning_rate=.*lines \[\d+"):
