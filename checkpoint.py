@@ -92,16 +92,6 @@ def copy_tokenizer(tokenizer, folder: str) -> None:
             f.write(tokenizer.to_llama2c())
 
 
-def pick_device(name: str) -> str:
-    """The device of a --device flag; none: cuda where there is one, else cpu. ValueError if it is not there."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise ValueError(f"--device={name}: not available on this machine; use --device=cpu") from None
-    return name
-
-
 def load(path: str, device: str = "cpu") -> Checkpoint:
     """Read a `.pt`, a llama2.c `.bin` (any version), or a folder of Meta or Hugging Face. ValueError, naming the file, if it
     cannot be used.

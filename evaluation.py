@@ -110,7 +110,7 @@ class Evaluation:
             self.baselines[which] = [record["prompt"] + record["text"] for record in records]
         records, samples = self.stories(checkpoint, which, SELECT if which == "select" else REPORT, "stories")
         kl, model, reference = 0.0, checkpoint.model, self.reference.model
-        for batch in micro_batches(samples, None, model.args.dim, self.world.device):
+        for batch in micro_batches(samples, None, model.args, self.world.device):
             hidden, reference_hidden = model.hidden(batch.tokens), reference.hidden(batch.tokens)
             kl += float(token_kl(hidden, model.output.weight, reference_hidden, reference.output.weight, batch.mask).sum())
         kl = float(self.world.total(torch.tensor(kl, dtype=torch.float64)))

@@ -8,7 +8,7 @@ A dataset is JSON Lines, one group a line, in any of these forms (unknown keys a
     {"prompt": "...", "responses": ["..."]}  or  {"text": "..."}                 text for sft
 
 "finished": [true, ...] beside "responses" (true or false beside "text") marks those that ended by themselves (default:
-all): the others were cut at a length limit and get no terminator. Knows the tokenizer, and no model.
+all): the others were cut at a length limit and get no terminator. Knows the tokenizer, and of a model its shape.
 """
 
 import json
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model import ModelArgs
 from tokenizer import Tokenizer
 
 # --- groups --------------------------------------------------------------------------------------
@@ -200,9 +201,9 @@ class Batch:
         return Batch(self.tokens.to(device), self.mask.to(device), self.n, logps)
 
 
-def collate(sequences: list[tuple[list[int], list[int]]], n: int = 1) -> Batch:
-    """(prompt ids, response ids) pairs -> a Batch."""
-    width = max(len(prompt) + len(response) for prompt, response in sequences)
+def collate(sequences: list[tuple[list[int], list[int]]], n: int = 1, width: int = 0) -> Batch:
+    """(prompt ids, response ids) pairs -> a Batch of as many tokens as the longest has, or `width` if that is more."""
+    width = max(width, *(len(prompt) + len(response) for prompt, response in sequences))
     tokens = torch.zeros(len(sequences), width, dtype=torch.long)
     mask = torch.zeros(len(sequences), width, dtype=torch.bool)
     for row, (prompt, response) in enumerate(sequences):
@@ -212,9 +213,9 @@ def collate(sequences: list[tuple[list[int], list[int]]], n: int = 1) -> Batch:
     return Batch(tokens, mask, n)
 
 
-def make_batch(groups: list[EncodedGroup]) -> Batch:
+def make_batch(groups: list[EncodedGroup], width: int = 0) -> Batch:
     sequences = [(group.prompt, response) for group in groups for response in group.responses]
-    batch = collate(sequences, n=len(groups[0].responses))
+    batch = collate(sequences, n=len(groups[0].responses), width=width)
     if all(group.reference_logps for group in groups):
         batch.reference_logps = torch.tensor([group.reference_logps for group in groups], dtype=torch.float64)
     return batch
@@ -254,20 +255,27 @@ def longest_response(group: EncodedGroup) -> int:
     return max(map(len, group.responses))
 
 
+WIDTH = 32  # micro-batches are a multiple of this wide: oneDNN keeps code and memory for every shape that it meets
+
+
 def micro_batches(
-    groups: list[EncodedGroup], size: int | None, dim: int, device: str, agree: Callable[[int], int] = int
+    groups: list[EncodedGroup], size: int | None, args: ModelArgs, device: str, agree: Callable[[int], int] = int
 ) -> list[Batch]:
     """The groups, by length, in equal batches of at most `size`, so that neighbours need little padding.
 
-    size   None: what is enough to keep the machine busy, and no more: 2,048 tokens, fewer for wide models
-    dim    the model's width
+    size   None: what is enough to keep the machine busy, and no more: 4,096 tokens on a CPU, fewer for wide models
+    args   the model's
     agree  from the number of batches that this process would make to the one that all make
     """
     groups = sorted(groups, key=longest_response)
     if size is None:
         longest = max(len(group.prompt) + longest_response(group) for group in groups)
-        tokens = min(2048, 300_000 // dim) if str(device) == "cpu" else 2**23 // dim
+        tokens = min(4096, 300_000 // args.dim) if str(device) == "cpu" else 2**23 // args.dim
         size = max(1, tokens // (longest * len(groups[0].responses)))
     count = agree(math.ceil(len(groups) / size))
     ends = [i * len(groups) // count for i in range(count + 1)]
-    return [make_batch(groups[a:b]).to(device) for a, b in zip(ends, ends[1:])]
+    batches = []
+    for part in (groups[a:b] for a, b in zip(ends, ends[1:])):
+        longest = max(len(group.prompt) + longest_response(group) for group in part)
+        batches.append(make_batch(part, min(args.max_seq_len, -(-longest // WIDTH) * WIDTH)).to(device))
+    return batches

@@ -105,16 +105,18 @@ class ValuePerToken(torch.autograd.Function):
         hidden, classifier = ctx.saved_tensors
         upstream = upstream.to(hidden.dtype).unsqueeze(1)
         weighed = hidden * upstream
-        to_hidden, to_classifier = torch.empty_like(hidden), torch.zeros_like(classifier)
+        to_hidden, to_classifier = torch.empty_like(hidden), torch.empty_like(classifier)
         done = 0
         for gradient in ctx.gradients:
             rows = slice(done, done + len(gradient))
             narrow = gradient.to(hidden.dtype)
             torch.mm(narrow, classifier, out=to_hidden[rows])
-            to_classifier.addmm_(narrow.t(), weighed[rows])
+            to_classifier.addmm_(narrow.t(), weighed[rows], beta=min(done, 1))  # the first block needs no zeros to be added to
             give_back(gradient)
             done = rows.stop
         ctx.gradients = None
+        if not done:
+            to_classifier.zero_()
         return to_hidden.mul_(upstream), to_classifier, None, None
 
 

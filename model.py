@@ -4,7 +4,8 @@ Knows no loss, no data and no process group. `model(tokens)` gives logits for ev
 `generate` samples in batches with a key-value cache.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,9 +61,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return normed.to(x.dtype) * self.weight
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 def rope_tables(args: ModelArgs) -> tuple[Tensor, Tensor]:
@@ -89,6 +88,8 @@ class KVCache:
         shape = (args.n_layers, batch, args.n_kv_heads, length, args.head_dim)
         self.keys = torch.empty(shape, device=device, dtype=dtype)
         self.values = torch.empty(shape, device=device, dtype=dtype)
+        if torch.device(device).type == "cpu":  # head_dim rows of all keys' numbers: faster there, for one query
+            self.keys = self.keys.view(*shape[:3], args.head_dim, length).transpose(3, 4)
         self.position = 0  # tokens held; the next one goes here
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,21 +100,37 @@ class KVCache:
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
     def keep(self, rows: Tensor) -> None:
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        keys = self.keys.transpose(3, 4)[:, rows].transpose(3, 4) if self.keys.is_cpu else self.keys[:, rows]
+        self.keys, self.values = keys, self.values[:, rows]
+
+
+QUERIES, SHORT = 96, 512  # attention on a CPU: queries in a block, tokens of texts that are worth it
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(head_dim)) v, no mask: q (N, KV, Q, head_dim), k, v (N, KV, T, head_dim) -> as q."""
-    if q.device.type != "cpu":
-        return F.scaled_dot_product_attention(q, k, v)
-    # On a CPU two products take half of the time, but not those of oneDNN ("medium"): it is slow at small ones.
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    k, v = k.flatten(0, 1), v.flatten(0, 1)
-    scores = torch.bmm(q.flatten(0, 1).to(k.dtype) * q.shape[-1] ** -0.5, k.transpose(1, 2))
-    y = torch.bmm(scores.softmax(-1), v)
-    torch.set_float32_matmul_precision(precision)
-    return y.view(q.shape)
+    """Causal attention, softmax(q k^T / sqrt(head_dim)) v: all T queries, or the last one alone.
+
+    q (N, heads, T or 1, head_dim); k, v (N, KV, T, head_dim), shared by the heads of a group without a copy. Returns as q.
+    """
+    groups, T = (k.shape[1], -1), k.shape[2]
+    if q.shape[2] == 1:  # it sees every key: the heads of a group can stand in the place of queries, and there is no mask
+        return F.scaled_dot_product_attention(q.squeeze(2).unflatten(1, groups), k, v).flatten(1, 2).unsqueeze(2)
+    assert q.shape[2] == T, "several tokens at once only from position 0: the mask is square"
+    if q.device.type != "cpu" or T > SHORT:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    # Two products take half of the fused kernel's time on a CPU, and short texts have the memory for it. A block of queries
+    # meets only the keys up to its last.
+    wide = torch.promote_types(q.dtype, torch.float32)
+    q = q.to(wide).unflatten(1, groups).flatten(0, 1) * q.shape[-1] ** -0.5  # (N KV, heads per KV, T, head_dim)
+    k, v = k.to(wide).flatten(0, 1), v.to(wide).flatten(0, 1)
+    future = torch.full((T, T), -torch.inf, dtype=wide).triu(1)
+    blocks = []
+    for first in range(0, T, QUERIES):
+        last = min(first + QUERIES, T)
+        scores = q[:, :, first:last].flatten(1, 2) @ k[:, :last].transpose(1, 2)
+        scores = scores.unflatten(1, (-1, last - first)).add_(future[first:last, :last])
+        blocks.append((scores.softmax(-1).flatten(1, 2) @ v[:, :last]).unflatten(1, (-1, last - first)))
+    return torch.cat(blocks, 2).unflatten(0, (-1, groups[0])).flatten(1, 2)
 
 
 class Attention(nn.Module):
@@ -131,18 +148,8 @@ class Attention(nn.Module):
         k = rotate(self.wk(x).view(N, T, self.n_kv_heads, -1), cos, sin).transpose(1, 2)
         v = self.wv(x).view(N, T, self.n_kv_heads, -1).transpose(1, 2)
         keys, values = (k, v) if cache is None else cache.extend(self.layer, k, v)
-        if T == 1:
-            # One query sees every key, so the heads that share a key head can stand in the place of
-            # queries: no mask, and grouped-query attention without copying keys.
-            q = q.reshape(N, self.n_kv_heads, -1, q.shape[-1])  # (N, KV, heads per KV, head_dim)
-            y = attend(q, keys, values).to(x.dtype).reshape(N, 1, -1)
-        else:
-            assert keys.shape[2] == T, "several tokens at once only from position 0: the mask is square"
-            y = F.scaled_dot_product_attention(
-                q, k, v, is_causal=True, enable_gqa=self.n_kv_heads != self.n_heads
-            )
-            y = y.transpose(1, 2).reshape(N, T, -1)
-        return self.wo(y)
+        y = attend(q.to(keys.dtype), keys, values).to(x.dtype)
+        return self.wo(y.transpose(1, 2).reshape(N, T, -1))
 
 
 class FeedForward(nn.Module):
@@ -231,6 +238,60 @@ class Transformer(nn.Module):
         return self.output(self.hidden(tokens, cache)[:, -1])
 
 
+@contextlib.contextmanager
+def exact_products() -> Iterator[None]:
+    """float32 products not by oneDNN, whatever was chosen for this process."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+class Decoder:
+    """`model.next_logits` for one token a row, on a CPU, where calls and layouts decide.
+
+    Matrices that meet the same input are one, transposed for few rows, and the scores' scale is in the queries' own. That is a
+    copy of the weights, made for one generation.
+    """
+
+    def __init__(self, model: Transformer):
+        self.args, self.embedding = model.args, model.tok_embeddings.weight
+        self.layers, scale = [], model.args.head_dim**-0.5
+        for layer in model.layers:
+            attention, ffn = layer.attention, layer.feed_forward
+            wqkv = torch.cat((attention.wq.weight * scale, attention.wk.weight, attention.wv.weight)).t().contiguous()
+            w13 = torch.cat((ffn.w1.weight, ffn.w3.weight)).t().contiguous()
+            wo, w2 = attention.wo.weight.t().contiguous(), ffn.w2.weight.t().contiguous()
+            self.layers.append((layer.attention_norm, wqkv, wo, layer.ffn_norm, w13, w2))
+        self.norm, self.output = model.norm, model.output.weight.t().contiguous()
+        self.rotation = torch.complex(model.freqs_cos.float(), model.freqs_sin.float())  # (max_seq_len, head_dim / 2)
+
+    def next_logits(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """Token ids (N, 1) -> logits (N, V)."""
+        with exact_products() if self.args.dim < 256 else contextlib.nullcontext():  # oneDNN is slow at small ones
+            x = self.embedding[tokens.squeeze(1)]  # (N, D)
+            rotation = self.rotation[cache.position]
+            for i, layer in enumerate(self.layers):
+                x = self.layer(i, *layer, x, rotation, cache)
+            cache.position += 1
+            return self.norm(x) @ self.output
+
+    def layer(self, i, attention_norm, wqkv, wo, ffn_norm, w13, w2, x: Tensor, rotation: Tensor, cache: KVCache) -> Tensor:
+        N, KV, groups = len(x), self.args.n_kv_heads, self.args.n_heads // self.args.n_kv_heads
+        qkv = (attention_norm(x) @ wqkv).to(cache.keys.dtype).view(N, -1, self.args.head_dim // 2, 2)
+        qk = torch.view_as_real(torch.view_as_complex(qkv[:, :-KV]) * rotation).flatten(2)
+        q, k = qk.split((groups * KV, KV), 1)
+        keys, values = cache.extend(i, k.unsqueeze(2), qkv[:, -KV:].flatten(2).unsqueeze(2))
+        with exact_products():  # oneDNN would make a program for every length
+            scores = torch.bmm(q.reshape(N * KV, groups, -1), keys.flatten(0, 1).transpose(1, 2))
+            y = torch.bmm(scores.softmax(-1), values.flatten(0, 1)).view(N, -1).to(x.dtype)
+        x = torch.addmm(x, y, wo)
+        gate, up = (ffn_norm(x) @ w13).chunk(2, 1)
+        return torch.addmm(x, F.silu(gate).mul_(up), w2)
+
+
 def filter_logits(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
     """Logits (N, V) with all but the top_k likeliest, and all beyond probability mass top_p, set to -inf."""
     if top_k is not None and top_k < logits.shape[-1]:
@@ -254,7 +315,9 @@ def sample_token(
     """
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).div_(temperature)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if temperature != 1:
+        logits = logits.div_(temperature)
     p = torch.softmax(filter_logits(logits, top_k, top_p), -1, out=logits)
     # First the block of 128 words, then the word in it: a sum over all is cheap, a running one is not.
     N, V = p.shape
@@ -335,6 +398,7 @@ def generate(
     cache = KVCache(model.args, N, end, device, dtype)
     position = min(lengths)
     logits = model.next_logits(tokens[:, :position], cache)  # (N, V)
+    decoder = Decoder(model) if device.type == "cpu" else model
     while True:
         drawn = sample_token(logits, uniforms[:, position], temperature, top_k, top_p)
         stopped = (drawn.unsqueeze(1) == stop).any(1)
@@ -353,6 +417,6 @@ def generate(
                 cache.keep(alive)
             if count == 0:
                 break
-        logits = model.next_logits(tokens[:, position - 1 : position], cache)
+        logits = decoder.next_logits(tokens[:, position - 1 : position], cache)
     written, ends = written.tolist(), ends.tolist()
     return [written[i][lengths[i] : ends[i]] for i in range(N)]

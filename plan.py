@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from model import ModelArgs, Transformer
+from model import QUERIES, SHORT, ModelArgs, Transformer
 
 GIB = 2**30
 
@@ -19,6 +19,7 @@ class Load:
     """What the flags and the data make a process work on."""
 
     processes: int
+    device: str
     dtype: str
     reference: bool
     online: int  # samples of the policy, over all processes; 0: none
@@ -29,17 +30,22 @@ class Load:
     activation_checkpointing: bool
 
 
-def saved_by_layer(args: ModelArgs, tokens: int, width: int) -> int:
-    """Bytes that autograd keeps of one layer for `tokens` tokens, at `width` bytes a number.
+def saved_by_layer(args: ModelArgs, sequences: int, length: int, width: int, on_cpu: bool) -> int:
+    """Bytes that autograd keeps of one layer for sequences of `length` tokens, at `width` bytes a number.
 
-    Inputs of the matrices, and what attention, SwiGLU and RMSNorm need of themselves. The norms upcast 16-bit numbers.
+    Inputs of the matrices, and what attention, SwiGLU and RMSNorm need of themselves. The norms upcast 16-bit numbers, and so
+    does attention on a CPU, which keeps its probabilities, too.
     """
     kv_dim = args.n_kv_heads * args.head_dim
     upcast = 4 if width == 2 else 0
     norms = 2 * args.dim * (2 * width + upcast) + 2 * 4
     attention = (args.dim + 2 * kv_dim) * width + 2 * args.dim * width + args.n_heads * 4
     swiglu = 4 * args.hidden_dim * width
-    return tokens * (norms + attention + swiglu)
+    scores = 0
+    if on_cpu and length <= SHORT:
+        attention += (args.dim + 2 * kv_dim) * upcast
+        scores = 4 * args.n_heads * sum((min(i + QUERIES, length) - i) * min(i + QUERIES, length) for i in range(0, length, QUERIES))
+    return sequences * (length * (norms + attention + swiglu) + scores)
 
 
 def memory(args: ModelArgs, tied: bool, load: Load) -> dict[str, int]:
@@ -55,8 +61,9 @@ def memory(args: ModelArgs, tied: bool, load: Load) -> dict[str, int]:
     tokens = load.sequences * load.longest
     samples = -(-load.online // load.processes)
     stories = max(samples, min(128, -(-load.eval_stories // load.processes)))
-    kept = tokens * args.dim * width * args.n_layers + saved_by_layer(args, tokens, width) if load.activation_checkpointing \
-        else saved_by_layer(args, tokens, width) * args.n_layers
+    on_cpu = load.device == "cpu"
+    of_layer = saved_by_layer(args, load.sequences, load.longest, width, on_cpu)
+    kept = tokens * args.dim * width * args.n_layers + of_layer if load.activation_checkpointing else of_layer * args.n_layers
     cache_tokens = min(args.max_seq_len, load.new_tokens + load.longest)
     return {
         "weights": 4 * share,
@@ -70,25 +77,27 @@ def memory(args: ModelArgs, tied: bool, load: Load) -> dict[str, int]:
         "reference's states of the samples": width * samples * min(load.new_tokens, args.max_seq_len) * args.dim,
         "whole policy to generate": width * numbers if sharded else 0,
         "whole reference to judge": width * numbers if sharded and load.eval_stories else 0,
-        "key-value cache": 2 * stories * cache_tokens * args.n_layers * args.n_kv_heads * args.head_dim * width,
+        "weights laid out to generate": width * numbers if on_cpu else 0,
+        "key-value cache": 2 * stories * cache_tokens * args.n_layers * args.n_kv_heads * args.head_dim * (4 if on_cpu else width),
     }
 
 
-def report(args: ModelArgs, tied: bool, load: Load, device: str) -> str:
+def report(args: ModelArgs, tied: bool, load: Load) -> str:
     """A table of the kinds, the peak of training and of generation, and whether they fit."""
     kinds = memory(args, tied, load)
     always = ("weights", "AdamW's moments", "reference", "reference's states of the samples")
     phases = {
         "training": (*always, "gradients", "gathered layers", "activations", "gradient of the logits",
                      "classifier for the KL"),
-        "generation and evaluation": (*always, "whole policy to generate", "whole reference to judge", "key-value cache"),
+        "generation and evaluation": (*always, "whole policy to generate", "whole reference to judge",
+                                      "weights laid out to generate", "key-value cache"),
     }
     peaks = {phase: sum(kinds[kind] for kind in names) for phase, names in phases.items()}
     lines = [f"memory of each of {load.processes} processes, {load.dtype}, {load.sequences} sequences of up to "
              f"{load.longest} tokens at a time:"]
     lines += [f"  {kind:<36}{size / GIB:9.3f} GiB" for kind, size in kinds.items() if size]
     lines += [f"  peak of {phase:<28}{size / GIB:9.3f} GiB" for phase, size in peaks.items()]
-    there, what = available(device, load.processes)
+    there, what = available(load.device, load.processes)
     verdict = "fits" if max(peaks.values()) <= 0.95 * there else "does not fit"
     lines.append(f"  {verdict}: {what} has {there / GIB:.1f} GiB for each")
     return "\n".join(lines)

@@ -27,7 +27,7 @@ def with_reference_logps(
     padded = order + order[:1] * (-len(order) % world.size)  # sharded, every process takes part in every pass
     mine = [groups[i] for i in padded[world.rank :: world.size]]
     logps = []
-    for batch in micro_batches(mine, size, reference.args.dim, world.device, world.most):
+    for batch in micro_batches(mine, size, reference.args, world.device, world.most):
         values = reference.with_head(batch.tokens, lambda *own: head.sequence_logps(*own, batch.tokens, batch.mask))
         logps += values.double().view(-1, batch.n).tolist()
     parts, scored = world.gather(logps), list(groups)

@@ -10,6 +10,7 @@ import textwrap
 from dataclasses import dataclass
 
 import checkpoint as checkpoints
+import machine
 from config import flag, parse, run
 from groups import parse_prompt, read_records
 from sampling import sample_batches, story_records
@@ -43,7 +44,8 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"--out={config.out}: a .json is for the answers to --prompts; name a .jsonl for stories")
     if config.prompts and not config.out:
         raise ValueError("--prompts: needs --out, the file for the answers")
-    checkpoint = checkpoints.load(config.checkpoint, checkpoints.pick_device(config.device))
+    checkpoint = checkpoints.load(config.checkpoint, machine.pick_device(config.device))
+    machine.fast_products(str(checkpoint.model.device))
     tokenizer = load_tokenizer(config.tokenizer, config.checkpoint, checkpoint.model.args.vocab_size)
     asked = [{"prompt": config.prompt}]
     if config.prompts:

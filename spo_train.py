@@ -28,6 +28,7 @@ import torch
 from tqdm import tqdm
 
 import checkpoint as checkpoints
+import machine
 import parallel
 import plan
 import tinystories_data as data
@@ -192,14 +193,16 @@ def describe(
             f"{config.max_iters} steps of {tokens:,.0f} tokens\nobjective: {objective}{known}")
 
 
-def load_of(config: TrainConfig, objective: Objective, policy: Checkpoint, groups: Sequence[EncodedGroup]) -> plan.Load:
+def load_of(
+    config: TrainConfig, objective: Objective, policy: Checkpoint, groups: Sequence[EncodedGroup], device: str
+) -> plan.Load:
     """What --plan is to reckon with."""
     mine = max(1, config.batch_size // config.plan)
     some = [groups[i] for i in range(min(1000, len(groups)))]
     longest = max(some, key=longest_response)
-    batch = micro_batches([longest] * mine, config.micro_batch_size, policy.model.args.dim, "cpu")[0]
+    batch = micro_batches([longest] * mine, config.micro_batch_size, policy.model.args, device)[0]
     return plan.Load(
-        processes=config.plan, dtype=config.dtype, reference=objective.needs_reference or config.eval_stories > 0,
+        processes=config.plan, device=device, dtype=config.dtype, reference=objective.needs_reference or config.eval_stories > 0,
         online=config.kl_batch_size if objective.online else 0, eval_stories=config.eval_stories,
         sequences=len(batch.tokens), longest=batch.tokens.shape[1], new_tokens=config.max_new_tokens,
         activation_checkpointing=config.activation_checkpointing,
@@ -257,7 +260,7 @@ def train(config: TrainConfig, world: World) -> None:
     if config.max_iters is None:  # one epoch: the least that uses every group
         config = dataclasses.replace(config, max_iters=math.ceil(len(groups) / config.batch_size))
     if config.plan is not None:
-        world.say(plan.report(policy.model.args, policy.model.tied, load_of(config, objective, policy, groups), world.device))
+        world.say(plan.report(policy.model.args, policy.model.tied, load_of(config, objective, policy, groups, world.device)))
         return
     policy.config |= dataclasses.asdict(config)
     prompt_ids = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
@@ -271,6 +274,7 @@ def train(config: TrainConfig, world: World) -> None:
         seed=config.seed, max_new_tokens=config.max_new_tokens, baseline=config.baseline, world=world,
     ) if judged else None
     world.say(describe(config, objective, policy, groups, world.device))
+    world.say(machine.fast_products(world.device))
     state = world.from_first(lambda: state_to_resume(config)) if config.resume else None
     if state is None:
         world.from_first(lambda: new_run(config, policy, tokenizer))
@@ -396,7 +400,9 @@ class Run:
 
 def main(argv: list[str]) -> None:
     config = parse(TrainConfig, argv, "spo_train.py", "Align a Llama by Soft Preference Optimization.")
-    world = parallel.start(checkpoints.pick_device(config.device), config.dtype)
+    device = machine.pick_device(config.device)
+    config = dataclasses.replace(config, dtype=machine.pick_dtype(config.dtype, device))
+    world = parallel.start(device, config.dtype)
     train(config, world)
     parallel.end()
 

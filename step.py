@@ -172,7 +172,7 @@ def draw_online(
 
 def online_of(config: TrainConfig, samples: list[EncodedGroup], reference: Transformer, world: World) -> OnlineSamples:
     mine = samples[world.share(len(samples))]
-    batches = micro_batches(mine, config.micro_batch_size, reference.args.dim, world.device, world.most)
+    batches = micro_batches(mine, config.micro_batch_size, reference.args, world.device, world.most)
     return OnlineSamples(samples, batches, [read_reference(reference, batch.tokens)[0] for batch in batches])
 
 
@@ -199,7 +199,7 @@ def gradient_step(
     started = time.perf_counter()
     policy.train()
     mine = groups[world.rank :: world.size]
-    batches = micro_batches(mine, config.micro_batch_size, policy.args.dim, world.device, world.most)
+    batches = micro_batches(mine, config.micro_batch_size, policy.args, world.device, world.most)
     logged = preference_backward(objective, policy, reference, batches, world)
     if online is not None:
         logged |= regularizer_backward(objective, policy, reference, online, world)
@@ -216,4 +216,7 @@ def gradient_step(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     tokens = sum(len(response) for group in groups for response in group.responses)
-    return logged | {"lr": learning_rate(config, step), "tokens_per_second": tokens / (time.perf_counter() - started)}
+    prompts = sum(len(group.prompt) * len(group.responses) for group in groups)
+    passed = float(world.total(torch.tensor(float(sum(batch.tokens.numel() for batch in batches)), device=world.device)))
+    return logged | {"lr": learning_rate(config, step), "padding": 1 - (prompts + tokens) / passed,
+                     "tokens_per_second": tokens / (time.perf_counter() - started)}

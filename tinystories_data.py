@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass
 import checkpoint as checkpoints
 import demo_stories
 import download
+import machine
 import pretokenize
 from checkpoint import Checkpoint, write_jsonl, write_text
 from config import flag, parse, run
@@ -312,7 +313,8 @@ def pretokenize_command(config: PretokenizeConfig) -> None:
 
 
 def generate_command(config: GenerateConfig) -> None:
-    checkpoint = checkpoints.load(config.checkpoint, checkpoints.pick_device(config.device))
+    checkpoint = checkpoints.load(config.checkpoint, machine.pick_device(config.device))
+    machine.fast_products(str(checkpoint.model.device))
     tokenizer = load_tokenizer(config.tokenizer, config.checkpoint, checkpoint.model.args.vocab_size)
     prompts = [""]
     if config.prompts:

@@ -63,8 +63,8 @@ class TrainConfig(JudgeFlags):
     keep_checkpoints: bool = flag(False, "keep the weights of every evaluation, as step_N.pt")
     log_interval: int = flag(5, "steps between log lines")
     device: str = flag("", "cpu, cuda, cuda:1, mps; none: cuda where there is one, else cpu")
-    dtype: str = flag("float32", "what layers compute in; weights, sums and optimizer stay float32",
-                      choices=["float32", "bfloat16"])
+    dtype: str = flag("", "what layers compute in, float32 or bfloat16; weights, sums and optimizer stay float32; "
+                      "none: bfloat16 on a GPU that has it", choices=["", "float32", "bfloat16"])
     activation_checkpointing: bool = flag(False, "compute activations again in the backward pass: less memory, same result")
     compile: bool = flag(False, "torch.compile the layers for training: a minute at the start, for faster steps on a GPU")
     seed: int = flag(1337, "of the data order, of every sample, and of the weights from scratch")

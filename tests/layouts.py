@@ -27,7 +27,7 @@ def gradients(world, objective, policy, reference, groups, samples, micro_batch_
     policy.zero_grad()
     config = TrainConfig(micro_batch_size=micro_batch_size)
     groups = with_reference_logps(groups, reference, micro_batch_size, world)
-    batches = micro_batches(groups[world.rank :: world.size], micro_batch_size, 64, "cpu", world.most)
+    batches = micro_batches(groups[world.rank :: world.size], micro_batch_size, policy.args, "cpu", world.most)
     logged = preference_backward(objective, policy, reference, batches, world)
     if objective.online:
         logged |= regularizer_backward(objective, policy, reference, online_of(config, samples, reference, world), world)

@@ -10,7 +10,7 @@ import checkpoint as checkpoints
 import export
 import sample
 from checkpoint import Checkpoint
-from model import ModelArgs, Transformer, generate, rope_tables, rotate, sample_token
+from model import QUERIES, Decoder, KVCache, ModelArgs, Transformer, attend, generate, rope_tables, rotate, sample_token
 from tokenizer import Tokenizer
 
 GREEDY = (
@@ -94,6 +94,37 @@ def test_rope_turns_interleaved_pairs_by_position():
     turned = rotate(torch.tensor([1.0, 0.0, 1.0, 0.0]).expand(1, 3, 1, 4), cos, sin)[0, 2, 0]
     angles = np.array([2.0, 2.0 / 100.0])  # position 2; theta^(-0/4) and 10000^(-2/4)
     assert turned.tolist() == pytest.approx([np.cos(angles[0]), np.sin(angles[0]), np.cos(angles[1]), np.sin(angles[1])])
+
+
+@pytest.mark.parametrize("length", [1 + QUERIES // 2, QUERIES, 2 * QUERIES + 5])
+@pytest.mark.parametrize("kv", [1, 2, 4])
+def test_attention_by_blocks_equals_the_formula(length, kv):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(3, heads, length, 6, generator=generator, dtype=torch.float64, requires_grad=True) for heads in (4, kv, kv))
+    keys, values = (x.repeat_interleave(4 // kv, 1) for x in (k, v))
+    scores = (q @ keys.transpose(2, 3) / 6**0.5).masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), -torch.inf)
+    expected, weights = scores.softmax(-1) @ values, torch.randn(3, 4, length, 6, generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(attend(q, k, v), expected)
+    for ours, theirs in zip(*(torch.autograd.grad((y * weights).sum(), (q, k, v)) for y in (attend(q, k, v), expected))):
+        torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(attend(q[:, :, -1:], k, v), expected[:, :, -1:])
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("tied,n_kv_heads", [(True, 4), (True, 2), (False, 1)])
+def test_the_decoder_equals_the_model(tied, n_kv_heads, dtype, tolerance):
+    model = tiny(tied, n_kv_heads).to(dtype)
+    tokens = torch.randint(64, (3, 12), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        cache, decoder = KVCache(model.args, 3, 12, "cpu", torch.float32), Decoder(model)
+        model.next_logits(tokens[:, :5], cache)
+        for t in range(5, 12):
+            expected = model(tokens[:, : t + 1])[:, -1].float()
+            gap = decoder.next_logits(tokens[:, t : t + 1], cache).float() - expected
+            assert gap.norm() <= tolerance * expected.norm()
+            if t == 8:  # one row leaves
+                tokens = tokens[[0, 2]]
+                cache.keep(torch.tensor([True, False, True]))
 
 
 def test_the_cache_changes_nothing():

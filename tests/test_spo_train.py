@@ -59,7 +59,7 @@ def objective_of(loss: str, **flags):
 
 
 def batches_of(groups, size, reference):
-    return micro_batches(with_reference_logps(groups, reference), size, 64, "cpu")
+    return micro_batches(with_reference_logps(groups, reference), size, tiny().args, "cpu")
 
 
 def gradients(objective, policy, reference, batches) -> list[torch.Tensor]:
@@ -85,7 +85,7 @@ def test_the_gradient_of_a_step_is_that_of_the_loss_written_out():
     """spo_rank over the whole batch by hand, against three micro-batches of the loop."""
     policy, groups = tiny().double(), random_groups(6, 3)
     objective = objective_of("spo_rank", gamma=0.05)
-    ours = gradients(objective, policy, None, micro_batches(groups, 2, 64, "cpu"))
+    ours = gradients(objective, policy, None, micro_batches(groups, 2, tiny().args, "cpu"))
     policy.zero_grad()
     batch = make_batch(groups)
     logps = sequence_logps(policy(batch.tokens), batch.tokens, batch.mask).view(6, 3)
@@ -321,6 +321,13 @@ def test_the_api_judge_evaluates_within_a_budget_and_training_outlives_it(worksh
             assert os.path.isdir(path) or b"sk-sentinel" not in open(path, "rb").read()
         with pytest.raises(ValueError, match="--max_usd=0.001"):  # not even the first evaluation
             workshop("spo_rank", *judge[:2], "--journal=k.jsonl", "--eval_stories=2", *prices, "--max_usd=0.001")
+
+
+def test_the_share_of_padding_is_logged():
+    policy, config, objective = tiny(), TrainConfig(loss="simpo", max_iters=1), objective_of("simpo")
+    group = EncodedGroup([1], [[5] * 9, [6] * 19], 1)  # 10 and 20 tokens, in rows of 32
+    logged = steps.gradient_step(config, objective, policy, None, [group], None, steps.make_optimizer(config, policy), 0)
+    assert logged["padding"] == 1 - 30 / 64
 
 
 def check_compiled(workshop, losses, *more):
