@@ -79,6 +79,8 @@ def assert_close(a: str, b: str, relative: float) -> None:
     assert [e["step"] for e in first] == [e["step"] for e in second]
     for x, y in zip(first, second):
         for name, value in x.items():
+            if name == "padding":  # another layout pads otherwise
+                continue
             assert y[name] == pytest.approx(value, rel=relative, abs=1e-5), (x["step"], name)
 
 
