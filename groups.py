@@ -251,8 +251,9 @@ def encode_groups(
     return encoded, drops
 
 
-def longest_response(group: EncodedGroup) -> int:
-    return max(map(len, group.responses))
+def longest_sequence(group: EncodedGroup) -> int:
+    """Tokens of the prompt and the longest response."""
+    return len(group.prompt) + max(map(len, group.responses))
 
 
 WIDTH = 32  # micro-batches are a multiple of this wide: oneDNN keeps code and memory for every shape that it meets
@@ -261,21 +262,42 @@ WIDTH = 32  # micro-batches are a multiple of this wide: oneDNN keeps code and m
 def micro_batches(
     groups: list[EncodedGroup], size: int | None, args: ModelArgs, device: str, agree: Callable[[int], int] = int
 ) -> list[Batch]:
-    """The groups, by length, in equal batches of at most `size`, so that neighbours need little padding.
+    """The groups, by length, in batches of at most `size`, so that neighbours need little padding.
 
-    size   None: what is enough to keep the machine busy, and no more: 4,096 tokens on a CPU, fewer for wide models
+    size   None: whatever is fastest, of up to 4,096 tokens on a CPU, fewer for wide models: no larger than keeps it busy
     args   the model's
     agree  from the number of batches that this process would make to the one that all make
     """
-    groups = sorted(groups, key=longest_response)
-    if size is None:
-        longest = max(len(group.prompt) + longest_response(group) for group in groups)
-        tokens = min(4096, 300_000 // args.dim) if str(device) == "cpu" else 2**23 // args.dim
-        size = max(1, tokens // (longest * len(groups[0].responses)))
-    count = agree(math.ceil(len(groups) / size))
-    ends = [i * len(groups) // count for i in range(count + 1)]
-    batches = []
-    for part in (groups[a:b] for a, b in zip(ends, ends[1:])):
-        longest = max(len(group.prompt) + longest_response(group) for group in part)
-        batches.append(make_batch(part, min(args.max_seq_len, -(-longest // WIDTH) * WIDTH)).to(device))
-    return batches
+    groups = sorted(groups, key=longest_sequence)
+    n, widths = len(groups[0].responses), [min(args.max_seq_len, -(-longest_sequence(g) // WIDTH) * WIDTH) for g in groups]
+    if size is not None:
+        count = agree(math.ceil(len(groups) / size))
+        ends = [i * len(groups) // count for i in range(count + 1)]
+    else:
+        on_cpu = str(device) == "cpu"
+        most = min(4096, 300_000 // args.dim) if on_cpu else 2**23 // args.dim
+        ends = cut([n * width for width in widths], most, overhead=128 if on_cpu else 4096)
+        count = agree(len(ends) - 1)
+    while len(ends) <= count:  # other processes make more
+        i = max(range(1, len(ends)), key=lambda i: ends[i] - ends[i - 1])
+        ends.insert(i, (ends[i - 1] + ends[i]) // 2)
+    return [make_batch(groups[a:b], widths[b - 1]).to(device) for a, b in zip(ends, ends[1:])]
+
+
+def cut(tokens: list[int], most: int, overhead: int) -> list[int]:
+    """Where to cut groups, the longest last, into batches: 0, ..., len(tokens), at the least cost in tokens.
+
+    tokens    of a group when it is padded to its own width: all of a batch are padded to its last one's
+    most      of a batch, unless one group has more
+    overhead  what a batch costs besides its tokens
+    """
+    costs, starts = [0], [0]
+    for end, width in enumerate(tokens, 1):
+        first = end - max(1, min(end, most // width))
+        start = min(range(first, end), key=lambda i: costs[i] + (end - i) * width)
+        costs.append(costs[start] + (end - start) * width + overhead)
+        starts.append(start)
+    ends = [len(tokens)]
+    while ends[0] > 0:
+        ends.insert(0, starts[ends[0]])
+    return ends

@@ -13,7 +13,7 @@ import torch
 
 import head
 from checkpoint import atomic_write, sha256_of
-from groups import EncodedGroup, longest_response, micro_batches
+from groups import EncodedGroup, longest_sequence, micro_batches
 from model import Transformer
 from parallel import World
 
@@ -23,9 +23,9 @@ def with_reference_logps(
     groups: list[EncodedGroup], reference: Transformer, size: int | None = None, world: World = World()
 ) -> list[EncodedGroup]:
     """The groups with `reference_logps`, in their order. size: groups per forward pass; None: what fits."""
-    order = sorted(range(len(groups)), key=lambda i: longest_response(groups[i]))  # micro_batches' own
-    padded = order + order[:1] * (-len(order) % world.size)  # sharded, every process takes part in every pass
-    mine = [groups[i] for i in padded[world.rank :: world.size]]
+    order = sorted(range(len(groups)), key=lambda i: longest_sequence(groups[i]))  # micro_batches' own
+    order = order[:1] * (-len(order) % world.size) + order  # sharded, every process takes part in every pass
+    mine = [groups[i] for i in order[world.rank :: world.size]]
     logps = []
     for batch in micro_batches(mine, size, reference.args, world.device, world.most):
         values = reference.with_head(batch.tokens, lambda *own: head.sequence_logps(*own, batch.tokens, batch.mask))

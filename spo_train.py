@@ -36,7 +36,7 @@ from checkpoint import Checkpoint, PtFile
 from config import parse, run
 from evaluation import Evaluation, Verdict, report
 from folders import fill, on_meta, open_folder
-from groups import EncodedGroup, encode_groups, longest_response, micro_batches, read_groups, require
+from groups import EncodedGroup, encode_groups, longest_sequence, micro_batches, read_groups, require
 from judge import OfflineJudge, make_judge
 from losses import LOSSES
 from model import ModelArgs, Transformer, rope_tables
@@ -199,7 +199,7 @@ def load_of(
     """What --plan is to reckon with."""
     mine = max(1, config.batch_size // config.plan)
     some = [groups[i] for i in range(min(1000, len(groups)))]
-    longest = max(some, key=longest_response)
+    longest = max(some, key=longest_sequence)
     batch = micro_batches([longest] * mine, config.micro_batch_size, policy.model.args, device)[0]
     return plan.Load(
         processes=config.plan, device=device, dtype=config.dtype, reference=objective.needs_reference or config.eval_stories > 0,

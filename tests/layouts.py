@@ -54,6 +54,11 @@ def main() -> None:
                 error = max(float((one[name] - two[name]).abs().max()) for name in one) / largest
                 errors[f"{loss} {regularizer} {dtype} {size}".replace("torch.", "")] = \
                     max(error, abs(loss_one - loss_two) / max(1.0, abs(loss_one)))
+    for count in (7, 8):  # whole and sharded, an odd number of groups and an even one
+        some = random_groups(count, 4)
+        one, two = (with_reference_logps(some, model, None, w) for model, w in ((reference, World()), (frozen, world)))
+        errors[f"reference of {count} float32"] = max(
+            abs(x - y) / abs(x) for a, b in zip(one, two) for x, y in zip(a.reference_logps, b.reference_logps))
     if world.rank == 0:
         print(json.dumps(errors))
     del layout, policy, reference, sharded, frozen, one, two

@@ -1,6 +1,8 @@
 """Text -> ranked groups -> files -> batches: formats, what is refused, what is scored."""
 
+import itertools
 import json
+import math
 import random
 import re
 
@@ -10,8 +12,9 @@ import torch
 import demo_stories
 import tinystories_data as data
 from checkpoint import Checkpoint, save_pt
-from groups import EncodedGroup, RankedGroup, encode_groups, make_batch, read_groups, require
+from groups import EncodedGroup, RankedGroup, cut, encode_groups, make_batch, micro_batches, read_groups, require
 from judge import BothOrders
+from model import ModelArgs
 from sampling import spread
 from tokenizer import Tokenizer
 
@@ -211,3 +214,30 @@ def test_unknown_words_come_back_through_byte_fallback(tokenizer):
     for text in ("Zo\u00eb 2024 \u4f60\u597d!", "line\nbreak"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert torch.tensor(tokenizer.encode("a", bos=True, eos=True))[[0, -1]].tolist() == [1, 2]
+
+
+def test_groups_are_cut_where_padding_and_passes_cost_least():
+    random_lengths = random.Random(0)
+    for _ in range(200):
+        tokens = sorted(random_lengths.randint(1, 9) for _ in range(random_lengths.randint(1, 8)))
+        most, overhead = random_lengths.randint(1, 30), random_lengths.randint(0, 6)
+
+        def cost(ends):
+            parts = [tokens[a:b] for a, b in zip(ends, ends[1:])]
+            allowed = all(part and (len(part) * part[-1] <= most or len(part) == 1) for part in parts)
+            return sum(len(part) * part[-1] + overhead for part in parts) if allowed else math.inf
+
+        inner = range(1, len(tokens))
+        every_way = ([0, *some, len(tokens)] for k in range(len(tokens)) for some in itertools.combinations(inner, k))
+        assert cost(cut(tokens, most, overhead)) == min(map(cost, every_way))
+
+
+def test_micro_batches_hold_every_group_once_and_agree_on_their_number():
+    args = ModelArgs(dim=32, n_layers=1, n_heads=2, max_seq_len=250)
+    groups = [EncodedGroup([1, 2], [[i] * (1 + 7 * i), [i] * 3], i) for i in range(1, 32)]
+    for size, agreed in ((None, None), (None, 17), (4, None), (4, 9)):
+        batches = micro_batches(groups, size, args, "cpu", lambda own: agreed or own)
+        assert not agreed or len(batches) == agreed
+        firsts = [int(row[2]) for batch in batches for row in batch.tokens[::2]]
+        assert sorted(firsts) == list(range(1, 32))
+        assert all(batch.tokens.shape[1] % 32 == 0 or batch.tokens.shape[1] == 250 for batch in batches)
