@@ -29,6 +29,7 @@ import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
+import machine  # noqa: E402
 import parallel  # noqa: E402
 import step as steps  # noqa: E402
 from checkpoint import Checkpoint  # noqa: E402
@@ -101,7 +102,8 @@ def timed(work) -> float:
 
 def matmul_rate(dtype: str) -> dict:
     """Flops per second of the machine in the classifier's product of 15M, into memory that is there."""
-    device, kind = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, dtype)
+    device, kind = machine.pick_device(""), getattr(torch, dtype)
+    machine.fast_products(device)
     rows, size = (1024, 288) if device == "cpu" else (8192, 4096)
     left, right = torch.randn(rows, size, device=device, dtype=kind), torch.randn(size, 32000, device=device, dtype=kind)
     out = torch.empty(rows, 32000, device=device, dtype=kind)
@@ -110,8 +112,11 @@ def matmul_rate(dtype: str) -> dict:
 
 
 def our_step(shape: str, loss: str, groups: int, n: int, reference_each_step: bool = False, online: bool = False,
-             dtype: str = "float32", count: int = 4) -> dict:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+             dtype: str = "float32", precision: str = "", count: int = 6) -> dict:
+    device = machine.pick_device("")
+    machine.fast_products(device)
+    if precision:
+        torch.set_float32_matmul_precision(precision)
     config = TrainConfig(loss=loss, data="random", batch_size=groups, max_iters=count, dtype=dtype, kl_batch_size=32)
     objective, world = objective_of(config), parallel.start(device, dtype)
     policy = Transformer(shape_of(shape)).to(device)
@@ -142,10 +147,13 @@ def our_step(shape: str, loss: str, groups: int, n: int, reference_each_step: bo
     return {"seconds": seconds[1:], "tokens": tokens / count, "flops": 6 * products(shape) * tokens / count, "peak_mb": peak.added()}
 
 
-def our_generation(shape: str, dtype: str = "float32", rows: int = 32, count: int = 3) -> dict:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = Transformer(shape_of(shape)).to(device, getattr(torch, dtype))
+def our_generation(shape: str, dtype: str = "float32", rows: int = 32, count: int = 4) -> dict:
+    device = machine.pick_device("")
+    machine.fast_products(device)
+    model = Transformer(shape_of(shape)).to(device)
     model.init_weights(torch.Generator(device).manual_seed(0))
+    for weight in model.parameters():
+        weight.data = weight.data.to(getattr(torch, dtype))
     peak = Peak()
     seconds = [timed(lambda: generate(model, [[1]] * rows, 256, seed=i)) for i in range(count)]
     return {"seconds": seconds[1:], "tokens": rows * 256, "flops": 2 * products(shape) * rows * 256, "peak_mb": peak.added()}
@@ -217,19 +225,22 @@ def their_generation(shape: str, dtype: str = "float32", rows: int = 32, count: 
 MEASUREMENTS = {
     "W1": [
         ("spo", our_step, {"shape": "15M", "loss": "dpo", "groups": 8, "n": 2}),
-        ("spo, reference at every step", our_step, {"shape": "15M", "loss": "dpo", "groups": 8, "n": 2, "reference_each_step": True}),
+        ("spo, without oneDNN, reference at every step", our_step,
+         {"shape": "15M", "loss": "dpo", "groups": 8, "n": 2, "precision": "highest", "reference_each_step": True}),
         ("spo, bfloat16", our_step, {"shape": "15M", "loss": "dpo", "groups": 8, "n": 2, "dtype": "bfloat16"}),
         ("spo, 16 pairs", our_step, {"shape": "15M", "loss": "dpo", "groups": 16, "n": 2}),
-        ("TRL, reference at every step", trl_step, {"shape": "15M", "pairs": 8}),
+        ("TRL, without oneDNN, reference at every step", trl_step, {"shape": "15M", "pairs": 8}),
         ("TRL, oneDNN, reference precomputed", trl_step, {"shape": "15M", "pairs": 8, "precision": "medium", "precomputed": True}),
         ("TRL, bfloat16, reference precomputed", trl_step, {"shape": "15M", "pairs": 8, "bf16": True, "precomputed": True}),
     ],
     "W2": [
-        ("spo_rank, no KL", our_step, {"shape": "260K", "loss": "spo_rank", "groups": 32, "n": 4}),
-        ("spo_rank with its online KL", our_step, {"shape": "260K", "loss": "spo_rank", "groups": 32, "n": 4, "online": True}),
         ("dpo_rank", our_step, {"shape": "260K", "loss": "dpo_rank", "groups": 32, "n": 4}),
-        ("TRL, 64 pairs", trl_step, {"shape": "260K", "pairs": 64}),
-        ("TRL, 64 pairs, bfloat16", trl_step, {"shape": "260K", "pairs": 64, "bf16": True}),
+        ("spo_rank without its KL", our_step, {"shape": "260K", "loss": "spo_rank", "groups": 32, "n": 4}),
+        ("spo_rank with its online KL", our_step, {"shape": "260K", "loss": "spo_rank", "groups": 32, "n": 4, "online": True}),
+        ("TRL, dpo, 64 pairs", trl_step, {"shape": "260K", "pairs": 64}),
+        ("TRL, dpo, 64 pairs, bfloat16", trl_step, {"shape": "260K", "pairs": 64, "bf16": True}),
+        ("TRL, dpo, 64 pairs, bfloat16, reference precomputed", trl_step,
+         {"shape": "260K", "pairs": 64, "bf16": True, "precomputed": True}),
     ],
     "W3": [
         ("15M", our_generation, {"shape": "15M"}),
@@ -240,7 +251,7 @@ MEASUREMENTS = {
         ("260K, transformers", their_generation, {"shape": "260K"}),
     ],
     "W4": [
-        ("spo_rank, no KL", our_step, {"shape": "110M", "loss": "spo_rank", "groups": 32, "n": 4, "dtype": "bfloat16"}),
+        ("spo_rank without its KL", our_step, {"shape": "110M", "loss": "spo_rank", "groups": 32, "n": 4, "dtype": "bfloat16"}),
         ("spo_rank with its online KL", our_step,
          {"shape": "110M", "loss": "spo_rank", "groups": 32, "n": 4, "dtype": "bfloat16", "online": True}),
     ],
@@ -279,7 +290,7 @@ def main(argv: list[str]) -> None:
         for case, results in all_of.items():
             results.append(measured(*case))
             print(json.dumps({"workload": case[0], "what": case[1]} | results[-1]), flush=True)
-    rows, rates, first = [], {}, {}
+    rows, rates, first, steps_of = [], {}, {}, {}
     for (workload, what), results in all_of.items():
         seconds = statistics.median(s for result in results for s in result["seconds"])
         flops = results[0]["flops"] / seconds
@@ -287,12 +298,16 @@ def main(argv: list[str]) -> None:
             rates[what.split(", ")[1]] = flops
             rows.append((workload, what, f"{seconds:.3f}", "", "", f"{flops / 1e9:.0f} GFLOP/s", ""))
             continue
-        tokens = results[0]["tokens"] / seconds
+        tokens, steps_of[workload, what] = results[0]["tokens"] / seconds, seconds
         base = first.setdefault((workload, what.split(", ")[0] if workload == "W3" else ""), tokens)
         rows.append((workload, what, f"{seconds:.2f}", f"{tokens:,.0f}", f"{max(r['peak_mb'] for r in results):,.0f}",
                      f"{flops / rates['bfloat16' if 'bfloat16' in what else 'float32']:.0%}", f"{tokens / base:.2f}"))
     head = ("", "", "s", "tokens/s", "MB added", "of matmul limit", "to the first")
     print("\n" + "\n".join("| " + " | ".join(row) + " |" for row in (head, ("---",) * len(head), *rows)))
+    for workload in ("W2", "W4"):
+        without, with_kl = (steps_of.get((workload, f"spo_rank {kind}")) for kind in ("without its KL", "with its online KL"))
+        if with_kl:
+            print(f"\n{workload}: sampling and KL add {with_kl / without - 1:.0%} to the step: {1 - without / with_kl:.0%} of it")
 
 
 if __name__ == "__main__":
