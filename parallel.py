@@ -22,9 +22,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 
 from checkpoint import sha256_of
@@ -118,6 +116,9 @@ def shard(model, world: World) -> None:
     """Leaves this process its part of every weight; a layer is gathered when it is used. One process in float32: as it is."""
     if world.size == 1 and world.dtype == "float32":
         return
+    # Here, and not above: importing it takes as long as all the rest, even for --help.
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
     # Inputs are not cast: the rotary tables would lose their precision, in the policy and not in what it is compared with.
     low = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     precision = {"mp_policy": low} if world.dtype == "bfloat16" else {}
@@ -163,7 +164,7 @@ def recomputed(forward, *inputs):
 @contextlib.contextmanager
 def whole(*models) -> Iterator[None]:
     """For a phase without training: every process has all weights, and works at its own pace."""
-    modules = [m for model in models if model is not None for m in model.modules() if isinstance(m, FSDPModule)]
+    modules = [m for model in models if model is not None for m in model.modules() if is_sharded(m)]
     for model in modules:
         model.set_reshard_after_forward(False, recurse=False)
         model.unshard()
@@ -176,7 +177,7 @@ def whole(*models) -> Iterator[None]:
 
 
 def is_sharded(model) -> bool:
-    return isinstance(model, FSDPModule)
+    return hasattr(model, "unshard")  # fully_shard gave it that
 
 
 def full(tensor: Tensor) -> Tensor:
@@ -210,7 +211,7 @@ def save_state(folder: str, step: int, tensors: dict[str, Tensor], facts: dict, 
         shutil.rmtree(temporary, ignore_errors=True)
         os.makedirs(temporary)
     world.gather(None)  # all wait for the folder
-    with quiet():
+    with distributed_checkpoint() as dcp:
         writer = dcp.HuggingFaceStorageWriter(temporary, save_distributed=True)
         dcp.save(tensors, storage_writer=writer, no_dist=world.size == 1)
     if world.rank == 0:
@@ -282,7 +283,7 @@ def facts_of(path: str) -> dict:
 
 def load_state(path: str, tensors: dict[str, Tensor], world: World) -> None:
     """Reads a state into tensors of the same names and shapes, sharded over any number of processes."""
-    with quiet():
+    with distributed_checkpoint() as dcp:
         dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(path), no_dist=world.size == 1)
 
 
@@ -296,8 +297,10 @@ def flush(path: str) -> None:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without the warning of torch.distributed.checkpoint that there is but one process."""
+def distributed_checkpoint() -> Iterator:
+    """torch.distributed.checkpoint, without its warning that there is but one process."""
+    import torch.distributed.checkpoint as dcp  # here for the same reason as in `shard`
+
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
-        yield
+        yield dcp
