@@ -7,6 +7,7 @@
     W2  one step: 260K parameters, vocabulary 512, 32 groups of 4 (for TRL: 64 pairs, as many sequences); and with the online KL
     W3  generation: 32 rows of 256 tokens at temperature 1, 15M and 260K
     W4  one spo_rank step with its online KL: 110M, 32 groups of 4; GPU only
+    errors  loss and gradient in each precision against float64 (only where it is asked for)
 
 Weights and tokens are random. Every measurement is a process of its own, the sides take turns, and the median step of all
 rounds counts: on a shared machine ratios mean something and seconds little. TRL and transformers take part where they are
@@ -34,7 +35,7 @@ import parallel  # noqa: E402
 import step as steps  # noqa: E402
 from checkpoint import Checkpoint  # noqa: E402
 from config import flag, parse, run  # noqa: E402
-from groups import EncodedGroup  # noqa: E402
+from groups import EncodedGroup, micro_batches  # noqa: E402
 from model import ModelArgs, Transformer, generate  # noqa: E402
 from reference import with_reference_logps  # noqa: E402
 from train_config import TrainConfig, objective_of  # noqa: E402
@@ -46,7 +47,7 @@ SHAPES = {  # dim, layers, heads, key-value heads, hidden, vocabulary
 
 @dataclass
 class BenchConfig:
-    only: str = flag("", "one workload", choices=["", "W1", "W2", "W3", "W4"])
+    only: str = flag("", "one workload", choices=["", "W1", "W2", "W3", "W4", "errors"])
     rounds: int = flag(2, "how often every measurement is made")
     measure: str = flag("", "one measurement of MEASUREMENTS, in this process: a line of JSON")
 
@@ -112,7 +113,7 @@ def matmul_rate(dtype: str) -> dict:
 
 
 def our_step(shape: str, loss: str, groups: int, n: int, reference_each_step: bool = False, online: bool = False,
-             dtype: str = "float32", precision: str = "", count: int = 6) -> dict:
+             dtype: str = "float32", precision: str = "", compiled: bool = False, count: int = 6) -> dict:
     device = machine.pick_device("")
     machine.fast_products(device)
     if precision:
@@ -122,6 +123,8 @@ def our_step(shape: str, loss: str, groups: int, n: int, reference_each_step: bo
     policy = Transformer(shape_of(shape)).to(device)
     policy.init_weights(torch.Generator(device).manual_seed(0))
     reference = copy.deepcopy(policy).requires_grad_(False)
+    if compiled:
+        parallel.compile_layers(policy)
     for model in (policy, reference):
         parallel.shard(model, world)
     optimizer, samples, peak, seconds, drawing = steps.make_optimizer(config, policy), None, Peak(), [], 0.0
@@ -157,6 +160,36 @@ def our_generation(shape: str, dtype: str = "float32", rows: int = 32, count: in
     peak = Peak()
     seconds = [timed(lambda: generate(model, [[1]] * rows, 256, seed=i)) for i in range(count)]
     return {"seconds": seconds[1:], "tokens": rows * 256, "flops": 2 * products(shape) * rows * 256, "peak_mb": peak.added()}
+
+
+def gradient_errors(shape: str, loss: str) -> list[dict]:
+    """Of a policy near its reference: the loss, and how far it and its gradient are from float64's."""
+    groups = [EncodedGroup([1], group, line) for line, group in enumerate(responses(shape, 8, 2 if loss == "dpo" else 4, seed=0))]
+    objective, device, lines, exact = objective_of(TrainConfig(loss=loss)), machine.pick_device(""), [], None
+    for what in ("float64", "float32", "float32, fast products", "bfloat16"):
+        torch.set_float32_matmul_precision("highest")
+        if "fast" in what:
+            machine.fast_products(device)
+        world = parallel.start(device, "bfloat16" if what == "bfloat16" else "float32")
+        generator = torch.Generator().manual_seed(0)
+        reference = Transformer(shape_of(shape))
+        reference.init_weights(generator)
+        policy = copy.deepcopy(reference)
+        with torch.no_grad():
+            for weight in policy.parameters():
+                weight += 0.02 * weight.std() * torch.randn(weight.shape, generator=generator) if weight.dim() > 1 else 0
+        for model in (policy, reference):
+            model.to(device, torch.float64 if what == "float64" else torch.float32)
+            parallel.shard(model, world)
+        scored = with_reference_logps(groups, reference, None, world)
+        batches = micro_batches(scored, None, policy.args, device)
+        value = float(steps.preference_backward(objective, policy, None, batches, world)["loss"])
+        gradient = torch.cat([parallel.full(p.grad).double().flatten() for p in policy.parameters()])
+        exact = exact or (value, gradient)
+        lines.append({"shape": shape, "loss": loss, "what": what, "value": value, "error": abs(value - exact[0]),
+                      "gradient_error": float((gradient - exact[1]).norm() / exact[1].norm())})
+        parallel.end()
+    return lines
 
 
 # --- the others ----------------------------------------------------------------------------------
@@ -235,6 +268,7 @@ MEASUREMENTS = {
     ],
     "W2": [
         ("dpo_rank", our_step, {"shape": "260K", "loss": "dpo_rank", "groups": 32, "n": 4}),
+        ("dpo_rank, --compile", our_step, {"shape": "260K", "loss": "dpo_rank", "groups": 32, "n": 4, "compiled": True}),
         ("spo_rank without its KL", our_step, {"shape": "260K", "loss": "spo_rank", "groups": 32, "n": 4}),
         ("spo_rank with its online KL", our_step, {"shape": "260K", "loss": "spo_rank", "groups": 32, "n": 4, "online": True}),
         ("TRL, dpo, 64 pairs", trl_step, {"shape": "260K", "pairs": 64}),
@@ -284,6 +318,11 @@ def main(argv: list[str]) -> None:
         (function, arguments), = [(f, a) for name, f, a in MEASUREMENTS.get(workload, RATES) if name == what]
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         print(json.dumps(function(**arguments)))
+        return
+    if config.only == "errors":
+        for shape, loss in (("260K", "dpo"), ("260K", "spo_rank"), ("15M", "dpo"), ("15M", "spo_rank")):
+            for line in gradient_errors(shape, loss):
+                print(json.dumps(line), flush=True)
         return
     all_of = {case: [] for case in chosen(config.only)}
     for _ in range(config.rounds):  # the sides take turns
