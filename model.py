@@ -253,10 +253,10 @@ class Decoder:
     """`model.next_logits` for one token a row, on a CPU, where calls and layouts decide.
 
     Matrices that meet the same input are one, transposed for few rows, and the scores' scale is in the queries' own. That is a
-    copy of the weights, made for one generation.
+    copy of the weights, made for one generation of at most `rows`.
     """
 
-    def __init__(self, model: Transformer):
+    def __init__(self, model: Transformer, rows: int, dtype: torch.dtype):
         self.args, self.embedding = model.args, model.tok_embeddings.weight
         self.layers, scale = [], model.args.head_dim**-0.5
         for layer in model.layers:
@@ -266,17 +266,19 @@ class Decoder:
             wo, w2 = attention.wo.weight.t().contiguous(), ffn.w2.weight.t().contiguous()
             self.layers.append((layer.attention_norm, wqkv, wo, layer.ffn_norm, w13, w2))
         self.norm, self.output = model.norm, model.output.weight.t().contiguous()
+        self.logits = torch.empty(rows, len(model.output.weight), dtype=dtype)
         self.rotation = torch.complex(model.freqs_cos.float(), model.freqs_sin.float())  # (max_seq_len, head_dim / 2)
 
     def next_logits(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        """Token ids (N, 1) -> logits (N, V)."""
+        """Token ids (N, 1) -> logits (N, V), whose memory the next call uses again."""
         with exact_products() if self.args.dim < 256 else contextlib.nullcontext():  # oneDNN is slow at small ones
             x = self.embedding[tokens.squeeze(1)]  # (N, D)
             rotation = self.rotation[cache.position]
             for i, layer in enumerate(self.layers):
                 x = self.layer(i, *layer, x, rotation, cache)
             cache.position += 1
-            return self.norm(x) @ self.output
+            logits, x = self.logits[: len(x)], self.norm(x)
+            return torch.mm(x, self.output, out=logits) if x.dtype == logits.dtype else logits.copy_(x @ self.output)
 
     def layer(self, i, attention_norm, wqkv, wo, ffn_norm, w13, w2, x: Tensor, rotation: Tensor, cache: KVCache) -> Tensor:
         N, KV, groups = len(x), self.args.n_kv_heads, self.args.n_heads // self.args.n_kv_heads
@@ -398,7 +400,7 @@ def generate(
     cache = KVCache(model.args, N, end, device, dtype)
     position = min(lengths)
     logits = model.next_logits(tokens[:, :position], cache)  # (N, V)
-    decoder = Decoder(model) if device.type == "cpu" else model
+    decoder = Decoder(model, N, dtype) if device.type == "cpu" else model
     while True:
         drawn = sample_token(logits, uniforms[:, position], temperature, top_k, top_p)
         stopped = (drawn.unsqueeze(1) == stop).any(1)

@@ -116,7 +116,7 @@ def test_the_decoder_equals_the_model(tied, n_kv_heads, dtype, tolerance):
     model = tiny(tied, n_kv_heads).to(dtype)
     tokens = torch.randint(64, (3, 12), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        cache, decoder = KVCache(model.args, 3, 12, "cpu", torch.float32), Decoder(model)
+        cache, decoder = KVCache(model.args, 3, 12, "cpu", torch.float32), Decoder(model, 3, torch.float32)
         model.next_logits(tokens[:, :5], cache)
         for t in range(5, 12):
             expected = model(tokens[:, : t + 1])[:, -1].float()
