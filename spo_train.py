@@ -274,7 +274,6 @@ def train(config: TrainConfig, world: World) -> None:
         seed=config.seed, max_new_tokens=config.max_new_tokens, baseline=config.baseline, world=world,
     ) if judged else None
     world.say(describe(config, objective, policy, groups, world.device))
-    world.say(machine.fast_products(world.device))
     state = world.from_first(lambda: state_to_resume(config)) if config.resume else None
     if state is None:
         world.from_first(lambda: new_run(config, policy, tokenizer))
@@ -403,6 +402,7 @@ def main(argv: list[str]) -> None:
     device = machine.pick_device(config.device)
     config = dataclasses.replace(config, dtype=machine.pick_dtype(config.dtype, device))
     world = parallel.start(device, config.dtype)
+    world.say(machine.fast_products(world.device))
     train(config, world)
     parallel.end()
 

@@ -66,7 +66,7 @@ class TrainConfig(JudgeFlags):
     dtype: str = flag("", "what layers compute in, float32 or bfloat16; weights, sums and optimizer stay float32; "
                       "none: bfloat16 on a GPU that has it", choices=["", "float32", "bfloat16"])
     activation_checkpointing: bool = flag(False, "compute activations again in the backward pass: less memory, same result")
-    compile: bool = flag(False, "torch.compile the layers for training: a minute at the start, for faster steps on a GPU")
+    compile: bool = flag(False, "torch.compile the layers for training: a minute at the start, then faster steps of narrow models")
     seed: int = flag(1337, "of the data order, of every sample, and of the weights from scratch")
     plan: int | None = flag(None, "only print what each of so many processes needs of memory, and whether it fits", alone=1)
     resume: str = flag("", "go on from the newest state in out_dir, or from STATE; auto: from the newest whole one, if any",
