@@ -271,13 +271,13 @@ def micro_batches(
     groups = sorted(groups, key=longest_sequence)
     n, widths = len(groups[0].responses), [min(args.max_seq_len, -(-longest_sequence(g) // WIDTH) * WIDTH) for g in groups]
     if size is not None:
-        count = agree(math.ceil(len(groups) / size))
+        count = math.ceil(len(groups) / size)
         ends = [i * len(groups) // count for i in range(count + 1)]
+    elif str(device) == "cpu":
+        ends = cut([n * width for width in widths], min(4096, 300_000 // args.dim), overhead=128)
     else:
-        on_cpu = str(device) == "cpu"
-        most = min(4096, 300_000 // args.dim) if on_cpu else 2**23 // args.dim
-        ends = cut([n * width for width in widths], most, overhead=128 if on_cpu else 4096)
-        count = agree(len(ends) - 1)
+        ends = cut([n * width for width in widths], 2**23 // args.dim, overhead=4096)  # a guess: measured on CPUs only
+    count = agree(len(ends) - 1)
     while len(ends) <= count:  # other processes make more
         i = max(range(1, len(ends)), key=lambda i: ends[i] - ends[i - 1])
         ends.insert(i, (ends[i - 1] + ends[i]) // 2)

@@ -16,7 +16,7 @@ def pick_device(name: str) -> str:
 def pick_dtype(name: str, device: str) -> str:
     """The precision of a --dtype flag; none: bfloat16 on a GPU that computes in it, else float32.
 
-    A CPU that does is not asked: on it bfloat16 gains a few percent over `fast_products`, and costs five digits.
+    On a CPU that does it would gain a tenth over `fast_products`, and cost 2 to 3% of the gradient (experiments/RESULTS.md).
     """
     on_gpu = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
     return name or ("bfloat16" if on_gpu else "float32")

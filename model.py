@@ -54,16 +54,6 @@ class ModelArgs:
         return self.dim // self.n_heads
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, dim: int, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
 def rope_tables(args: ModelArgs) -> tuple[Tensor, Tensor]:
     """cos and sin of position * theta^(-2i/head_dim), each (max_seq_len, head_dim / 2), float32."""
     exponents = torch.arange(0, args.head_dim, 2).float() / args.head_dim
@@ -100,6 +90,7 @@ class KVCache:
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
     def keep(self, rows: Tensor) -> None:
+        """Only these rows go on, in the layout that they have."""
         keys = self.keys.transpose(3, 4)[:, rows].transpose(3, 4) if self.keys.is_cpu else self.keys[:, rows]
         self.keys, self.values = keys, self.values[:, rows]
 
@@ -168,8 +159,8 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.attention = Attention(layer, args)
         self.feed_forward = FeedForward(args.dim, args.hidden_dim)
-        self.attention_norm = RMSNorm(args.dim, args.norm_eps)
-        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+        self.attention_norm = nn.RMSNorm(args.dim, args.norm_eps)
+        self.ffn_norm = nn.RMSNorm(args.dim, args.norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
         x = x + self.attention(self.attention_norm(x), cos, sin, cache)
@@ -184,7 +175,7 @@ class Transformer(nn.Module):
         self.args, self.tied = args, tied
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
         self.layers = nn.ModuleList(TransformerBlock(i, args) for i in range(args.n_layers))
-        self.norm = RMSNorm(args.dim, args.norm_eps)
+        self.norm = nn.RMSNorm(args.dim, args.norm_eps)
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
         if tied:
             self.output.weight = self.tok_embeddings.weight

@@ -44,8 +44,9 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"--out={config.out}: a .json is for the answers to --prompts; name a .jsonl for stories")
     if config.prompts and not config.out:
         raise ValueError("--prompts: needs --out, the file for the answers")
-    checkpoint = checkpoints.load(config.checkpoint, machine.pick_device(config.device))
-    machine.fast_products(str(checkpoint.model.device))
+    device = machine.pick_device(config.device)
+    machine.fast_products(device)
+    checkpoint = checkpoints.load(config.checkpoint, device)
     tokenizer = load_tokenizer(config.tokenizer, config.checkpoint, checkpoint.model.args.vocab_size)
     asked = [{"prompt": config.prompt}]
     if config.prompts:

@@ -137,7 +137,7 @@ def with_reference(config: TrainConfig, groups: list[EncodedGroup], policy: Chec
     wanted = {i for step in range(config.max_iters)
               for i in numbers_of_step(len(groups), config.batch_size, step, config.seed)}
     cached = config.init_from != "scratch"
-    cache = world.from_first(lambda: ReferenceCache(config.data, groups, config.init_from, config.dtype)) if cached else None
+    cache = world.from_first(lambda: ReferenceCache(config.data, groups, config.init_from, world.dtype)) if cached else None
     return complete(groups, wanted, policy.model, cache, config.micro_batch_size, world, world.say)
 
 
@@ -194,15 +194,16 @@ def describe(
 
 
 def load_of(
-    config: TrainConfig, objective: Objective, policy: Checkpoint, groups: Sequence[EncodedGroup], device: str
+    config: TrainConfig, objective: Objective, policy: Checkpoint, groups: Sequence[EncodedGroup], world: World
 ) -> plan.Load:
     """What --plan is to reckon with."""
     mine = max(1, config.batch_size // config.plan)
     some = [groups[i] for i in range(min(1000, len(groups)))]
     longest = max(some, key=longest_sequence)
-    batch = micro_batches([longest] * mine, config.micro_batch_size, policy.model.args, device)[0]
+    batch = micro_batches([longest] * mine, config.micro_batch_size, policy.model.args, world.device)[0]
     return plan.Load(
-        processes=config.plan, device=device, dtype=config.dtype, reference=objective.needs_reference or config.eval_stories > 0,
+        processes=config.plan, device=world.device, dtype=world.dtype,
+        reference=objective.needs_reference or config.eval_stories > 0,
         online=config.kl_batch_size if objective.online else 0, eval_stories=config.eval_stories,
         sequences=len(batch.tokens), longest=batch.tokens.shape[1], new_tokens=config.max_new_tokens,
         activation_checkpointing=config.activation_checkpointing,
@@ -260,7 +261,7 @@ def train(config: TrainConfig, world: World) -> None:
     if config.max_iters is None:  # one epoch: the least that uses every group
         config = dataclasses.replace(config, max_iters=math.ceil(len(groups) / config.batch_size))
     if config.plan is not None:
-        world.say(plan.report(policy.model.args, policy.model.tied, load_of(config, objective, policy, groups, world.device)))
+        world.say(plan.report(policy.model.args, policy.model.tied, load_of(config, objective, policy, groups, world)))
         return
     policy.config |= dataclasses.asdict(config)
     prompt_ids = [tokenizer.encode(prompt, bos=True) for prompt in prompts]

@@ -313,8 +313,9 @@ def pretokenize_command(config: PretokenizeConfig) -> None:
 
 
 def generate_command(config: GenerateConfig) -> None:
-    checkpoint = checkpoints.load(config.checkpoint, machine.pick_device(config.device))
-    machine.fast_products(str(checkpoint.model.device))
+    device = machine.pick_device(config.device)
+    checkpoint = checkpoints.load(config.checkpoint, device)
+    print(machine.fast_products(device))
     tokenizer = load_tokenizer(config.tokenizer, config.checkpoint, checkpoint.model.args.vocab_size)
     prompts = [""]
     if config.prompts:

@@ -22,10 +22,11 @@ def load(**changes) -> Load:
                    "longest": 50, "new_tokens": 60, "activation_checkpointing": False} | changes)
 
 
+@pytest.mark.parametrize("length", [50, 250])  # one block of attention, and three
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_activations_are_what_autograd_keeps(dtype):
+def test_activations_are_what_autograd_keeps(dtype, length):
     """Every storage that the backward pass of a stack of layers holds, weights and tables aside."""
-    args = ModelArgs(dim=128, n_layers=3, n_heads=4, n_kv_heads=2, vocab_size=64, hidden_dim=320, max_seq_len=64)
+    args = ModelArgs(dim=128, n_layers=3, n_heads=4, n_kv_heads=2, vocab_size=64, hidden_dim=320, max_seq_len=256)
     model = Transformer(args).to(dtype)
     own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
     kept = {}
@@ -36,10 +37,10 @@ def test_activations_are_what_autograd_keeps(dtype):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        out = model.hidden(torch.randint(0, 64, (4, 50)))
+        out = model.hidden(torch.randint(0, 64, (4, length)))
     measured = sum(storage.nbytes() for storage in kept.values())
     assert out.requires_grad
-    planned = saved_by_layer(args, 4, 50, dtype.itemsize, on_cpu=True) * args.n_layers
+    planned = saved_by_layer(args, 4, length, dtype.itemsize, on_cpu=True) * args.n_layers
     assert planned == pytest.approx(measured, rel=0.25)
 
 
