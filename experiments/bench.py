@@ -7,6 +7,8 @@
     W2  one step: 260K parameters, vocabulary 512, 32 groups of 4 (for TRL: 64 pairs, as many sequences); and with the online KL
     W3  generation: 32 rows of 256 tokens at temperature 1, 15M and 260K
     W4  one spo_rank step with its online KL: 110M, 32 groups of 4; GPU only
+    generation  110M, 32 to 1,024 rows; 7B: a step of spo and dpo in as many layers as fit; head: log-probs of 8,192 tokens
+                (these three only where they are asked for: experiments/gpu.sh does)
     errors  loss and gradient in each precision against float64 (only where it is asked for)
 
 Weights and tokens are random. Every measurement is a process of its own, the sides take turns, and the median step of all
@@ -16,6 +18,7 @@ Prints a line of JSON for each measurement, then a table.
 """
 
 import copy
+import gc
 import importlib.util
 import json
 import os
@@ -27,11 +30,15 @@ import time
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
+import head  # noqa: E402
+import losses  # noqa: E402
 import machine  # noqa: E402
 import parallel  # noqa: E402
+import plan  # noqa: E402
 import step as steps  # noqa: E402
 from checkpoint import Checkpoint  # noqa: E402
 from config import flag, parse, run  # noqa: E402
@@ -41,15 +48,20 @@ from reference import with_reference_logps  # noqa: E402
 from train_config import TrainConfig, objective_of  # noqa: E402
 
 SHAPES = {  # dim, layers, heads, key-value heads, hidden, vocabulary
-    "260K": (64, 5, 8, 4, 172, 512), "15M": (288, 6, 6, 6, 768, 32000), "110M": (768, 12, 12, 12, 2048, 32000),
+    "tiny": (32, 2, 4, 2, 48, 512), "260K": (64, 5, 8, 4, 172, 512), "15M": (288, 6, 6, 6, 768, 32000),
+    "110M": (768, 12, 12, 12, 2048, 32000), "7B": (4096, 32, 32, 32, 11008, 32000),
 }
+TINY = {"shape": "tiny", "groups": 2, "rows": 4, "count": 2, "tokens": 128, "compiled": False}  # the arguments with --tiny
+
+WORKLOADS = ("W1", "W2", "W3", "W4", "generation", "7B", "head")
 
 
 @dataclass
 class BenchConfig:
-    only: str = flag("", "one workload", choices=["", "W1", "W2", "W3", "W4", "errors"])
+    only: str = flag("", "one workload", choices=["", *WORKLOADS, "errors"])
     rounds: int = flag(2, "how often every measurement is made")
-    measure: str = flag("", "one measurement of MEASUREMENTS, in this process: a line of JSON")
+    measure: str = flag("", "one measurement of MEASUREMENTS, or all of a workload, in this process: a line of JSON each")
+    tiny: bool = flag(False, "with --measure: at a tiny shape, to see that the measurement itself works")
 
 
 # --- what is measured ----------------------------------------------------------------------------
@@ -60,9 +72,10 @@ def shape_of(shape: str) -> ModelArgs:
     return ModelArgs(dim=dim, n_layers=layers, n_heads=heads, n_kv_heads=kv, hidden_dim=hidden, vocab_size=vocab, max_seq_len=512)
 
 
-def products(shape: str) -> int:
+def products(shape: str, n_layers: int | None = None) -> int:
     """Multiplications with weights that a token meets: 2 flops each forward, 4 backward."""
     dim, layers, heads, kv, hidden, vocab = SHAPES[shape]
+    layers = n_layers or layers
     return layers * (2 * dim * dim + 2 * dim * dim * kv // heads + 3 * dim * hidden) + dim * vocab
 
 
@@ -101,8 +114,8 @@ def timed(work) -> float:
     return time.perf_counter() - started
 
 
-def matmul_rate(dtype: str) -> dict:
-    """Flops per second of the machine in the classifier's product of 15M, into memory that is there."""
+def matmul_rate(dtype: str, **_) -> dict:
+    """Flops per second of the machine in the classifier's product of 15M (on a GPU of 7B), into memory that is there."""
     device, kind = machine.pick_device(""), getattr(torch, dtype)
     machine.fast_products(device)
     rows, size = (1024, 288) if device == "cpu" else (8192, 4096)
@@ -112,22 +125,46 @@ def matmul_rate(dtype: str) -> dict:
     return {"seconds": times, "flops": 2 * rows * size * 32000}
 
 
+def layers_that_fit(shape: str, groups: int, dtype: str) -> ModelArgs:
+    """The shape with as many of its layers as a step of `groups` pairs leaves room for, by plan.py."""
+    args, (there, _) = shape_of(shape), plan.available(machine.pick_device(""), 1)
+    for n_layers in range(args.n_layers, 0, -1):
+        args.n_layers = n_layers
+        if sum(planned_for_training(args, groups * 2, dtype).values()) < 0.85 * there:
+            break
+    return args
+
+
+def planned_for_training(args: ModelArgs, sequences: int, dtype: str) -> dict[str, int]:
+    """plan.memory of what a step without samples takes: {kind: bytes}."""
+    load = plan.Load(processes=1, device=machine.pick_device(""), dtype=dtype, reference=False, online=0, eval_stories=0,
+                     sequences=sequences, longest=256, new_tokens=256, activation_checkpointing=False)
+    kinds = plan.memory(args, True, load)
+    return {kind: kinds[kind] for kind in ("weights", "AdamW's moments", "gradients", "gathered layers", "activations",
+                                           "gradient of the logits")}
+
+
 def our_step(shape: str, loss: str, groups: int, n: int, reference_each_step: bool = False, online: bool = False,
-             dtype: str = "float32", precision: str = "", compiled: bool = False, count: int = 6) -> dict:
+             dtype: str = "float32", precision: str = "", compiled: bool = False, fit: bool = False, count: int = 6) -> dict:
+    """One optimizer step. fit: as many layers as there is memory for, all pairs in one micro-batch, and the plan beside the peak."""
     device = machine.pick_device("")
     machine.fast_products(device)
     if precision:
         torch.set_float32_matmul_precision(precision)
-    config = TrainConfig(loss=loss, data="random", batch_size=groups, max_iters=count, dtype=dtype, kl_batch_size=32)
+    config = TrainConfig(loss=loss, data="random", batch_size=groups, max_iters=count, dtype=dtype, kl_batch_size=32,
+                         micro_batch_size=groups if fit else None)
     objective, world = objective_of(config), parallel.start(device, dtype)
-    policy = Transformer(shape_of(shape)).to(device)
+    args = layers_that_fit(shape, groups, dtype) if fit else shape_of(shape)
+    start = Peak()
+    policy = Transformer(args).to(device)
     policy.init_weights(torch.Generator(device).manual_seed(0))
-    reference = copy.deepcopy(policy).requires_grad_(False)
+    reference = copy.deepcopy(policy).requires_grad_(False) if online or reference_each_step else None
     if compiled:
         parallel.compile_layers(policy)
-    for model in (policy, reference):
+    for model in filter(None, (policy, reference)):
         parallel.shard(model, world)
-    optimizer, samples, peak, seconds, drawing = steps.make_optimizer(config, policy), None, Peak(), [], 0.0
+    optimizer, samples, seconds, drawing = steps.make_optimizer(config, policy), None, [], 0.0
+    peak = start if fit else Peak()
     if online:
         def draw():
             nonlocal samples
@@ -140,14 +177,19 @@ def our_step(shape: str, loss: str, groups: int, n: int, reference_each_step: bo
         batch = [EncodedGroup([1], group, line) for line, group in enumerate(responses(shape, groups, n, seed=i))]
         tokens += sum(len(response) + 1 for group in batch for response in group.responses)
         if "reference_logps" in objective.reads and not reference_each_step:
-            batch = with_reference_logps(batch, reference, None, world)  # once for all of a run: not counted
+            batch = with_reference_logps(batch, policy, None, world)  # once for all of a run: not counted
 
         def step():
             scored = with_reference_logps(batch, reference, None, world) if reference_each_step else batch
             steps.gradient_step(config, objective, policy, reference, scored, samples, optimizer, i, world)
 
         seconds.append(timed(step) + drawing / config.kl_interval)
-    return {"seconds": seconds[1:], "tokens": tokens / count, "flops": 6 * products(shape) * tokens / count, "peak_mb": peak.added()}
+    result = {"seconds": seconds[1:], "tokens": tokens / count, "peak_mb": peak.added(),
+              "flops": 6 * products(shape, args.n_layers) * tokens / count, "sampling": drawing}
+    if fit:
+        planned = sum(planned_for_training(args, groups * n, dtype).values())
+        result |= {"layers": args.n_layers, "planned_mb": planned / 1e6}
+    return result
 
 
 def our_generation(shape: str, dtype: str = "float32", rows: int = 32, count: int = 4) -> dict:
@@ -160,6 +202,31 @@ def our_generation(shape: str, dtype: str = "float32", rows: int = 32, count: in
     peak = Peak()
     seconds = [timed(lambda: generate(model, [[1]] * rows, 256, seed=i)) for i in range(count)]
     return {"seconds": seconds[1:], "tokens": rows * 256, "flops": 2 * products(shape) * rows * 256, "peak_mb": peak.added()}
+
+
+def head_of(which: str, tokens: int = 8192, dim: int = 4096, vocab: int = 32000, count: int = 6, **_) -> dict:
+    """Log-probs of `tokens` tokens and their gradient, from hidden states and the classifier: ours, and the others'."""
+    if which == "torch" and not hasattr(F, "linear_cross_entropy"):
+        raise ValueError(f"torch {torch.__version__} has no linear_cross_entropy")
+    device = machine.pick_device("")
+    dim, vocab, dtype = (dim, vocab, torch.bfloat16) if tokens > 128 else (64, 512, torch.float32)
+    random_ids = torch.Generator(device).manual_seed(0)
+    hidden = torch.randn(1, tokens + 1, dim, device=device, dtype=dtype, generator=random_ids).requires_grad_()
+    classifier = (torch.randn(vocab, dim, device=device, generator=random_ids) / dim**0.5).to(dtype).requires_grad_()
+    ids = torch.randint(vocab, (1, tokens + 1), device=device, generator=random_ids)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[:, 0] = False
+
+    def total():
+        if which == "ours":
+            return head.sequence_logps(hidden, classifier, ids, mask).sum()
+        if which == "torch":
+            return -F.linear_cross_entropy(hidden[0, :-1], classifier, ids[0, 1:], reduction="none").sum()
+        return losses.sequence_logps(hidden @ classifier.t(), ids, mask).sum()
+
+    peak = Peak()
+    seconds = [timed(lambda: total().backward()) for _ in range(count)]
+    return {"seconds": seconds[1:], "tokens": tokens, "flops": 6 * tokens * dim * vocab, "peak_mb": peak.added()}
 
 
 def gradient_errors(shape: str, loss: str) -> list[dict]:
@@ -269,7 +336,7 @@ MEASUREMENTS = {
     "W2": [
         ("dpo_rank", our_step, {"shape": "260K", "loss": "dpo_rank", "groups": 32, "n": 4}),
         ("dpo_rank, --compile", our_step, {"shape": "260K", "loss": "dpo_rank", "groups": 32, "n": 4, "compiled": True}),
-        ("spo_rank without its KL", our_step, {"shape": "260K", "loss": "spo_rank", "groups": 32, "n": 4}),
+        ("spo_rank without its online KL", our_step, {"shape": "260K", "loss": "spo_rank", "groups": 32, "n": 4}),
         ("spo_rank with its online KL", our_step, {"shape": "260K", "loss": "spo_rank", "groups": 32, "n": 4, "online": True}),
         ("TRL, dpo, 64 pairs", trl_step, {"shape": "260K", "pairs": 64}),
         ("TRL, dpo, 64 pairs, bfloat16", trl_step, {"shape": "260K", "pairs": 64, "bf16": True}),
@@ -285,10 +352,18 @@ MEASUREMENTS = {
         ("260K, transformers", their_generation, {"shape": "260K"}),
     ],
     "W4": [
-        ("spo_rank without its KL", our_step, {"shape": "110M", "loss": "spo_rank", "groups": 32, "n": 4, "dtype": "bfloat16"}),
-        ("spo_rank with its online KL", our_step,
-         {"shape": "110M", "loss": "spo_rank", "groups": 32, "n": 4, "dtype": "bfloat16", "online": True}),
+        (f"spo_rank {kind} its online KL{how}", our_step,
+         {"shape": "110M", "loss": "spo_rank", "groups": 32, "n": 4, "dtype": "bfloat16", "online": kind == "with", "compiled": bool(how)})
+        for how in ("", ", --compile") for kind in ("without", "with")
     ],
+    "generation": [
+        (f"110M, {rows} rows", our_generation, {"shape": "110M", "rows": rows, "dtype": "bfloat16"}) for rows in (32, 128, 1024)
+    ],
+    "7B": [
+        (loss, our_step, {"shape": "7B", "loss": loss, "groups": 8, "n": 2, "dtype": "bfloat16", "fit": True, "count": 4})
+        for loss in ("spo", "dpo")
+    ],
+    "head": [(which, head_of, {"which": which, "tokens": 8192}) for which in ("ours", "plain logits", "torch")],
 }
 RATES = [(f"matmul, {dtype}", matmul_rate, {"dtype": dtype}) for dtype in ("float32", "bfloat16")]
 
@@ -300,6 +375,27 @@ def chosen(only: str) -> list[tuple[str, str]]:
     return [("matmul", what) for what, *_ in RATES] + [
         (workload, what) for workload in workloads for what, function, _ in MEASUREMENTS[workload]
         if function not in needs or importlib.util.find_spec(needs[function])]
+
+
+def measure(name: str, tiny: bool) -> None:
+    """WORKLOAD/WHAT, in this process: a line of JSON. WORKLOAD: all of it and the rate of its products; what fails is a line, too."""
+    workload, _, what = name.partition("/")
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    listed = MEASUREMENTS.get(workload, RATES) if what else [RATES[1], *MEASUREMENTS[workload]]
+    for label, function, arguments in listed:
+        if what and what != label:
+            continue
+        arguments = arguments | {key: value for key, value in TINY.items() if tiny and key in arguments}
+        try:
+            result = function(**arguments)
+        except Exception as error:
+            if what:
+                raise
+            result = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+        print(json.dumps(result if what else {"workload": workload, "what": label} | result), flush=True)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def measured(workload: str, what: str) -> dict:
@@ -314,10 +410,7 @@ def measured(workload: str, what: str) -> dict:
 def main(argv: list[str]) -> None:
     config = parse(BenchConfig, argv, "bench.py", "Measure the workloads, and TRL and transformers on the same work.")
     if config.measure:
-        workload, what = config.measure.split("/", 1)
-        (function, arguments), = [(f, a) for name, f, a in MEASUREMENTS.get(workload, RATES) if name == what]
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
-        print(json.dumps(function(**arguments)))
+        measure(config.measure, config.tiny)
         return
     if config.only == "errors":
         for shape, loss in (("260K", "dpo"), ("260K", "spo_rank"), ("15M", "dpo"), ("15M", "spo_rank")):
@@ -344,7 +437,7 @@ def main(argv: list[str]) -> None:
     head = ("", "", "s", "tokens/s", "MB added", "of matmul limit", "to the first")
     print("\n" + "\n".join("| " + " | ".join(row) + " |" for row in (head, ("---",) * len(head), *rows)))
     for workload in ("W2", "W4"):
-        without, with_kl = (steps_of.get((workload, f"spo_rank {kind}")) for kind in ("without its KL", "with its online KL"))
+        without, with_kl = (steps_of.get((workload, f"spo_rank {kind} its online KL")) for kind in ("without", "with"))
         if with_kl:
             print(f"\n{workload}: sampling and KL add {with_kl / without - 1:.0%} to the step: {1 - without / with_kl:.0%} of it")
 
