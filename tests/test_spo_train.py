@@ -20,9 +20,12 @@ import step as steps
 import tinystories_data as data
 import train_config
 from checkpoint import Checkpoint
+from evaluation import Evaluation
 from groups import EncodedGroup, make_batch, micro_batches
+from judge import OfflineJudge
 from losses import LOSSES, REGULARIZERS, sequence_logps, token_kl
 from model import generate
+from parallel import World
 from reference import with_reference_logps
 from train_config import TrainConfig
 
@@ -118,6 +121,32 @@ def test_kl_is_zero_at_step_0_and_its_micro_batches_add_up():
     assert torch.allclose(kl, mean) and float(kl) > 0
     for p, grad in zip(policy.parameters(), ours):
         assert torch.allclose(p.grad, grad, rtol=1e-8, atol=1e-11)
+
+
+def test_a_step_descends_the_mean_loss_plus_beta_times_the_mean_kl():
+    """spo_basic and its KL written out from all logits, with beta 0.3, against the loop's two passes."""
+    reference = tiny().double()
+    policy, groups, samples = perturbed(reference), random_groups(6, 2), random_groups(5, 1, seed=1)
+    objective = objective_of("spo_basic", alpha=0.5, beta=0.3)
+    steps.preference_backward(objective, policy, reference, micro_batches(groups, 4, policy.args, "cpu"))
+    steps.regularizer_backward(objective, policy, reference, steps.online_of(TrainConfig(micro_batch_size=2), samples, reference, World()))
+    ours = [p.grad.clone() for p in policy.parameters()]
+    policy.zero_grad()
+    batch, online = make_batch(groups), make_batch(samples)
+    logps = sequence_logps(policy(batch.tokens), batch.tokens, batch.mask).view(6, 2)
+    loss = -(torch.log_softmax(0.5 * logps, 1)[:, 0]) / 0.5
+    kl = token_kl(policy(online.tokens), reference(online.tokens), online.mask)
+    (loss.mean() + 0.3 * kl.mean()).backward()
+    for p, grad in zip(policy.parameters(), ours):
+        assert torch.allclose(p.grad, grad, rtol=1e-8, atol=1e-11)
+
+
+def test_every_refresh_draws_other_samples_and_the_same_seed_the_same():
+    policy, reference, config = Checkpoint(tiny(), {"eos_id": 1}), tiny(), TrainConfig(max_new_tokens=12, kl_batch_size=4)
+    draws = [[g.responses for g in spo_train.draw_online(config, policy, reference, [[1]], step).samples] for step in (0, 8, 0)]
+    assert draws[0] == draws[2] != draws[1]
+    other = dataclasses.replace(config, seed=1)
+    assert [g.responses for g in spo_train.draw_online(other, policy, reference, [[1]], 0).samples] != draws[0]
 
 
 def test_online_samples_are_untruncated_draws_of_the_policy_in_eval_mode(monkeypatch):
@@ -263,6 +292,15 @@ def test_a_run_leaves_its_files_and_they_agree(workshop, capsys):
     kinds = [key for entry in log_of(folder) for key in entry if key.endswith("/score")]
     assert kinds == ["eval/score"] * 3 + ["before/score", "best/score", "last/score"]
     assert "before (step 0)" in out and "after" in out and "last (step 8)" in out
+
+
+def test_no_two_sets_of_stories_share_their_random_numbers(tokenizer):  # noqa: F811
+    """The report's stories had no part in the choice of the best, and nobody wins against its own draws."""
+    model = Checkpoint(tiny(vocab_size=512), {"eos_id": 1})
+    evaluation = Evaluation(model, tokenizer, [""], 4, judge=OfflineJudge(), seed=1, max_new_tokens=12)
+    select, report = (evaluation.evaluate(model, which).stories for which in ("select", "report"))
+    texts = [story["text"] for story in select + report] + evaluation.baselines["select"] + evaluation.baselines["report"]
+    assert len(set(texts)) == len(texts) == 4 + 8 + 4 + 8  # all by one model: only the streams keep them apart
 
 
 def test_the_same_seed_gives_the_same_run_and_micro_batches_do_not_show(workshop):
