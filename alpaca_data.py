@@ -47,7 +47,9 @@ FILES = {  # name here -> where the Hugging Face hub has it
 def prompt_of(instruction: str, given: str) -> str:
     """Alpaca's prompt; given: the record's "input", "" if there is none."""
     template = WITH_INPUT if given else WITHOUT_INPUT
-    before, _, after = template.partition("{instruction}")  # no format(): an instruction may hold braces
+    before, _, after = template.partition(
+        "{instruction}"
+    )  # no format(): an instruction may hold braces
     return before + instruction + after.replace("{input}", given, 1)
 
 
@@ -75,7 +77,10 @@ def given_in(record: dict) -> str:
 
 def sft_records(path: str) -> list[dict]:
     records = read_json_list(path, ("instruction", "output"))
-    return [{"prompt": prompt_of(r["instruction"], given_in(r)), "responses": [r["output"]]} for r in records]
+    return [
+        {"prompt": prompt_of(r["instruction"], given_in(r)), "responses": [r["output"]]}
+        for r in records
+    ]
 
 
 def preference_records(path: str) -> tuple[list[dict], Counter]:
@@ -84,7 +89,9 @@ def preference_records(path: str) -> tuple[list[dict], Counter]:
     for index, r in enumerate(read_json_list(path, ("instruction", "output_1", "output_2"))):
         outputs, preference = (r["output_1"], r["output_2"]), r.get("preference")
         if type(preference) not in (int, float) or not 0 <= preference <= 2:
-            raise ValueError(f'{path} record {index}: "preference" is {preference!r}, expected 1 or 2')
+            raise ValueError(
+                f'{path} record {index}: "preference" is {preference!r}, expected 1 or 2'
+            )
         if preference not in (1, 2):
             left_out["no side preferred"] += 1
         elif outputs[0].strip() == outputs[1].strip():
@@ -93,16 +100,27 @@ def preference_records(path: str) -> tuple[list[dict], Counter]:
             left_out["an empty output"] += 1
         else:
             chosen = int(preference) - 1
-            pairs.append({"prompt": prompt_of(r["instruction"], given_in(r)), "chosen": outputs[chosen],
-                          "rejected": outputs[1 - chosen]})
+            pairs.append(
+                {
+                    "prompt": prompt_of(r["instruction"], given_in(r)),
+                    "chosen": outputs[chosen],
+                    "rejected": outputs[1 - chosen],
+                }
+            )
     return pairs, left_out
 
 
 def instruction_records(path: str) -> list[dict]:
     """Prompts that remember their instruction (and dataset), which alpaca_eval wants back with the outputs."""
     records = read_json_list(path, ("instruction",))
-    return [{"prompt": prompt_of(r["instruction"], given_in(r)), "instruction": r["instruction"],
-             "dataset": str(r.get("dataset", ""))} for r in records]
+    return [
+        {
+            "prompt": prompt_of(r["instruction"], given_in(r)),
+            "instruction": r["instruction"],
+            "dataset": str(r.get("dataset", "")),
+        }
+        for r in records
+    ]
 
 
 @dataclass
@@ -143,7 +161,10 @@ def main(argv: list[str]) -> None:
     else:
         records = instruction_records(config.data)
     write_jsonl(config.out, records)
-    print(f"{config.out}: {len(records)} records" + "".join(f", {count} left out: {reason}" for reason, count in left_out.items()))
+    print(
+        f"{config.out}: {len(records)} records"
+        + "".join(f", {count} left out: {reason}" for reason, count in left_out.items())
+    )
 
 
 if __name__ == "__main__":

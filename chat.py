@@ -42,17 +42,26 @@ OVERHEAD_TOKENS = 64  # what a chat template adds to a prompt, at most
 @dataclass
 class ChatFlags:
     base_url: str = flag(OPENAI, "the API, up to and with /v1")
-    journal: str = flag("journal.jsonl", "every reply of the API judge, so that none is asked for, or paid, twice")
+    journal: str = flag(
+        "journal.jsonl", "every reply of the API judge, so that none is asked for, or paid, twice"
+    )
     workers: int = flag(8, "requests to the API judge at a time")
     judge_timeout: float = flag(120.0, "seconds for one request")
-    judge_retries: int = flag(10, "how often a request is sent again when the network or the server fails")
+    judge_retries: int = flag(
+        10, "how often a request is sent again when the network or the server fails"
+    )
     judge_temperature: float = flag(0.0, "the API judge's sampling temperature")
     judge_max_tokens: int = flag(2048, "the longest reply, in tokens")
-    judge_token_field: str = flag("max_tokens", "what the API calls that limit",
-                                  choices=["max_tokens", "max_completion_tokens"])
+    judge_token_field: str = flag(
+        "max_tokens",
+        "what the API calls that limit",
+        choices=["max_tokens", "max_completion_tokens"],
+    )
     usd_per_million_in: float = flag(0.0, "price of a million prompt tokens")
     usd_per_million_out: float = flag(0.0, "price of a million reply tokens")
-    max_usd: float | None = flag(None, "stop before the request that could pass this, counting what the journal holds")
+    max_usd: float | None = flag(
+        None, "stop before the request that could pass this, counting what the journal holds"
+    )
 
 
 class Stopped(ValueError):
@@ -86,7 +95,9 @@ class Journal:
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 self.file.close()
-                raise ValueError(f"--journal={path}: another run is writing it; wait, or give another file") from None
+                raise ValueError(
+                    f"--journal={path}: another run is writing it; wait, or give another file"
+                ) from None
         self.file.seek(0)
         content = self.file.read()
         whole = content.rfind(b"\n") + 1
@@ -95,7 +106,9 @@ class Journal:
                 self.note(json.loads(line))
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
                 self.refuse(number)
-        if whole < len(content):  # a kill while the last line was written; or another file altogether
+        if whole < len(
+            content
+        ):  # a kill while the last line was written; or another file altogether
             start = b'{"id": '
             if not (content[whole:].startswith(start) or start.startswith(content[whole:])):
                 self.refuse(content.count(b"\n") + 1)
@@ -103,7 +116,9 @@ class Journal:
 
     def refuse(self, number: int) -> None:
         self.file.close()
-        raise ValueError(f"{self.path} line {number}: not a line of a journal; give another --journal")
+        raise ValueError(
+            f"{self.path} line {number}: not a line of a journal; give another --journal"
+        )
 
     def note(self, line: dict) -> None:
         number, usd = int(line["id"]), float(line.get("usd", 0))
@@ -122,7 +137,9 @@ class Journal:
 
     def append(self, line: dict) -> None:
         with self.lock:
-            self.file.write((json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
+            self.file.write(
+                (json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8", "replace")
+            )
             self.file.flush()
             os.fsync(self.file.fileno())
             self.note(line)
@@ -145,21 +162,37 @@ def check_flags(flags: ChatFlags) -> None:
     for name, most in (("workers", 1000), ("judge_max_tokens", 10**7)):
         if not 1 <= getattr(flags, name) <= most:
             raise ValueError(f"--{name}={getattr(flags, name)}: must be 1 to {most}")
-    for name in ("judge_retries", "usd_per_million_in", "usd_per_million_out", "max_usd", "judge_temperature"):
+    for name in (
+        "judge_retries",
+        "usd_per_million_in",
+        "usd_per_million_out",
+        "max_usd",
+        "judge_temperature",
+    ):
         if not 0 <= (getattr(flags, name) or 0) < 1e9:
             raise ValueError(f"--{name}={getattr(flags, name)}: must be finite and not negative")
     if not 0 < flags.judge_timeout <= 86400:
-        raise ValueError(f"--judge_timeout={flags.judge_timeout}: must be above 0, and at most a day")
+        raise ValueError(
+            f"--judge_timeout={flags.judge_timeout}: must be above 0, and at most a day"
+        )
     if flags.max_usd is not None and not (flags.usd_per_million_in and flags.usd_per_million_out):
-        raise ValueError("--max_usd: needs --usd_per_million_in and --usd_per_million_out, the prices of this model")
+        raise ValueError(
+            "--max_usd: needs --usd_per_million_in and --usd_per_million_out, the prices of this model"
+        )
     try:
         url = urllib.parse.urlsplit(flags.base_url)
-        good = url.scheme in ("http", "https") and url.hostname and not (url.port == 0 or url.query or url.fragment)
+        good = (
+            url.scheme in ("http", "https")
+            and url.hostname
+            and not (url.port == 0 or url.query or url.fragment)
+        )
     except ValueError:  # a port that is none
         good = False
     if not good or "@" in flags.base_url:
-        raise ValueError(f"--base_url: expected something like {OPENAI} or http://localhost:8000/v1, without password "
-                         "or query")
+        raise ValueError(
+            f"--base_url: expected something like {OPENAI} or http://localhost:8000/v1, without password "
+            "or query"
+        )
 
 
 class Chat:
@@ -185,8 +218,10 @@ class Chat:
     def require_key(self) -> None:
         """ValueError where the endpoint is OpenAI's and there is no key; another server may need none."""
         if not self.key and self.flags.base_url == OPENAI:
-            raise ValueError("OPENAI_API_KEY is not set. Export it, or name a server that needs none "
-                             "(--base_url=http://localhost:8000/v1), or use --judge=offline")
+            raise ValueError(
+                "OPENAI_API_KEY is not set. Export it, or name a server that needs none "
+                "(--base_url=http://localhost:8000/v1), or use --judge=offline"
+            )
 
     def bound(self, prompt: str) -> float:
         """US dollars that a request can cost at most: a token is a byte or more."""
@@ -194,7 +229,9 @@ class Chat:
         return self.price(tokens, self.flags.judge_max_tokens)
 
     def price(self, tokens_in: float, tokens_out: float) -> float:
-        return (tokens_in * self.flags.usd_per_million_in + tokens_out * self.flags.usd_per_million_out) / 1e6
+        return (
+            tokens_in * self.flags.usd_per_million_in + tokens_out * self.flags.usd_per_million_out
+        ) / 1e6
 
     def complete(self, key: str, prompt: str, **extra) -> dict:
         """The reply to a prompt, journaled under the key: {"text", "finish_reason", "model", "usage"} and `extra`.
@@ -229,14 +266,18 @@ class Chat:
                     self.journal.append({"id": number, "refused": 0})
                     self.stop_if_misconfigured(error)
                 else:
-                    self.lost += 1  # its line "asked" stays open: the work may have been done, and billed
+                    self.lost += (
+                        1  # its line "asked" stays open: the work may have been done, and billed
+                    )
             finally:
                 self.failure = failure
                 with self.settled:
                     self.in_flight -= 1
                     self.settled.notify_all()
-        raise ConnectionError(f"{self.flags.base_url}: {self.flags.judge_retries + 1} failures one after the other, the last: "
-                              f"{failure}; what was answered is in {self.journal.path}, run the same command again")
+        raise ConnectionError(
+            f"{self.flags.base_url}: {self.flags.judge_retries + 1} failures one after the other, the last: "
+            f"{failure}; what was answered is in {self.journal.path}, run the same command again"
+        )
 
     def reserve(self, key: str, usd: float) -> int:
         """Journals that a request is on its way. BudgetSpent if its bound could pass max_usd, whatever others cost."""
@@ -245,7 +286,8 @@ class Chat:
                 if self.in_flight == 0:
                     raise BudgetSpent(
                         f"--max_usd={self.flags.max_usd:g}: ${self.journal.spent:.4f} may be spent, the next request could cost "
-                        f"${usd:.4f}; what was answered is in {self.journal.path}: raise it and run the command again")
+                        f"${usd:.4f}; what was answered is in {self.journal.path}: raise it and run the command again"
+                    )
                 self.settled.wait()
             self.in_flight += 1
             return self.journal.ask(key, usd)
@@ -256,11 +298,19 @@ class Chat:
             self.threads.session = requests.Session()
             self.threads.session.auth = self.authorize
         seconds, started = self.flags.judge_timeout, time.monotonic()
-        message = {"model": self.model, "messages": [{"role": "user", "content": prompt}],
-                   "temperature": self.flags.judge_temperature,
-                   self.flags.judge_token_field: self.flags.judge_max_tokens}
-        with self.threads.session.post(self.url, json=message, timeout=(min(10.0, seconds), seconds), stream=True,
-                                       allow_redirects=False) as response:
+        message = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": prompt}],
+            "temperature": self.flags.judge_temperature,
+            self.flags.judge_token_field: self.flags.judge_max_tokens,
+        }
+        with self.threads.session.post(
+            self.url,
+            json=message,
+            timeout=(min(10.0, seconds), seconds),
+            stream=True,
+            allow_redirects=False,
+        ) as response:
             left = seconds - (time.monotonic() - started)
             deadline = threading.Timer(max(0.0, left), shut, [response])
             deadline.daemon = True
@@ -298,34 +348,51 @@ class Chat:
             reason, text = choice.get("finish_reason"), choice["message"].get("content")
             if isinstance(text, list):  # the parts of a message
                 text = "".join(part["text"] for part in text if "text" in part)
-        return {"text": self.redact(text) if isinstance(text, str) else None, "finish_reason": self.redact(str(reason)),
-                "model": self.redact(str(answer.get("model"))), "usage": token_counts(answer.get("usage"))}
+        return {
+            "text": self.redact(text) if isinstance(text, str) else None,
+            "finish_reason": self.redact(str(reason)),
+            "model": self.redact(str(answer.get("model"))),
+            "usage": token_counts(answer.get("usage")),
+        }
 
     def cost(self, usage: dict[str, int] | None, bound: float) -> float:
         """US dollars by the server's count of tokens; the bound where it tells none."""
-        return bound if usage is None else self.price(usage["prompt_tokens"], usage["completion_tokens"])
+        return (
+            bound
+            if usage is None
+            else self.price(usage["prompt_tokens"], usage["completion_tokens"])
+        )
 
     def stop_if_hopeless(self, status: int, body: str) -> None:
         """Stopped for an answer that asking again does not change."""
         where = f"{self.flags.base_url}: answered {status}"
         if status in (401, 403):
-            raise Stopped(f"{where}: the key in OPENAI_API_KEY is missing, wrong, or not allowed to use {self.model}")
+            raise Stopped(
+                f"{where}: the key in OPENAI_API_KEY is missing, wrong, or not allowed to use {self.model}"
+            )
         if status == 402 or (status == 429 and "insufficient_quota" in body):
-            raise Stopped(f"{where}: the account's quota is used up; add credit and run the same command again")
+            raise Stopped(
+                f"{where}: the account's quota is used up; add credit and run the same command again"
+            )
         if status in (408, 409, 429) or status >= 500:
             return
         with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
             body = str(json.loads(body)["error"]["message"])
         said = " ".join(self.redact(body).split())[:200]
-        hint = "is --base_url right, and --judge a model that it serves?" if status in (301, 302, 307, 308, 404, 405) \
+        hint = (
+            "is --base_url right, and --judge a model that it serves?"
+            if status in (301, 302, 307, 308, 404, 405)
             else "it does not accept this request"
+        )
         raise Stopped(f"{where}: {hint}; it says: {said or 'nothing'}")
 
     def stop_if_misconfigured(self, error: Exception) -> None:
         """Stopped for a connection that cannot be made with these flags."""
         said = str(error)
         if isinstance(error, requests.exceptions.SSLError):
-            raise Stopped(f"{self.flags.base_url}: no secure connection: {self.redact(said)[-160:]}")
+            raise Stopped(
+                f"{self.flags.base_url}: no secure connection: {self.redact(said)[-160:]}"
+            )
         if not isinstance(error, requests.ConnectionError):
             raise Stopped(f"{self.flags.base_url}: cannot be asked: {self.redact(said)[:160]}")
 
@@ -333,7 +400,9 @@ class Chat:
         """Exponential back-off with jitter, and whatever the server asked everyone to wait. Stopped if the run is."""
         seconds = 0.5 * 2 ** min(attempt, 7) * random.uniform(0.5, 1.0) if attempt else 0.0
         until = time.monotonic() + seconds
-        while (left := max(until, self.hold_until) - time.monotonic()) > 0 and not self.stop.is_set():
+        while (
+            left := max(until, self.hold_until) - time.monotonic()
+        ) > 0 and not self.stop.is_set():
             time.sleep(min(left, 1.0))
         if self.stop.is_set():
             raise Stopped("the run has been stopped")
@@ -342,16 +411,24 @@ class Chat:
         """Retry-After, in seconds or as a date: no thread sends anything before."""
         seconds = 0.0
         with contextlib.suppress(ValueError, TypeError, OverflowError):
-            seconds = float(retry_after) if re.fullmatch(r"[\d.]+", retry_after.strip()) else \
-                email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time()
+            seconds = (
+                float(retry_after)
+                if re.fullmatch(r"[\d.]+", retry_after.strip())
+                else email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time()
+            )
         self.hold_until = max(self.hold_until, time.monotonic() + min(seconds, 3600.0))
 
     @property
     def status(self) -> str:
         """For a progress bar: the cost so far, and what it is waiting for, if it is."""
         waiting = self.hold_until - time.monotonic()
-        trouble = f", waiting {waiting:.0f} s (rate limit)" if waiting > 1 else \
-            f", trying again ({self.failure})" if self.failure else ""
+        trouble = (
+            f", waiting {waiting:.0f} s (rate limit)"
+            if waiting > 1
+            else f", trying again ({self.failure})"
+            if self.failure
+            else ""
+        )
         return f"${self.journal.spent:.2f}{trouble}"
 
 
@@ -366,14 +443,24 @@ def never_sent(error: Exception) -> bool:
         return "CERTIFICATE_VERIFY_FAILED" in str(error) or "WRONG_VERSION_NUMBER" in str(error)
     reason = getattr(error.args[0], "reason", None) if error.args else None
     return isinstance(reason, urllib3.exceptions.NewConnectionError) or isinstance(
-        error, (kinds.ConnectTimeout, kinds.ProxyError, kinds.InvalidURL, kinds.InvalidSchema, kinds.InvalidJSONError))
+        error,
+        (
+            kinds.ConnectTimeout,
+            kinds.ProxyError,
+            kinds.InvalidURL,
+            kinds.InvalidSchema,
+            kinds.InvalidJSONError,
+        ),
+    )
 
 
 def token_counts(usage) -> dict[str, int] | None:
     """What a server says that a request took, if it is believable."""
     names = ("prompt_tokens", "completion_tokens")
     counts = [usage.get(name) if isinstance(usage, dict) else None for name in names]
-    return dict(zip(names, counts)) if all(type(c) is int and 0 <= c < 10**9 for c in counts) else None
+    return (
+        dict(zip(names, counts)) if all(type(c) is int and 0 <= c < 10**9 for c in counts) else None
+    )
 
 
 def shut(response: requests.Response) -> None:
@@ -383,7 +470,11 @@ def shut(response: requests.Response) -> None:
 
 
 def as_done(
-    function: Callable, items: Iterable, workers: int, stop: threading.Event, on_wait: Callable = lambda: None,
+    function: Callable,
+    items: Iterable,
+    workers: int,
+    stop: threading.Event,
+    on_wait: Callable = lambda: None,
     patience: float = 0.0,
 ) -> Iterator:
     """(index, function(item)) of every item, as they are done, by threads; the first exception ends it all.

@@ -26,8 +26,18 @@ from folders import load_folder
 from model import ModelArgs, Transformer
 
 MAGIC = 0x616B3432  # "ak42", the first four bytes of llama2.c's versions 1 and 2
-HEADER_FIELDS = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len")
-TINYSTORIES_EOS_ID = 1  # BOS: in llama2.c's data the next story's BOS ends a story, and EOS is never trained
+HEADER_FIELDS = (
+    "dim",
+    "hidden_dim",
+    "n_layers",
+    "n_heads",
+    "n_kv_heads",
+    "vocab_size",
+    "max_seq_len",
+)
+TINYSTORIES_EOS_ID = (
+    1  # BOS: in llama2.c's data the next story's BOS ends a story, and EOS is never trained
+)
 
 
 @dataclass
@@ -84,7 +94,9 @@ def copy_tokenizer(tokenizer, folder: str) -> None:
     if os.path.isfile(path):
         with open(path, "rb") as f:
             if f.read() != content:
-                raise ValueError(f"{path} is the tokenizer of another model; choose another folder, or remove it")
+                raise ValueError(
+                    f"{path} is the tokenizer of another model; choose another folder, or remove it"
+                )
     with atomic_write(path) as f:
         f.write(content)
     if tokenizer.kind == "sentencepiece":  # run.c reads no other
@@ -131,7 +143,10 @@ class PtFile:
     def __init__(self, path: str):
         self.path = path
         self.args, self.weights, self.config, self.step = read_pt(path)
-        output, embedding = self.weights.get("output.weight"), self.weights.get("tok_embeddings.weight")
+        output, embedding = (
+            self.weights.get("output.weight"),
+            self.weights.get("tok_embeddings.weight"),
+        )
         self.tied = output is None or (embedding is not None and torch.equal(output, embedding))
         self.eos_id = self.config.get("eos_id", TINYSTORIES_EOS_ID)
 
@@ -144,18 +159,32 @@ class PtFile:
 def read_pt(path: str) -> tuple[ModelArgs, dict[str, Tensor], dict, int]:
     """(model_args, weights, config, step) of a `.pt`. ValueError, naming the file, if it cannot be used."""
     try:
-        entries = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        entries = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
     except Exception as error:  # what a damaged file raises depends on which byte is wrong
-        reason = "it holds Python objects and could run code" if "Unsupported" in str(error) else "it is damaged"
-        raise ValueError(f"{path}: not loaded, {reason}, or it is no checkpoint of ours or llama2.c's") from None
-    parts = [entries.get("model"), entries.get("model_args")] if isinstance(entries, dict) else [None]
+        reason = (
+            "it holds Python objects and could run code"
+            if "Unsupported" in str(error)
+            else "it is damaged"
+        )
+        raise ValueError(
+            f"{path}: not loaded, {reason}, or it is no checkpoint of ours or llama2.c's"
+        ) from None
+    parts = (
+        [entries.get("model"), entries.get("model_args")] if isinstance(entries, dict) else [None]
+    )
     if not all(isinstance(part, dict) for part in parts):
-        raise ValueError(f"{path}: has no 'model' and 'model_args'; expected a checkpoint of ours or llama2.c's")
+        raise ValueError(
+            f"{path}: has no 'model' and 'model_args'; expected a checkpoint of ours or llama2.c's"
+        )
     weights, model_args = parts
     known = {f.name for f in dataclasses.fields(ModelArgs)}
     unknown = set(map(str, model_args)) - known
     if unknown:
-        raise ValueError(f"{path}: model_args has {', '.join(sorted(unknown))}, which this model does not know")
+        raise ValueError(
+            f"{path}: model_args has {', '.join(sorted(unknown))}, which this model does not know"
+        )
     try:
         args = ModelArgs(**model_args)
     except (ValueError, TypeError) as error:
@@ -166,7 +195,12 @@ def read_pt(path: str) -> tuple[ModelArgs, dict[str, Tensor], dict, int]:
         if not isinstance(weight, Tensor):
             raise ValueError(f"{path}: {name} is no tensor")
     config, step = entries.get("config"), entries.get("step")
-    return args, weights, config if isinstance(config, dict) else {}, step if isinstance(step, int) else 0
+    return (
+        args,
+        weights,
+        config if isinstance(config, dict) else {},
+        step if isinstance(step, int) else 0,
+    )
 
 
 def build(path: str, args: ModelArgs, weights: dict[str, Tensor]) -> Transformer:
@@ -179,10 +213,14 @@ def build(path: str, args: ModelArgs, weights: dict[str, Tensor]) -> Transformer
     weights = weights if output is not None else weights | {"output.weight": embedding}
     for name, shape in ((k, v.shape) for k, v in expected.items()):
         if weights.get(name) is None or weights[name].shape != shape:
-            found = "missing" if weights.get(name) is None else f"of shape {tuple(weights[name].shape)}"
+            found = (
+                "missing" if weights.get(name) is None else f"of shape {tuple(weights[name].shape)}"
+            )
             raise ValueError(f"{path}: {name} is {found}, model_args ask for {tuple(shape)}")
     if set(weights) != set(expected):
-        raise ValueError(f"{path}: {sorted(set(weights) - set(expected))[0]} is no part of this model")
+        raise ValueError(
+            f"{path}: {sorted(set(weights) - set(expected))[0]} is no part of this model"
+        )
     model = Transformer(args, tied)
     model.load_state_dict(weights)
     return model
@@ -200,7 +238,14 @@ def per_layer(model: Transformer, name: str) -> list[Tensor]:
 def v0_tensors(model: Transformer) -> list[Tensor]:
     """The model's tensors in the order of v0, RoPE tables included."""
     tensors = [model.tok_embeddings.weight]
-    for name in ("attention_norm", "attention.wq", "attention.wk", "attention.wv", "attention.wo", "ffn_norm"):
+    for name in (
+        "attention_norm",
+        "attention.wq",
+        "attention.wk",
+        "attention.wv",
+        "attention.wo",
+        "ffn_norm",
+    ):
         tensors += per_layer(model, name)
     for name in ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"):
         tensors += per_layer(model, name)
@@ -240,7 +285,9 @@ def quantize(weight: Tensor, group_size: int) -> tuple[np.ndarray, np.ndarray]:
     return values.reshape(-1), scales.astype(np.float32)
 
 
-def save_llama2c(path: str, model: Transformer, version: int = 0, group_size: int | None = None) -> None:
+def save_llama2c(
+    path: str, model: Transformer, version: int = 0, group_size: int | None = None
+) -> None:
     """Write llama2.c's binary, one tensor at a time, atomically; the model is left as it is.
 
     version     0: what run.c reads; 1: the same behind a proper header; 2: int8, what runq.c reads
@@ -253,7 +300,9 @@ def save_llama2c(path: str, model: Transformer, version: int = 0, group_size: in
         for name in ("dim", "hidden_dim"):
             if group_size < 1 or getattr(args, name) % group_size:
                 fits = largest_group_size(args)
-                raise ValueError(f"--group_size={group_size} does not divide {name} {getattr(args, name)}; {fits} fits")
+                raise ValueError(
+                    f"--group_size={group_size} does not divide {name} {getattr(args, name)}; {fits} fits"
+                )
     with atomic_write(path) as f:
         if version == 0:
             vocab_size = args.vocab_size if model.tied else -args.vocab_size
@@ -279,7 +328,9 @@ def llama2c_size(args: ModelArgs, tied: bool, version: int, group_size: int) -> 
     numbers = args.n_layers * per_block + args.vocab_size * args.dim * (1 if tied else 2)
     if version == 0:
         return 28 + 4 * (vectors + numbers + args.max_seq_len * args.head_dim)  # the RoPE tables
-    return 256 + 4 * vectors + (4 * numbers if version == 1 else numbers + 4 * numbers // group_size)
+    return (
+        256 + 4 * vectors + (4 * numbers if version == 1 else numbers + 4 * numbers // group_size)
+    )
 
 
 def load_llama2c(path: str) -> Checkpoint:
@@ -287,7 +338,11 @@ def load_llama2c(path: str) -> Checkpoint:
 
     The file says nothing of norm_eps and rope_theta: they are 1e-5 and 10000, as in run.c.
     """
-    data = np.memmap(path, dtype=np.uint8, mode="r") if os.path.getsize(path) else np.empty(0, np.uint8)
+    data = (
+        np.memmap(path, dtype=np.uint8, mode="r")
+        if os.path.getsize(path)
+        else np.empty(0, np.uint8)
+    )
     head = bytes(data[:256])
     version, group_size = 0, 0
     if len(head) < 28:
@@ -298,8 +353,15 @@ def load_llama2c(path: str) -> Checkpoint:
     else:
         numbers = list(struct.unpack_from("<7i", head))
         tied, numbers[5] = numbers[5] > 0, abs(numbers[5])
-    if version not in (0, 1, 2) or min(numbers) < 1 or max(numbers) > 2**24 or (version == 2 and group_size < 1):
-        raise ValueError(f"{path}: not a llama2.c model (its header reads {numbers}, version {version})")
+    if (
+        version not in (0, 1, 2)
+        or min(numbers) < 1
+        or max(numbers) > 2**24
+        or (version == 2 and group_size < 1)
+    ):
+        raise ValueError(
+            f"{path}: not a llama2.c model (its header reads {numbers}, version {version})"
+        )
     try:
         args = ModelArgs(**dict(zip(HEADER_FIELDS, numbers)))
     except ValueError as error:

@@ -46,11 +46,16 @@ def parse(config_class, argv: list[str], prog: str, description: str = ""):
     hints = typing.get_type_hints(config_class)
     # a class's own flags first, then those that it inherits
     owners = [vars(owner).get("__annotations__", {}) for owner in config_class.__mro__]
-    fields = sorted(dataclasses.fields(config_class), key=lambda field: [field.name in own for own in owners].index(True))
+    fields = sorted(
+        dataclasses.fields(config_class),
+        key=lambda field: [field.name in own for own in owners].index(True),
+    )
     names = [field.name for field in fields]
     for field in fields:
         kind, text = hints[field.name], field.metadata["help"].replace("%", "%%")
-        if isinstance(kind, types.UnionType):  # `float | None`: a float, or None where it is not given
+        if isinstance(
+            kind, types.UnionType
+        ):  # `float | None`: a float, or None where it is not given
             kind = next(t for t in kind.__args__ if t is not type(None))
         if field.metadata["positional"]:
             parser.add_argument(field.name, type=kind, help=text)
@@ -60,8 +65,13 @@ def parse(config_class, argv: list[str], prog: str, description: str = ""):
         alone = True if kind is bool else field.metadata["alone"]
         optional = {} if alone is None else {"nargs": "?", "const": alone}
         parser.add_argument(
-            f"--{field.name}", type=boolean if kind is bool else kind, default=field.default,
-            choices=field.metadata["choices"], metavar=kind.__name__.upper(), help=text, **optional,
+            f"--{field.name}",
+            type=boolean if kind is bool else kind,
+            default=field.default,
+            choices=field.metadata["choices"],
+            metavar=kind.__name__.upper(),
+            help=text,
+            **optional,
         )
     values, unknown = parser.parse_known_args([underscored(word) for word in argv])
     if unknown:
@@ -83,7 +93,11 @@ def run(main) -> None:
     except (ValueError, OSError) as error:
         if os.environ.get("SPO_DEBUG"):
             raise
-        text = f"{error.strerror}: {error.filename}" if getattr(error, "filename", None) else str(error)
+        text = (
+            f"{error.strerror}: {error.filename}"
+            if getattr(error, "filename", None)
+            else str(error)
+        )
         print(f"{os.path.basename(sys.argv[0])}: {' '.join(text.split())}", file=sys.stderr)
         sys.exit(3 if isinstance(error, ConnectionError) else 2)
     except KeyboardInterrupt:

@@ -41,11 +41,17 @@ def fetch(url: str, path: str, sha256: str = "") -> None:
         time.sleep(min(30.0, 2.0**attempt - 1) * 0.5)
         try:
             return fetch_once(url, path, sha256)
-        except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema, requests.exceptions.MissingSchema):
+        except (
+            requests.exceptions.InvalidURL,
+            requests.exceptions.InvalidSchema,
+            requests.exceptions.MissingSchema,
+        ):
             raise ValueError(f"{url}: not an address; is --hub_url right?") from None
         except (requests.RequestException, Interrupted) as error:
             failure = str(error) if isinstance(error, Interrupted) else type(error).__name__
-    raise ConnectionError(f"{url}: {ATTEMPTS} attempts failed, the last: {failure}; run the same command to go on")
+    raise ConnectionError(
+        f"{url}: {ATTEMPTS} attempts failed, the last: {failure}; run the same command to go on"
+    )
 
 
 def fetch_once(url: str, path: str, sha256: str) -> None:
@@ -56,15 +62,25 @@ def fetch_once(url: str, path: str, sha256: str) -> None:
         length = length_of(url, response, part, have)
         expected = sha256 or announced_sha256(response)
         if not expected:
-            raise ValueError(f"{url}: the server announces no SHA-256 to check the file by; give --sha256=HEX, or "
-                             "--sha256=unchecked to take what comes")
+            raise ValueError(
+                f"{url}: the server announces no SHA-256 to check the file by; give --sha256=HEX, or "
+                "--sha256=unchecked to take what comes"
+            )
         if os.path.isfile(path):
             if expected in ("unchecked", sha256_of(path)):
                 print(f"{path}: there already")
                 return
-            raise ValueError(f"{path}: there already, with another SHA-256 than {expected}; remove it first")
+            raise ValueError(
+                f"{path}: there already, with another SHA-256 than {expected}; remove it first"
+            )
         resumed = response.status_code in (206, 416)  # 416: all of it is there already
-        bar = tqdm(total=length, initial=have if resumed else 0, desc=os.path.basename(path), unit="B", unit_scale=True)
+        bar = tqdm(
+            total=length,
+            initial=have if resumed else 0,
+            desc=os.path.basename(path),
+            unit="B",
+            unit_scale=True,
+        )
         with open(part, "ab" if resumed else "wb") as f, bar:
             for chunk in response.iter_content(2**16) if response.status_code != 416 else ():
                 f.write(chunk)
@@ -82,7 +98,10 @@ def fetch_once(url: str, path: str, sha256: str) -> None:
             raise Interrupted("the pieces do not fit together")
         raise ValueError(f"{url}: its SHA-256 is {found}, expected {expected}; not kept")
     os.replace(part, path)
-    print(f"{path}: {size:,} bytes" + (", SHA-256 not checked" if expected == "unchecked" else ", SHA-256 as expected"))
+    print(
+        f"{path}: {size:,} bytes"
+        + (", SHA-256 not checked" if expected == "unchecked" else ", SHA-256 as expected")
+    )
 
 
 def length_of(url: str, response: requests.Response, part: str, have: int) -> int | None:
@@ -98,12 +117,23 @@ def length_of(url: str, response: requests.Response, part: str, have: int) -> in
     if status not in (200, 206):
         raise ValueError(f"{url}: answered {status}; is the address right?")
     if "text/html" in kind:
-        raise ValueError(f"{url}: is a web page and not the file; is the address right, or is there a log-in page between?")
+        raise ValueError(
+            f"{url}: is a web page and not the file; is the address right, or is there a log-in page between?"
+        )
     if response.headers.get("Content-Encoding", "identity") != "identity":
-        raise ValueError(f"{url}: came in an encoding ({response.headers['Content-Encoding']}) that was not asked for")
+        raise ValueError(
+            f"{url}: came in an encoding ({response.headers['Content-Encoding']}) that was not asked for"
+        )
     if status == 206:
-        spelled = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", response.headers.get("Content-Range", ""))
-        if not spelled or not have or int(spelled[1]) != have or int(spelled[2]) + 1 != int(spelled[3]):
+        spelled = re.fullmatch(
+            r"bytes (\d+)-(\d+)/(\d+)", response.headers.get("Content-Range", "")
+        )
+        if (
+            not spelled
+            or not have
+            or int(spelled[1]) != have
+            or int(spelled[2]) + 1 != int(spelled[3])
+        ):
             with contextlib.suppress(FileNotFoundError):
                 os.remove(part)
             raise Interrupted("it sent another range than the one asked for")
@@ -133,10 +163,14 @@ def unpack(archive: str, folder: str, max_bytes: int) -> None:
         with tarfile.open(archive) as tar:
             for member in tar:
                 if not (member.isreg() or member.isdir()):
-                    raise ValueError(f"{archive}: {member.name!r} is neither a file nor a folder; nothing was unpacked")
+                    raise ValueError(
+                        f"{archive}: {member.name!r} is neither a file nor a folder; nothing was unpacked"
+                    )
                 size += member.size
                 if size > max_bytes:
-                    raise ValueError(f"{archive}: unpacks to more than {max_bytes:,} bytes; nothing was unpacked")
+                    raise ValueError(
+                        f"{archive}: unpacks to more than {max_bytes:,} bytes; nothing was unpacked"
+                    )
                 tar.extract(member, temporary, filter="data")  # refuses what would lie outside
         os.replace(temporary, folder)
     except (tarfile.TarError, EOFError, zlib.error) as error:

@@ -43,14 +43,20 @@ class Verdict:
     def logged(self, prefix: str) -> dict[str, float]:
         rate, values = self.win_rate, {"score": self.score, "kl": self.kl}
         if rate is not None and rate.trusted:
-            values = {"win_rate": rate.rate, "low": rate.low, "high": rate.high,
-                      "length_controlled": rate.length_controlled} | values
+            values = {
+                "win_rate": rate.rate,
+                "low": rate.low,
+                "high": rate.high,
+                "length_controlled": rate.length_controlled,
+            } | values
         if rate is not None:
             values |= {"ties": rate.ties, "invalid": rate.invalid}
         return {f"{prefix}/{name}": value for name, value in values.items()}
 
     def __str__(self) -> str:
-        return f"{self.reason or str(self.win_rate):<32} score {self.score:.2f}, KL {self.kl:.1f} nats"
+        return (
+            f"{self.reason or str(self.win_rate):<32} score {self.score:.2f}, KL {self.kl:.1f} nats"
+        )
 
 
 class Evaluation:
@@ -60,8 +66,17 @@ class Evaluation:
     """
 
     def __init__(
-        self, reference: Checkpoint, tokenizer: Tokenizer, prompts: list[str], eval_stories: int, *,
-        judge: Judge, seed: int, max_new_tokens: int = 256, baseline: str = "", world: World = World(),
+        self,
+        reference: Checkpoint,
+        tokenizer: Tokenizer,
+        prompts: list[str],
+        eval_stories: int,
+        *,
+        judge: Judge,
+        seed: int,
+        max_new_tokens: int = 256,
+        baseline: str = "",
+        world: World = World(),
     ):
         """
         judge         who compares the stories
@@ -70,18 +85,29 @@ class Evaluation:
         eval_stories  of the selecting set; the reporting one has twice as many
         baseline      a file of stories to win against instead, with their prompts. ValueError if it has too few
         """
-        self.reference, self.tokenizer, self.seed, self.max_new_tokens = reference, tokenizer, seed, max_new_tokens
+        self.reference, self.tokenizer, self.seed, self.max_new_tokens = (
+            reference,
+            tokenizer,
+            seed,
+            max_new_tokens,
+        )
         self.judge, self.has_judged, self.world = judge, False, world
         select, report = eval_stories, 2 * eval_stories
         if baseline:
             stories = read_groups(baseline)
             if len(stories) < select + report:
-                raise ValueError(f"--baseline={baseline}: {len(stories)} stories, selecting and reporting need "
-                                 f"{select + report}; make more or give --eval_stories={len(stories) // 3}")
+                raise ValueError(
+                    f"--baseline={baseline}: {len(stories)} stories, selecting and reporting need "
+                    f"{select + report}; make more or give --eval_stories={len(stories) // 3}"
+                )
             parts = {"select": stories[:select], "report": stories[select : select + report]}
             self.name = os.path.basename(baseline)
-            self.prompts = {which: [story.prompt for story in part] for which, part in parts.items()}
-            self.baselines = {which: [s.prompt + s.responses[0] for s in part] for which, part in parts.items()}
+            self.prompts = {
+                which: [story.prompt for story in part] for which, part in parts.items()
+            }
+            self.baselines = {
+                which: [s.prompt + s.responses[0] for s in part] for which, part in parts.items()
+            }
         else:
             self.name = "the reference"
             self.prompts = {"select": spread(prompts, select), "report": spread(prompts, report)}
@@ -91,10 +117,23 @@ class Evaluation:
         """(records, samples) of a checkpoint: the records are all, the samples those of this process."""
         prompts = [self.tokenizer.encode(prompt, bos=True) for prompt in self.prompts[which]]
         seed, part = (self.seed, purpose), self.world.share(len(prompts))
-        samples = sample(checkpoint, prompts, seed, self.max_new_tokens, progress if self.world.rank == 0 else None, part)
+        samples = sample(
+            checkpoint,
+            prompts,
+            seed,
+            self.max_new_tokens,
+            progress if self.world.rank == 0 else None,
+            part,
+        )
         everyones = [group for samples in self.world.gather(samples) for group in samples]
-        records = story_records(everyones, self.prompts[which], self.tokenizer, checkpoint.eos_id,
-                                seed=seed, checkpoint=f"step {checkpoint.step}")
+        records = story_records(
+            everyones,
+            self.prompts[which],
+            self.tokenizer,
+            checkpoint.eos_id,
+            seed=seed,
+            checkpoint=f"step {checkpoint.step}",
+        )
         return records, samples
 
     @torch.no_grad()
@@ -108,11 +147,21 @@ class Evaluation:
             purpose = SELECT_BASELINE if which == "select" else REPORT_BASELINE
             records, _ = self.stories(self.reference, which, purpose, "stories of the reference")
             self.baselines[which] = [record["prompt"] + record["text"] for record in records]
-        records, samples = self.stories(checkpoint, which, SELECT if which == "select" else REPORT, "stories")
+        records, samples = self.stories(
+            checkpoint, which, SELECT if which == "select" else REPORT, "stories"
+        )
         kl, model, reference = 0.0, checkpoint.model, self.reference.model
         for batch in micro_batches(samples, None, model.args, self.world.device):
             hidden, reference_hidden = model.hidden(batch.tokens), reference.hidden(batch.tokens)
-            kl += float(token_kl(hidden, model.output.weight, reference_hidden, reference.output.weight, batch.mask).sum())
+            kl += float(
+                token_kl(
+                    hidden,
+                    model.output.weight,
+                    reference_hidden,
+                    reference.output.weight,
+                    batch.mask,
+                ).sum()
+            )
         kl = float(self.world.total(torch.tensor(kl, dtype=torch.float64)))
         texts = [record["prompt"] + record["text"] for record in records]
         score = sum(map(offline_judge.score, texts)) / len(texts)
@@ -130,13 +179,18 @@ class Evaluation:
             if not self.has_judged:
                 raise
             print(error, flush=True)
-            return None, "no win-rate: " + ("budget spent" if isinstance(error, BudgetSpent) else "judge out of reach")
+            return None, "no win-rate: " + (
+                "budget spent" if isinstance(error, BudgetSpent) else "judge out of reach"
+            )
         self.has_judged = True
         return win_rate, ""
 
 
 def side_by_side(left: str, right: str, titles: tuple[str, str], width: int = 48) -> str:
-    columns = [[title, "-" * width, *textwrap.wrap(text, width)] for title, text in zip(titles, (left, right))]
+    columns = [
+        [title, "-" * width, *textwrap.wrap(text, width)]
+        for title, text in zip(titles, (left, right))
+    ]
     height = max(map(len, columns))
     rows = zip(*(column + [""] * (height - len(column)) for column in columns))
     return "\n".join(f"{a:<{width}}   {b}".rstrip() for a, b in rows)
@@ -148,7 +202,9 @@ def report(evaluation: Evaluation, checkpoints: dict[str, Checkpoint], record: C
     record  called with (step, values) of each, for the log; the values are called "name/win_rate" and so on
     """
     say = evaluation.world.say
-    say(f"\nwin-rate over {evaluation.name} on fresh stories, {evaluation.judge.name} [95% interval]")
+    say(
+        f"\nwin-rate over {evaluation.name} on fresh stories, {evaluation.judge.name} [95% interval]"
+    )
     stories = []
     for name, checkpoint in checkpoints.items():
         verdict = evaluation.evaluate(checkpoint, "report")

@@ -17,10 +17,18 @@ from torch import Tensor
 from model import ModelArgs, Transformer, rope_tables
 
 HF_NAMES = {
-    "tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head",
-    "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj",
-    "attention.wo": "self_attn.o_proj", "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj",
-    "feed_forward.w3": "mlp.up_proj", "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+    "tok_embeddings": "model.embed_tokens",
+    "norm": "model.norm",
+    "output": "lm_head",
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
 }
 
 
@@ -51,23 +59,42 @@ class MetaFolder:
         self.path = path
         params = read_json(os.path.join(path, "params.json"))
         if params.get("use_scaled_rope"):
-            raise ValueError(f"{path}: use_scaled_rope: this model has no scaled rotary embedding (Llama 3.1 and later)")
-        self.parts = [map_pt(file) for file in sorted(glob.glob(os.path.join(glob.escape(path), "consolidated.*.pth")))]
+            raise ValueError(
+                f"{path}: use_scaled_rope: this model has no scaled rotary embedding (Llama 3.1 and later)"
+            )
+        self.parts = [
+            map_pt(file)
+            for file in sorted(glob.glob(os.path.join(glob.escape(path), "consolidated.*.pth")))
+        ]
         if not self.parts:
             raise ValueError(f"{path}: no consolidated.*.pth beside params.json")
         try:
-            dim, hidden = params["dim"], sum(len(part["layers.0.feed_forward.w1.weight"]) for part in self.parts)
+            dim, hidden = (
+                params["dim"],
+                sum(len(part["layers.0.feed_forward.w1.weight"]) for part in self.parts),
+            )
             embeddings = [part["tok_embeddings.weight"] for part in self.parts]
-            split = embeddings[0].shape[1] == dim and len(self.parts) > 1  # Llama 3 splits the vocabulary, Llama 2 the width
+            split = (
+                embeddings[0].shape[1] == dim and len(self.parts) > 1
+            )  # Llama 3 splits the vocabulary, Llama 2 the width
             vocab_size = sum(map(len, embeddings)) if split else len(embeddings[0])
             self.args = ModelArgs(
-                dim=dim, n_layers=params["n_layers"], n_heads=params["n_heads"], n_kv_heads=params.get("n_kv_heads"),
-                vocab_size=vocab_size, hidden_dim=hidden, norm_eps=params["norm_eps"],
-                rope_theta=float(params.get("rope_theta", 10000.0)), max_seq_len=params.get("max_seq_len", 4096),
+                dim=dim,
+                n_layers=params["n_layers"],
+                n_heads=params["n_heads"],
+                n_kv_heads=params.get("n_kv_heads"),
+                vocab_size=vocab_size,
+                hidden_dim=hidden,
+                norm_eps=params["norm_eps"],
+                rope_theta=float(params.get("rope_theta", 10000.0)),
+                max_seq_len=params.get("max_seq_len", 4096),
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path}: params.json or the weights lack {error}") from None
-        self.tied, self.eos_id = False, 2 if vocab_size < 128_000 else 128_001  # Llama 2's, Llama 3's
+        self.tied, self.eos_id = (
+            False,
+            2 if vocab_size < 128_000 else 128_001,
+        )  # Llama 2's, Llama 3's
 
     def rows(self, name: str, rows: slice, shape: tuple[int, ...]) -> Tensor:
         parts = [part[name] for part in self.parts if name in part]
@@ -75,7 +102,9 @@ class MetaFolder:
             raise ValueError(f"{self.path}: has no {name}")
         if parts[0].shape == shape:
             return parts[0][rows]
-        if sum(map(len, parts)) == shape[0] and parts[0].shape[1:] == shape[1:]:  # the parts are blocks of rows
+        if (
+            sum(map(len, parts)) == shape[0] and parts[0].shape[1:] == shape[1:]
+        ):  # the parts are blocks of rows
             cut, start = [], 0
             for part in parts:
                 cut.append(part[max(0, rows.start - start) : max(0, rows.stop - start)])
@@ -92,24 +121,37 @@ class HuggingFaceFolder:
         scaling = config.get("rope_scaling") or {}
         parameters = config.get("rope_parameters") or {}
         if scaling or parameters.get("rope_type", "default") != "default":
-            raise ValueError(f"{path}: rope_scaling {scaling or parameters}: this model has no scaled rotary embedding")
+            raise ValueError(
+                f"{path}: rope_scaling {scaling or parameters}: this model has no scaled rotary embedding"
+            )
         for name in ("attention_bias", "mlp_bias"):
             if config.get(name):
                 raise ValueError(f"{path}: {name}: this model has no biases")
-        if config.get("model_type", "llama") != "llama" or config.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"{path}: a {config.get('model_type')} with {config.get('hidden_act')}: only Llama is read")
+        if (
+            config.get("model_type", "llama") != "llama"
+            or config.get("hidden_act", "silu") != "silu"
+        ):
+            raise ValueError(
+                f"{path}: a {config.get('model_type')} with {config.get('hidden_act')}: only Llama is read"
+            )
         try:
             self.args = ModelArgs(
-                dim=config["hidden_size"], n_layers=config["num_hidden_layers"], n_heads=config["num_attention_heads"],
-                n_kv_heads=config.get("num_key_value_heads"), vocab_size=config["vocab_size"],
-                hidden_dim=config["intermediate_size"], norm_eps=config["rms_norm_eps"],
+                dim=config["hidden_size"],
+                n_layers=config["num_hidden_layers"],
+                n_heads=config["num_attention_heads"],
+                n_kv_heads=config.get("num_key_value_heads"),
+                vocab_size=config["vocab_size"],
+                hidden_dim=config["intermediate_size"],
+                norm_eps=config["rms_norm_eps"],
                 rope_theta=float(config.get("rope_theta") or parameters.get("rope_theta", 10000.0)),
                 max_seq_len=config["max_position_embeddings"],
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path}: config.json lacks {error}") from None
         if config.get("head_dim") not in (None, self.args.head_dim):
-            raise ValueError(f"{path}: head_dim {config['head_dim']} is not hidden_size / num_attention_heads")
+            raise ValueError(
+                f"{path}: head_dim {config['head_dim']} is not hidden_size / num_attention_heads"
+            )
         self.tied = bool(config.get("tie_word_embeddings", False))
         eos = config.get("eos_token_id", 2)
         self.eos_id = eos[0] if isinstance(eos, list) else eos
@@ -120,10 +162,16 @@ class HuggingFaceFolder:
             except Exception as error:
                 raise ValueError(f"{file}: damaged: {error}") from None
             self.files |= {name: handle.get_slice(name) for name in handle.keys()}
-        for file in sorted(glob.glob(os.path.join(glob.escape(path), "pytorch_model*.bin"))) if not self.files else []:
+        for file in (
+            sorted(glob.glob(os.path.join(glob.escape(path), "pytorch_model*.bin")))
+            if not self.files
+            else []
+        ):
             self.files |= map_pt(file)
         if not self.files:
-            raise ValueError(f"{path}: no model*.safetensors or pytorch_model*.bin beside config.json")
+            raise ValueError(
+                f"{path}: no model*.safetensors or pytorch_model*.bin beside config.json"
+            )
 
     def rows(self, name: str, rows: slice, shape: tuple[int, ...]) -> Tensor:
         weight = self.files.get(hf_name(name))
@@ -142,7 +190,9 @@ def open_folder(path: str) -> MetaFolder | HuggingFaceFolder:
         return MetaFolder(path)
     if os.path.isfile(os.path.join(path, "config.json")):
         return HuggingFaceFolder(path)
-    raise ValueError(f"{path}: neither Meta's folder (params.json) nor Hugging Face's (config.json)")
+    raise ValueError(
+        f"{path}: neither Meta's folder (params.json) nor Hugging Face's (config.json)"
+    )
 
 
 def read_json(path: str) -> dict:
@@ -168,15 +218,21 @@ def map_pt(path: str) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def fill(model: Transformer, folder: MetaFolder | HuggingFaceFolder, rank: int = 0, size: int = 1) -> None:
+def fill(
+    model: Transformer, folder: MetaFolder | HuggingFaceFolder, rank: int = 0, size: int = 1
+) -> None:
     """Give a model its weights, and its tables. Sharded over `size` processes: to this one its rows."""
     for name, weight in model.named_parameters():
         shape = tuple(weight.shape)
         local = weight.to_local() if hasattr(weight, "to_local") else weight
-        start = 0 if len(local) == shape[0] else min(rank * -(-shape[0] // size), shape[0])  # as FSDP2 deals rows out
+        start = (
+            0 if len(local) == shape[0] else min(rank * -(-shape[0] // size), shape[0])
+        )  # as FSDP2 deals rows out
         rows = folder.rows(name, slice(start, start + len(local)), shape)
         if tuple(rows.shape) != tuple(local.shape):
-            raise ValueError(f"{folder.path}: {name} is of shape {tuple(rows.shape)}, expected {tuple(local.shape)}")
+            raise ValueError(
+                f"{folder.path}: {name} is of shape {tuple(rows.shape)}, expected {tuple(local.shape)}"
+            )
         local.copy_(rows)
     for buffer, table in zip((model.freqs_cos, model.freqs_sin), rope_tables(model.args)):
         buffer.copy_(table)
@@ -203,13 +259,26 @@ def save_hf(path: str, model: Transformer, bos_id: int, eos_id: int) -> None:
     tensors = {}
     for name, weight in model.named_parameters():
         weight = weight.detach().cpu()
-        tensors[hf_name(name)] = halve(weight, args.head_dim) if name.endswith(("wq.weight", "wk.weight")) else weight
+        tensors[hf_name(name)] = (
+            halve(weight, args.head_dim) if name.endswith(("wq.weight", "wk.weight")) else weight
+        )
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": args.dim,
-        "intermediate_size": args.hidden_dim, "num_hidden_layers": args.n_layers, "num_attention_heads": args.n_heads,
-        "num_key_value_heads": args.n_kv_heads, "vocab_size": args.vocab_size, "rms_norm_eps": args.norm_eps,
-        "rope_theta": args.rope_theta, "max_position_embeddings": args.max_seq_len, "tie_word_embeddings": model.tied,
-        "bos_token_id": bos_id, "eos_token_id": eos_id, "torch_dtype": "float32",
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "hidden_size": args.dim,
+        "intermediate_size": args.hidden_dim,
+        "num_hidden_layers": args.n_layers,
+        "num_attention_heads": args.n_heads,
+        "num_key_value_heads": args.n_kv_heads,
+        "vocab_size": args.vocab_size,
+        "rms_norm_eps": args.norm_eps,
+        "rope_theta": args.rope_theta,
+        "max_position_embeddings": args.max_seq_len,
+        "tie_word_embeddings": model.tied,
+        "bos_token_id": bos_id,
+        "eos_token_id": eos_id,
+        "torch_dtype": "float32",
     }
     for name in ("model.safetensors", "config.json"):
         temporary = os.path.join(path, f"{name}.tmp")
@@ -218,7 +287,11 @@ def save_hf(path: str, model: Transformer, bos_id: int, eos_id: int) -> None:
                 with open(temporary, "w", encoding="utf-8") as f:
                     json.dump(config, f, indent=1)
             else:
-                save_file({key: weight.contiguous() for key, weight in tensors.items()}, temporary, {"format": "pt"})
+                save_file(
+                    {key: weight.contiguous() for key, weight in tensors.items()},
+                    temporary,
+                    {"format": "pt"},
+                )
             os.replace(temporary, os.path.join(path, name))
         finally:
             with contextlib.suppress(FileNotFoundError):

@@ -64,16 +64,29 @@ def parse_group(record, where: str, line: int) -> RankedGroup:
     else:
         responses, ranking = record.get("responses"), record.get("ranking")
     need(isinstance(prompt, str) and is_unicode(prompt), "prompt is not a text")
-    need(isinstance(responses, list) and responses, 'needs "responses", "chosen" and "rejected", or "text"')
-    need(all(isinstance(r, str) and is_unicode(r) for r in responses), "a response is missing or not a text")
+    need(
+        isinstance(responses, list) and responses,
+        'needs "responses", "chosen" and "rejected", or "text"',
+    )
+    need(
+        all(isinstance(r, str) and is_unicode(r) for r in responses),
+        "a response is missing or not a text",
+    )
     n, best = len(responses), record.get("best")
     finished = [True] * n if finished is None else finished
-    need(isinstance(finished, list) and len(finished) == n and all(isinstance(f, bool) for f in finished),
-         f'"finished" is not a list of {n} true or false')
+    need(
+        isinstance(finished, list)
+        and len(finished) == n
+        and all(isinstance(f, bool) for f in finished),
+        f'"finished" is not a list of {n} true or false',
+    )
     order = "text"
     if ranking is not None:
         whole = isinstance(ranking, list) and all(type(i) is int for i in ranking)
-        need(whole and sorted(ranking) == list(range(n)), f'"ranking" {ranking} is no permutation of 0..{n - 1}')
+        need(
+            whole and sorted(ranking) == list(range(n)),
+            f'"ranking" {ranking} is no permutation of 0..{n - 1}',
+        )
         order = "ranking"
     elif best is not None:
         need(type(best) is int and 0 <= best < n, f'"best" {best} is not an index below {n}')
@@ -92,19 +105,32 @@ def plain_texts(record: dict, need: Callable) -> dict[str, str]:
     sides = [record.get("chosen"), record.get("rejected")]
     prompt = record.get("prompt")
     for messages in [*sides, prompt] if prompt is not None else sides:
-        need(isinstance(messages, list) and messages and all(
-            isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages),
-            'messages and texts are mixed, or a message has no "content"')
+        need(
+            isinstance(messages, list)
+            and messages
+            and all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages),
+            'messages and texts are mixed, or a message has no "content"',
+        )
     if prompt is None:
         prompt = sides[0][:-1]
-        need(sides[1][:-1] == prompt, "chosen and rejected are different before their last message, and there is no prompt")
+        need(
+            sides[1][:-1] == prompt,
+            "chosen and rejected are different before their last message, and there is no prompt",
+        )
         sides = [side[-1:] for side in sides]
     roles = [m.get("role") for m in prompt]
-    need(roles in (["user"], ["system", "user"]) and all([m.get("role") for m in side] == ["assistant"] for side in sides),
-         f"a conversation of {roles}: only one turn is read, (system,) user, assistant")
+    need(
+        roles in (["user"], ["system", "user"])
+        and all([m.get("role") for m in side] == ["assistant"] for side in sides),
+        f"a conversation of {roles}: only one turn is read, (system,) user, assistant",
+    )
     system = f"<<SYS>>\n{prompt[0]['content']}\n<</SYS>>\n\n" if len(prompt) == 2 else ""
     texts = [f" {side[0]['content'].strip()}" for side in sides]
-    return {"prompt": f"[INST] {system}{prompt[-1]['content'].strip()} [/INST]", "chosen": texts[0], "rejected": texts[1]}
+    return {
+        "prompt": f"[INST] {system}{prompt[-1]['content'].strip()} [/INST]",
+        "chosen": texts[0],
+        "rejected": texts[1],
+    }
 
 
 def parse_prompt(record, where: str) -> str:
@@ -125,14 +151,20 @@ def read_records(path: str) -> list[tuple[int, dict]]:
             if line.strip():
                 try:
                     records.append((number, json.loads(line.decode("utf-8"))))
-                except (ValueError, RecursionError):  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+                except (
+                    ValueError,
+                    RecursionError,
+                ):  # JSONDecodeError and UnicodeDecodeError are ValueErrors
                     raise ValueError(f"{path} line {number}: not a line of JSON in UTF-8") from None
     return records
 
 
 def read_groups(path: str) -> list[RankedGroup]:
     """A dataset file -> its groups. ValueError naming file and line for the first malformed one."""
-    groups = [parse_group(record, f"{path} line {number}", number) for number, record in read_records(path)]
+    groups = [
+        parse_group(record, f"{path} line {number}", number)
+        for number, record in read_records(path)
+    ]
     if not groups:
         raise ValueError(f"{path}: holds no groups")
     return groups
@@ -148,15 +180,23 @@ def require(groups: list[RankedGroup], need: str, path: str, loss: str) -> None:
     for group in groups:
         where, n = f"{path} line {group.line}", len(group.responses)
         if n != size:
-            raise ValueError(f"{where}: group has {n} responses, expected {size} as in line {groups[0].line}")
+            raise ValueError(
+                f"{where}: group has {n} responses, expected {size} as in line {groups[0].line}"
+            )
         if need == "pair" and n != 2:
-            raise ValueError(f"{where}: --loss={loss} compares pairs, the group has {n} responses; "
-                             f"make some: {convert}")
+            raise ValueError(
+                f"{where}: --loss={loss} compares pairs, the group has {n} responses; "
+                f"make some: {convert}"
+            )
         if need in ("pair", "ranking") and group.order != "ranking":
-            raise ValueError(f"{where}: --loss={loss} needs a full ranking, the group tells only "
-                             f"{'its best' if group.order == 'best' else 'texts'}")
+            raise ValueError(
+                f"{where}: --loss={loss} needs a full ranking, the group tells only "
+                f"{'its best' if group.order == 'best' else 'texts'}"
+            )
         if need == "best" and group.order == "text" and n > 1:
-            raise ValueError(f'{where}: --loss={loss} needs the best response named ("best" or "ranking")')
+            raise ValueError(
+                f'{where}: --loss={loss} needs the best response named ("best" or "ranking")'
+            )
 
 
 # --- tokens and batches --------------------------------------------------------------------------
@@ -217,7 +257,9 @@ def make_batch(groups: list[EncodedGroup], width: int = 0) -> Batch:
     sequences = [(group.prompt, response) for group in groups for response in group.responses]
     batch = collate(sequences, n=len(groups[0].responses), width=width)
     if all(group.reference_logps for group in groups):
-        batch.reference_logps = torch.tensor([group.reference_logps for group in groups], dtype=torch.float64)
+        batch.reference_logps = torch.tensor(
+            [group.reference_logps for group in groups], dtype=torch.float64
+        )
     return batch
 
 
@@ -260,7 +302,11 @@ WIDTH = 32  # micro-batches are a multiple of this wide: oneDNN keeps code and m
 
 
 def micro_batches(
-    groups: list[EncodedGroup], size: int | None, args: ModelArgs, device: str, agree: Callable[[int], int] = int
+    groups: list[EncodedGroup],
+    size: int | None,
+    args: ModelArgs,
+    device: str,
+    agree: Callable[[int], int] = int,
 ) -> list[Batch]:
     """The groups, by length, in batches of at most `size`, so that neighbours need little padding.
 
@@ -269,14 +315,19 @@ def micro_batches(
     agree  from the number of batches that this process would make to the one that all make
     """
     groups = sorted(groups, key=longest_sequence)
-    n, widths = len(groups[0].responses), [min(args.max_seq_len, -(-longest_sequence(g) // WIDTH) * WIDTH) for g in groups]
+    n, widths = (
+        len(groups[0].responses),
+        [min(args.max_seq_len, -(-longest_sequence(g) // WIDTH) * WIDTH) for g in groups],
+    )
     if size is not None:
         count = math.ceil(len(groups) / size)
         ends = [i * len(groups) // count for i in range(count + 1)]
     elif str(device) == "cpu":
         ends = cut([n * width for width in widths], min(4096, 300_000 // args.dim), overhead=128)
     else:
-        ends = cut([n * width for width in widths], 2**23 // args.dim, overhead=4096)  # a guess: measured on CPUs only
+        ends = cut(
+            [n * width for width in widths], 2**23 // args.dim, overhead=4096
+        )  # a guess: measured on CPUs only
     count = agree(len(ends) - 1)
     while len(ends) <= count:  # other processes make more
         i = max(range(1, len(ends)), key=lambda i: ends[i] - ends[i - 1])

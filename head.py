@@ -13,8 +13,13 @@ from torch import Tensor
 
 from losses import sum_scored
 
-BLOCK = {"cpu": 2**23, "cuda": 2**27}  # numbers in a block of logits: on a CPU 32 MiB, about its cache
-ROUND = 64  # rows come in multiples of this: oneDNN keeps scratch memory for every shape that it meets
+BLOCK = {
+    "cpu": 2**23,
+    "cuda": 2**27,
+}  # numbers in a block of logits: on a CPU 32 MiB, about its cache
+ROUND = (
+    64  # rows come in multiples of this: oneDNN keeps scratch memory for every shape that it meets
+)
 
 
 def sequence_logps(hidden: Tensor, classifier: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
@@ -38,7 +43,11 @@ def sequence_logps(hidden: Tensor, classifier: Tensor, tokens: Tensor, mask: Ten
 
 
 def token_kl(
-    hidden: Tensor, classifier: Tensor, reference_hidden: Tensor, reference_classifier: Tensor, mask: Tensor
+    hidden: Tensor,
+    classifier: Tensor,
+    reference_hidden: Tensor,
+    reference_classifier: Tensor,
+    mask: Tensor,
 ) -> Tensor:
     """`losses.token_kl` of the logits of both models: no gradient flows into the reference.
 
@@ -65,7 +74,10 @@ def token_kl(
 def per_sequence(hidden: Tensor, classifier: Tensor, scored: Tensor, value: Callable) -> Tensor:
     """The sum over each sequence's scored tokens of what `value` makes of their logits, (N,)."""
     rows = hidden[:, :-1][scored]  # (S, D)
-    return sum_scored(ValuePerToken.apply(rounded(rows), classifier, value, torch.is_grad_enabled())[: len(rows)], scored)
+    return sum_scored(
+        ValuePerToken.apply(rounded(rows), classifier, value, torch.is_grad_enabled())[: len(rows)],
+        scored,
+    )
 
 
 def rounded(rows: Tensor) -> Tensor:
@@ -82,7 +94,13 @@ class ValuePerToken(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, classifier: Tensor, value: Callable[[Tensor, slice, bool], Tensor], recording: bool):
+    def forward(
+        ctx,
+        hidden: Tensor,
+        classifier: Tensor,
+        value: Callable[[Tensor, slice, bool], Tensor],
+        recording: bool,
+    ):
         with_gradient = recording and any(ctx.needs_input_grad)
         values, ctx.gradients = [hidden.new_empty(0, dtype=wide(hidden))], []
         size = block_size(hidden, classifier)
@@ -111,7 +129,9 @@ class ValuePerToken(torch.autograd.Function):
             rows = slice(done, done + len(gradient))
             narrow = gradient.to(hidden.dtype)
             torch.mm(narrow, classifier, out=to_hidden[rows])
-            to_classifier.addmm_(narrow.t(), weighed[rows], beta=min(done, 1))  # the first block needs no zeros to be added to
+            to_classifier.addmm_(
+                narrow.t(), weighed[rows], beta=min(done, 1)
+            )  # the first block needs no zeros to be added to
             give_back(gradient)
             done = rows.stop
         ctx.gradients = None

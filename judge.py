@@ -69,11 +69,16 @@ def make_fence(stories: list[str]) -> str:
 
 def fill(template: str, stories: list[str], fence: str) -> str:
     """The prompt for some stories; the template says {count}, {stories} and {conclusion}."""
-    marked = "\n\n".join(f"<story {letter} {fence}>\n{story.strip()}\n</story {letter} {fence}>"
-                         for letter, story in zip(LETTERS, stories))
+    marked = "\n\n".join(
+        f"<story {letter} {fence}>\n{story.strip()}\n</story {letter} {fence}>"
+        for letter, story in zip(LETTERS, stories)
+    )
     places = "\n".join(f"{ordinal(k)}: ?" for k in range(1, len(stories) + 1))
-    parts = {"{count}": str(len(stories)), "{stories}": marked,
-             "{conclusion}": CONCLUSION.replace("{fence}", fence).replace("{places}", places)}
+    parts = {
+        "{count}": str(len(stories)),
+        "{stories}": marked,
+        "{conclusion}": CONCLUSION.replace("{fence}", fence).replace("{places}", places),
+    }
     # one pass, so that a story that says {conclusion} stays as it is
     return re.sub(r"\{(?:count|stories|conclusion)\}", lambda match: parts[match[0]], template)
 
@@ -118,9 +123,15 @@ def read_template(path: str) -> str:
 
 @dataclass
 class JudgeFlags(ChatFlags):
-    judge: str = flag("offline", "who judges: offline, a fixed formula, or the name of a model behind --base_url")
-    prompt: str = flag("", "another prompt for the API judge: a file that says {stories} and {conclusion}")
-    judge_attempts: int = flag(2, "how often the API judge is asked for one usable reply before it counts as invalid")
+    judge: str = flag(
+        "offline", "who judges: offline, a fixed formula, or the name of a model behind --base_url"
+    )
+    prompt: str = flag(
+        "", "another prompt for the API judge: a file that says {stories} and {conclusion}"
+    )
+    judge_attempts: int = flag(
+        2, "how often the API judge is asked for one usable reply before it counts as invalid"
+    )
 
 
 class OfflineJudge:
@@ -128,7 +139,9 @@ class OfflineJudge:
 
     name, status, note = "the offline judge", "", ""
 
-    def rank_all(self, groups: list[list[str]], on_wait: Callable) -> Iterator[tuple[int, list[int] | None]]:
+    def rank_all(
+        self, groups: list[list[str]], on_wait: Callable
+    ) -> Iterator[tuple[int, list[int] | None]]:
         return ((index, offline_judge.rank(stories)) for index, stories in enumerate(groups))
 
 
@@ -140,7 +153,9 @@ class ApiJudge:
         if flags.judge_attempts < 1:
             raise ValueError(f"--judge_attempts={flags.judge_attempts}: must be 1 or more")
         self.prompt_hash = digest(self.template, CONCLUSION)
-        self.name = f"{flags.judge}, prompt {self.prompt_hash}, temperature {flags.judge_temperature:g}"
+        self.name = (
+            f"{flags.judge}, prompt {self.prompt_hash}, temperature {flags.judge_temperature:g}"
+        )
         self.chat = Chat(flags.judge, flags)
         self.asked_again: set[str] = set()  # keys whose first reply was unusable
 
@@ -152,8 +167,10 @@ class ApiJudge:
     def note(self) -> str:
         """What is to be said at the end: cost, second attempts, requests that were lost on the way."""
         journal = self.chat.journal
-        return (f"{len(self.asked_again)} asked again, {self.chat.lost} requests lost; {journal.path}: ${journal.spent:.4f}, "
-                f"of which ${sum(journal.open_asks.values()):.4f} uncertain (asked, no answer came)")
+        return (
+            f"{len(self.asked_again)} asked again, {self.chat.lost} requests lost; {journal.path}: ${journal.spent:.4f}, "
+            f"of which ${sum(journal.open_asks.values()):.4f} uncertain (asked, no answer came)"
+        )
 
     def key(self, stories: list[str]) -> str:
         """What a reply is kept under: judge, prompt and stories, in the order that they are shown."""
@@ -171,7 +188,9 @@ class ApiJudge:
                 ranking = parse_conclusion(reply["text"], n, reply["fence"])
                 if ranking is not None:
                     return ranking, unusable
-            unusable += not (reason == "length" and reply.get("max_tokens", 0) < self.flags.judge_max_tokens)
+            unusable += not (
+                reason == "length" and reply.get("max_tokens", 0) < self.flags.judge_max_tokens
+            )
         return None, unusable
 
     def rank(self, stories: list[str]) -> list[int] | None:
@@ -186,14 +205,24 @@ class ApiJudge:
             self.asked_again.add(key)
         return ranking
 
-    def rank_all(self, groups: list[list[str]], on_wait: Callable) -> Iterator[tuple[int, list[int] | None]]:
+    def rank_all(
+        self, groups: list[list[str]], on_wait: Callable
+    ) -> Iterator[tuple[int, list[int] | None]]:
         check_sizes(groups)
         first_asked: dict[str, int] = {}  # the same stories twice are one question
-        twins = [first_asked.setdefault(self.key(stories), index) for index, stories in enumerate(groups)]
+        twins = [
+            first_asked.setdefault(self.key(stories), index) for index, stories in enumerate(groups)
+        ]
         questions = sorted(set(twins))
         answers = {}
-        done = as_done(self.rank, [groups[q] for q in questions], self.flags.workers, self.chat.stop, on_wait,
-                       patience=self.flags.judge_timeout)
+        done = as_done(
+            self.rank,
+            [groups[q] for q in questions],
+            self.flags.workers,
+            self.chat.stop,
+            on_wait,
+            patience=self.flags.judge_timeout,
+        )
         for i, ranking in done:
             answers[questions[i]] = ranking
             yield questions[i], ranking
@@ -208,14 +237,18 @@ class ApiJudge:
             if ranking is None and unusable < self.flags.judge_attempts:
                 missing[self.key(stories)] = stories
         count, how = token_counter(self.flags.judge)
-        tokens_in = sum(count(fill(self.template, stories, "0" * 8)) for stories in missing.values())
+        tokens_in = sum(
+            count(fill(self.template, stories, "0" * 8)) for stories in missing.values()
+        )
         tokens_out = len(missing) * self.flags.judge_max_tokens
         cost = f"${self.chat.price(tokens_in, tokens_out):.2f} if every reply is usable and as long as allowed"
         if not self.chat.price(1, 1):
             cost = "for the cost give --usd_per_million_in and --usd_per_million_out"
         held = len(groups) - len(missing)
-        return (f"{len(missing)} requests to ask, {held} in {self.chat.journal.path} or asked twice\n"
-                f"{tokens_in:,} prompt tokens ({how}), up to {tokens_out:,} reply tokens; {cost}")
+        return (
+            f"{len(missing)} requests to ask, {held} in {self.chat.journal.path} or asked twice\n"
+            f"{tokens_in:,} prompt tokens ({how}), up to {tokens_out:,} reply tokens; {cost}"
+        )
 
 
 def check_sizes(groups: list[list[str]]) -> None:
@@ -243,7 +276,10 @@ def make_judge(flags: JudgeFlags, dry_run: bool = False) -> Judge:
 
 def given(flags: JudgeFlags) -> dict[str, str | int | float]:
     """Those of the judge's flags that are not at their defaults."""
-    values = {field.name: (getattr(flags, field.name), field.default) for field in dataclasses.fields(JudgeFlags)}
+    values = {
+        field.name: (getattr(flags, field.name), field.default)
+        for field in dataclasses.fields(JudgeFlags)
+    }
     return {name: value for name, (value, default) in values.items() if value != default}
 
 
@@ -256,13 +292,18 @@ def token_counter(model: str) -> tuple[Callable[[str], int], str]:
     """How to count a prompt's tokens, and the words for it: tiktoken, or bytes/4 where its table cannot be fetched."""
     try:
         import tiktoken
+
         try:
             encoding = tiktoken.encoding_for_model(model)
         except KeyError:
             encoding = tiktoken.get_encoding("o200k_base")
         return lambda text: len(encoding.encode(text, disallowed_special=())), f"by {encoding.name}"
-    except Exception:  # no tiktoken, no network, a proxy's page in place of the table: all the same to an estimate
-        return lambda text: math.ceil(len(text.encode("utf-8", "replace")) / 4), "bytes/4: tiktoken's table is not at hand"
+    except (
+        Exception
+    ):  # no tiktoken, no network, a proxy's page in place of the table: all the same to an estimate
+        return lambda text: math.ceil(
+            len(text.encode("utf-8", "replace")) / 4
+        ), "bytes/4: tiktoken's table is not at hand"
 
 
 # --- both orders ---------------------------------------------------------------------------------
@@ -296,16 +337,23 @@ def in_reverse(group: list) -> list:
     return group[::-1]
 
 
-def rank_in_both_orders(judge: Judge, groups: list[list[str]], label: str | None) -> list[BothOrders]:
+def rank_in_both_orders(
+    judge: Judge, groups: list[list[str]], label: str | None
+) -> list[BothOrders]:
     """Every group, twice. label: of a progress bar; None: no bar."""
     tasks = [order for group in groups for order in (group, in_reverse(group))]
     answers: dict[int, list[int] | None] = {}
     kept = 0
-    with tqdm(total=len(tasks), desc=label, unit="ranking", disable=label is None, leave=False) as bar:
+    with tqdm(
+        total=len(tasks), desc=label, unit="ranking", disable=label is None, leave=False
+    ) as bar:
 
         def show() -> None:
             invalid = sum(ranking is None for ranking in answers.values())
-            bar.set_postfix_str(f"groups kept {kept}, rankings invalid {invalid}" + f", {judge.status}" * bool(judge.status))
+            bar.set_postfix_str(
+                f"groups kept {kept}, rankings invalid {invalid}"
+                + f", {judge.status}" * bool(judge.status)
+            )
 
         def both(i: int) -> BothOrders:
             last, other = len(groups[i]) - 1, answers[2 * i + 1]
@@ -323,20 +371,32 @@ def rank_in_both_orders(judge: Judge, groups: list[list[str]], label: str | None
 
 def position_bias(results: list[BothOrders], n: int) -> str:
     """How often the best story was the one shown first, and the one shown last: 1/n each for a judge without bias."""
-    first = [r.shown[0] == 0 for r in results if r.shown] + [r.reversed[0] == n - 1 for r in results if r.reversed]
-    last = [r.shown[0] == n - 1 for r in results if r.shown] + [r.reversed[0] == 0 for r in results if r.reversed]
+    first = [r.shown[0] == 0 for r in results if r.shown] + [
+        r.reversed[0] == n - 1 for r in results if r.reversed
+    ]
+    last = [r.shown[0] == n - 1 for r in results if r.shown] + [
+        r.reversed[0] == 0 for r in results if r.reversed
+    ]
     if not first:
         return "no ranking was usable"
-    return (f"the story shown first was ranked best in {sum(first) / len(first):.1%} of the rankings, "
-            f"the one shown last in {sum(last) / len(last):.1%} (without bias {1 / n:.1%})")
+    return (
+        f"the story shown first was ranked best in {sum(first) / len(first):.1%} of the rankings, "
+        f"the one shown last in {sum(last) / len(last):.1%} (without bias {1 / n:.1%})"
+    )
 
 
-def compare_all(judge: Judge, policy: list[str], baseline: list[str], label: str | None = None) -> WinRate:
+def compare_all(
+    judge: Judge, policy: list[str], baseline: list[str], label: str | None = None
+) -> WinRate:
     """Win-rate of policy story i against baseline story i. ValueError if the lists differ in length."""
     if len(policy) != len(baseline):
-        raise ValueError(f"{len(policy)} stories against {len(baseline)}: they are compared one to one")
+        raise ValueError(
+            f"{len(policy)} stories against {len(baseline)}: they are compared one to one"
+        )
     results = rank_in_both_orders(judge, [list(pair) for pair in zip(policy, baseline)], label)
-    return win_rate([r.preference for r in results], [len(a) - len(b) for a, b in zip(policy, baseline)])
+    return win_rate(
+        [r.preference for r in results], [len(a) - len(b) for a, b in zip(policy, baseline)]
+    )
 
 
 # --- the command ---------------------------------------------------------------------------------
@@ -353,9 +413,17 @@ def read_stories(path: str) -> list[tuple[str, str]]:
                 record = json.loads(line.decode("utf-8"))
             except (ValueError, RecursionError):
                 raise ValueError(f"{path} line {number}: not a line of JSON in UTF-8") from None
-            story = (record.get("prompt", ""), record.get("text")) if isinstance(record, dict) else (None, None)
-            if not all(isinstance(part, str) and not re.search("[\ud800-\udfff]", part) for part in story):
-                raise ValueError(f'{path} line {number}: no "text"; expected {{"text": "..."}}, as sample.py writes')
+            story = (
+                (record.get("prompt", ""), record.get("text"))
+                if isinstance(record, dict)
+                else (None, None)
+            )
+            if not all(
+                isinstance(part, str) and not re.search("[\ud800-\udfff]", part) for part in story
+            ):
+                raise ValueError(
+                    f'{path} line {number}: no "text"; expected {{"text": "..."}}, as sample.py writes'
+                )
             stories.append(story)
     if not stories:
         raise ValueError(f"{path}: holds no stories")
@@ -366,10 +434,14 @@ def read_pairs(policy: str, baseline: str) -> list[list[str]]:
     """The stories of two files, prompt and text, line by line. ValueError if they do not belong together."""
     ours, theirs = read_stories(policy), read_stories(baseline)
     if len(ours) != len(theirs):
-        raise ValueError(f"{policy} has {len(ours)} stories, {baseline} {len(theirs)}: they are compared one to one")
+        raise ValueError(
+            f"{policy} has {len(ours)} stories, {baseline} {len(theirs)}: they are compared one to one"
+        )
     for number, (a, b) in enumerate(zip(ours, theirs), start=1):
         if a[0] != b[0]:
-            raise ValueError(f"{policy} and {baseline}: their stories number {number} have different prompts")
+            raise ValueError(
+                f"{policy} and {baseline}: their stories number {number} have different prompts"
+            )
     return [["".join(a), "".join(b)] for a, b in zip(ours, theirs)]
 
 
@@ -381,7 +453,9 @@ class JudgeConfig(JudgeFlags):
 
 
 def main(argv: list[str]) -> None:
-    config = parse(JudgeConfig, argv, "judge.py", "How often the stories of one file beat those of another.")
+    config = parse(
+        JudgeConfig, argv, "judge.py", "How often the stories of one file beat those of another."
+    )
     pairs, judge = read_pairs(config.policy, config.baseline), make_judge(config, config.dry_run)
     if config.dry_run:
         print(estimate(judge, pairs))
@@ -390,16 +464,22 @@ def main(argv: list[str]) -> None:
     result = win_rate([r.preference for r in results], [len(a) - len(b) for a, b in pairs])
     for name, stories in zip((config.policy, config.baseline), zip(*pairs)):
         score = sum(map(offline_judge.score, stories)) / len(stories)
-        print(f"{name}: {len(stories)} stories, {sum(map(len, stories)) / len(stories):.0f} characters, "
-              f"offline score {score:.3f}")
+        print(
+            f"{name}: {len(stories)} stories, {sum(map(len, stories)) / len(stories):.0f} characters, "
+            f"offline score {score:.3f}"
+        )
     print(f"judge: {judge.name}; every pair in both orders, a tie where they disagree")
-    print(f"asked {len(results)}, scored {result.count}, ties {result.ties}, invalid {result.invalid}; "
-          f"{position_bias(results, 2)}")
+    print(
+        f"asked {len(results)}, scored {result.count}, ties {result.ties}, invalid {result.invalid}; "
+        f"{position_bias(results, 2)}"
+    )
     if judge.note:
         print(judge.note)
     if not result.trusted:
-        raise ValueError(f"{result}, more than {MAX_INVALID:.0%}; --judge_attempts={config.judge_attempts + 2} asks those "
-                         "again")
+        raise ValueError(
+            f"{result}, more than {MAX_INVALID:.0%}; --judge_attempts={config.judge_attempts + 2} asks those "
+            "again"
+        )
     print(f"win-rate of {config.policy}: {result} [95% interval]")
     print(f"length-controlled: {result.length_controlled:.1%}")
 

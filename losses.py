@@ -31,7 +31,9 @@ REGULARIZERS: dict[str, Callable[..., Tensor]] = {}
 
 
 def objective(
-    data: str, regularizer: str = "none", statistic: tuple[str, Callable[..., Tensor]] | None = None,
+    data: str,
+    regularizer: str = "none",
+    statistic: tuple[str, Callable[..., Tensor]] | None = None,
     start: Callable[..., float] | None = None,
 ):
     """Enter a loss into LOSSES, with what its signature does not tell.
@@ -52,14 +54,21 @@ def objective(
     return register
 
 
-def check(policy_logps: Tensor, others: dict[str, Tensor] | None = None, least: int = 2, most: int | None = None):
+def check(
+    policy_logps: Tensor,
+    others: dict[str, Tensor] | None = None,
+    least: int = 2,
+    most: int | None = None,
+):
     """ValueError, in words, for a shape that broadcasting would hide."""
     shape = tuple(policy_logps.shape)
     if len(shape) != 2:
         raise ValueError(f"policy_logps has shape {shape}, expected (groups, responses)")
     if shape[1] < least or (most is not None and shape[1] > most):
         expected = f"exactly {least}" if most == least else f"at least {least}"
-        raise ValueError(f"policy_logps has {shape[1]} responses a group, this loss needs {expected}")
+        raise ValueError(
+            f"policy_logps has {shape[1]} responses a group, this loss needs {expected}"
+        )
     for name, tensor in (others or {}).items():
         if tensor is None or tuple(tensor.shape) != shape:
             found = "is missing" if tensor is None else f"has shape {tuple(tensor.shape)}"
@@ -71,7 +80,9 @@ def check(policy_logps: Tensor, others: dict[str, Tensor] | None = None, least: 
 
 def check_logits(logits: Tensor, mask: Tensor) -> None:
     if logits.dim() != 3 or mask.shape != logits.shape[:2]:
-        raise ValueError(f"logits {tuple(logits.shape)} and mask {tuple(mask.shape)}, expected (N, T, V) and (N, T)")
+        raise ValueError(
+            f"logits {tuple(logits.shape)} and mask {tuple(mask.shape)}, expected (N, T, V) and (N, T)"
+        )
 
 
 def log_softmax(logits: Tensor) -> Tensor:
@@ -80,7 +91,11 @@ def log_softmax(logits: Tensor) -> Tensor:
 
 def sum_scored(values: Tensor, scored: Tensor) -> Tensor:
     """One value per True of scored (N, T), in reading order -> its sum per row, (N,)."""
-    return torch.zeros(scored.shape, dtype=values.dtype, device=values.device).masked_scatter(scored, values).sum(1)
+    return (
+        torch.zeros(scored.shape, dtype=values.dtype, device=values.device)
+        .masked_scatter(scored, values)
+        .sum(1)
+    )
 
 
 def sequence_logps(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
@@ -93,7 +108,9 @@ def sequence_logps(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
     """
     check_logits(logits, mask)
     if tokens.shape != mask.shape:
-        raise ValueError(f"tokens {tuple(tokens.shape)} and mask {tuple(mask.shape)} differ in shape")
+        raise ValueError(
+            f"tokens {tuple(tokens.shape)} and mask {tuple(mask.shape)} differ in shape"
+        )
     scored = mask[:, 1:].bool()
     logps = log_softmax(logits[:, :-1][scored])  # (scored tokens, V): padding costs nothing
     return sum_scored(logps.gather(1, tokens[:, 1:][scored].unsqueeze(1)).squeeze(1), scored)
@@ -113,7 +130,9 @@ def token_kl(policy_logits: Tensor, reference_logits: Tensor, mask: Tensor) -> T
     """
     check_logits(policy_logits, mask)
     if policy_logits.shape != reference_logits.shape:
-        raise ValueError(f"policy logits {tuple(policy_logits.shape)}, reference {tuple(reference_logits.shape)}")
+        raise ValueError(
+            f"policy logits {tuple(policy_logits.shape)}, reference {tuple(reference_logits.shape)}"
+        )
     scored = mask[:, 1:].bool()
     policy = log_softmax(policy_logits[:, :-1][scored])
     reference = log_softmax(reference_logits[:, :-1][scored].detach())
@@ -149,7 +168,9 @@ def weights(policy_logps: Tensor, gamma: float, weight_mean: Tensor | None) -> T
     if mean.dim() == 0 and statistic.shape[1] == 1:
         mean = mean.reshape(1)
     if mean.shape != statistic.shape[1:]:
-        raise ValueError(f"weight_mean has shape {tuple(mean.shape)}, expected ({statistic.shape[1]},), one per stage")
+        raise ValueError(
+            f"weight_mean has shape {tuple(mean.shape)}, expected ({statistic.shape[1]},), one per stage"
+        )
     return 2 * torch.sigmoid(statistic - mean)
 
 
@@ -183,8 +204,12 @@ def spo_basic(policy_logps: Tensor, *, alpha: float = 0.001, centered: bool = Fa
 
 @objective(data="pair", regularizer="global_kl", statistic=("weight_mean", weight_statistic))
 def spo(
-    policy_logps: Tensor, *, alpha: float = 0.001, gamma: float = 0.01,
-    weight_mean: Tensor | None = None, centered: bool = False,
+    policy_logps: Tensor,
+    *,
+    alpha: float = 0.001,
+    gamma: float = 0.01,
+    weight_mean: Tensor | None = None,
+    centered: bool = False,
 ) -> Tensor:
     """Weighted SPO for pairs, Eq. 11 with the weight of Eq. 13; Eq. 12 at alpha = 0.
 
@@ -196,13 +221,19 @@ def spo(
     at step 0     as spo_basic
     """
     check(policy_logps, most=2)
-    return spo_bon(policy_logps, alpha=alpha, gamma=gamma, weight_mean=weight_mean, centered=centered)
+    return spo_bon(
+        policy_logps, alpha=alpha, gamma=gamma, weight_mean=weight_mean, centered=centered
+    )
 
 
 @objective(data="best", regularizer="global_kl", statistic=("weight_mean", weight_statistic))
 def spo_bon(
-    policy_logps: Tensor, *, alpha: float = 0.001, gamma: float = 0.01,
-    weight_mean: Tensor | None = None, centered: bool = False,
+    policy_logps: Tensor,
+    *,
+    alpha: float = 0.001,
+    gamma: float = 0.01,
+    weight_mean: Tensor | None = None,
+    centered: bool = False,
 ) -> Tensor:
     """Best-of-n SPO, Eq. 16: the best against all n; columns 1..n-1 are unordered.
 
@@ -225,8 +256,13 @@ def spo_bon(
 
 @objective(data="ranking", regularizer="global_kl", statistic=("weight_mean", weight_statistic))
 def spo_rank(
-    policy_logps: Tensor, *, alpha: float = 0.001, gamma: float = 0.01, eta: float = 1.0,
-    weight_mean: Tensor | None = None, centered: bool = False,
+    policy_logps: Tensor,
+    *,
+    alpha: float = 0.001,
+    gamma: float = 0.01,
+    eta: float = 1.0,
+    weight_mean: Tensor | None = None,
+    centered: bool = False,
 ) -> Tensor:
     """Ranking SPO, Eq. 17: stage k picks rank k out of ranks k..n.
 
@@ -301,7 +337,12 @@ def dpo(policy_logps: Tensor, reference_logps: Tensor, *, beta: float = 0.1) -> 
 
 @objective(data="pair", start=lambda tau: 1 / (4 * tau**2))
 def ipo(
-    policy_logps: Tensor, reference_logps: Tensor, lengths: Tensor | None = None, *, tau: float = 0.1, norm: str = "sum"
+    policy_logps: Tensor,
+    reference_logps: Tensor,
+    lengths: Tensor | None = None,
+    *,
+    tau: float = 0.1,
+    norm: str = "sum",
 ) -> Tensor:
     """Identity Preference Optimization, IPO Eq. 17.
 
@@ -328,11 +369,17 @@ def mean_logratio(policy_logps: Tensor, reference_logps: Tensor) -> Tensor:
 
 
 @objective(
-    data="pair", statistic=("kl_estimate", mean_logratio),
+    data="pair",
+    statistic=("kl_estimate", mean_logratio),
     start=lambda lambda_d, lambda_u: (lambda_d + lambda_u) / 4,
 )
 def kto(
-    policy_logps: Tensor, reference_logps: Tensor, *, beta: float = 0.1, lambda_d: float = 1.0, lambda_u: float = 1.0,
+    policy_logps: Tensor,
+    reference_logps: Tensor,
+    *,
+    beta: float = 0.1,
+    lambda_d: float = 1.0,
+    lambda_u: float = 1.0,
     kl_estimate: Tensor | None = None,
 ) -> Tensor:
     """Kahneman-Tversky Optimization (KTO): each response is desirable or not, by itself.
@@ -347,18 +394,29 @@ def kto(
     """
     check(policy_logps, {"reference_logps": reference_logps}, most=2)
     logratios = policy_logps - reference_logps
-    estimate = logratios.mean() if kl_estimate is None else torch.as_tensor(kl_estimate).to(logratios)
+    estimate = (
+        logratios.mean() if kl_estimate is None else torch.as_tensor(kl_estimate).to(logratios)
+    )
     if estimate.numel() != 1:
-        raise ValueError(f"kl_estimate has shape {tuple(estimate.shape)}, expected one number for the global batch")
+        raise ValueError(
+            f"kl_estimate has shape {tuple(estimate.shape)}, expected one number for the global batch"
+        )
     z0 = estimate.detach().clamp(min=0)
-    desirable = lambda_d * torch.sigmoid(-beta * (logratios[:, 0] - z0))  # 1 - sigmoid(x) = sigmoid(-x)
+    desirable = lambda_d * torch.sigmoid(
+        -beta * (logratios[:, 0] - z0)
+    )  # 1 - sigmoid(x) = sigmoid(-x)
     undesirable = lambda_u * torch.sigmoid(-beta * (z0 - logratios[:, 1]))
     return (desirable + undesirable) / 2
 
 
 @objective(data="pair", statistic=("mean_length", mean_length_of_best))
 def cpo(
-    policy_logps: Tensor, lengths: Tensor | None = None, *, beta: float = 0.1, alpha: float = 0.01, nll: str = "sum",
+    policy_logps: Tensor,
+    lengths: Tensor | None = None,
+    *,
+    beta: float = 0.1,
+    alpha: float = 0.01,
+    nll: str = "sum",
     mean_length: Tensor | None = None,
 ) -> Tensor:
     """Contrastive Preference Optimization (CPO), with the SPO paper's weight alpha on the likelihood term.
@@ -377,12 +435,19 @@ def cpo(
         scale = lengths[:, 0].to(policy_logps).mean() if mean_length is None else mean_length
     elif nll != "sum":
         raise ValueError(f"nll is {nll!r}, expected 'sum' or 'mean'")
-    return F.softplus(-beta * chosen_over_rejected(policy_logps)) - alpha * policy_logps[:, 0] / scale
+    return (
+        F.softplus(-beta * chosen_over_rejected(policy_logps)) - alpha * policy_logps[:, 0] / scale
+    )
 
 
 @objective(data="pair")
 def rdpo(
-    policy_logps: Tensor, reference_logps: Tensor, lengths: Tensor, *, beta: float = 0.1, alpha: float = 0.01
+    policy_logps: Tensor,
+    reference_logps: Tensor,
+    lengths: Tensor,
+    *,
+    beta: float = 0.1,
+    alpha: float = 0.01,
 ) -> Tensor:
     """Length-regularised DPO (R-DPO).
 
@@ -400,7 +465,9 @@ def rdpo(
 
 
 @objective(data="pair")
-def simpo(policy_logps: Tensor, lengths: Tensor, *, beta: float = 2.0, gamma: float = 1.0) -> Tensor:
+def simpo(
+    policy_logps: Tensor, lengths: Tensor, *, beta: float = 2.0, gamma: float = 1.0
+) -> Tensor:
     """SimPO, SimPO Eq. 6: the reward is the log-prob per token, with a target margin.
 
         L = softplus(-[beta logp_0/length_0 - beta logp_1/length_1 - gamma])

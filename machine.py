@@ -9,7 +9,9 @@ def pick_device(name: str) -> str:
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError):
-        raise ValueError(f"--device={name}: not available on this machine; use --device=cpu") from None
+        raise ValueError(
+            f"--device={name}: not available on this machine; use --device=cpu"
+        ) from None
     return name
 
 

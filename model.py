@@ -38,16 +38,32 @@ class ModelArgs:
 
     def __post_init__(self):
         self.n_kv_heads = self.n_kv_heads or self.n_heads
-        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "max_seq_len"):
+        for name in (
+            "dim",
+            "n_layers",
+            "n_heads",
+            "n_kv_heads",
+            "vocab_size",
+            "multiple_of",
+            "max_seq_len",
+        ):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, must be a whole number from 1")
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}, must be a whole number from 1"
+                )
         if self.hidden_dim is None:
             hidden = 2 * (4 * self.dim) // 3
-            self.hidden_dim = self.multiple_of * ((hidden + self.multiple_of - 1) // self.multiple_of)
+            self.hidden_dim = self.multiple_of * (
+                (hidden + self.multiple_of - 1) // self.multiple_of
+            )
         if self.dim % self.n_heads or (self.dim // self.n_heads) % 2:
-            raise ValueError(f"dim {self.dim} does not split into {self.n_heads} heads of even size")
+            raise ValueError(
+                f"dim {self.dim} does not split into {self.n_heads} heads of even size"
+            )
         if self.n_heads % self.n_kv_heads:
-            raise ValueError(f"n_heads {self.n_heads} is no multiple of n_kv_heads {self.n_kv_heads}")
+            raise ValueError(
+                f"n_heads {self.n_heads} is no multiple of n_kv_heads {self.n_kv_heads}"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -78,7 +94,9 @@ class KVCache:
         shape = (args.n_layers, batch, args.n_kv_heads, length, args.head_dim)
         self.keys = torch.empty(shape, device=device, dtype=dtype)
         self.values = torch.empty(shape, device=device, dtype=dtype)
-        if torch.device(device).type == "cpu":  # head_dim rows of all keys' numbers: faster there, for one query
+        if (
+            torch.device(device).type == "cpu"
+        ):  # head_dim rows of all keys' numbers: faster there, for one query
             self.keys = self.keys.view(*shape[:3], args.head_dim, length).transpose(3, 4)
         self.position = 0  # tokens held; the next one goes here
 
@@ -91,11 +109,18 @@ class KVCache:
 
     def keep(self, rows: Tensor) -> None:
         """Only these rows go on, in the layout that they have."""
-        keys = self.keys.transpose(3, 4)[:, rows].transpose(3, 4) if self.keys.is_cpu else self.keys[:, rows]
+        keys = (
+            self.keys.transpose(3, 4)[:, rows].transpose(3, 4)
+            if self.keys.is_cpu
+            else self.keys[:, rows]
+        )
         self.keys, self.values = keys, self.values[:, rows]
 
 
-QUERIES, SHORT = 96, 512  # attention on a CPU: queries in a block, tokens of texts that are worth it
+QUERIES, SHORT = (
+    96,
+    512,
+)  # attention on a CPU: queries in a block, tokens of texts that are worth it
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -104,15 +129,25 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q (N, heads, T or 1, head_dim); k, v (N, KV, T, head_dim), shared by the heads of a group without a copy. Returns as q.
     """
     groups, T = (k.shape[1], -1), k.shape[2]
-    if q.shape[2] == 1:  # it sees every key: the heads of a group can stand in the place of queries, and there is no mask
-        return F.scaled_dot_product_attention(q.squeeze(2).unflatten(1, groups), k, v).flatten(1, 2).unsqueeze(2)
+    if (
+        q.shape[2] == 1
+    ):  # it sees every key: the heads of a group can stand in the place of queries, and there is no mask
+        return (
+            F.scaled_dot_product_attention(q.squeeze(2).unflatten(1, groups), k, v)
+            .flatten(1, 2)
+            .unsqueeze(2)
+        )
     assert q.shape[2] == T, "several tokens at once only from position 0: the mask is square"
     if q.device.type != "cpu" or T > SHORT:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        return F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
+        )
     # Two products take half of the fused kernel's time on a CPU, and short texts have the memory for it. A block of queries
     # meets only the keys up to its last.
     wide = torch.promote_types(q.dtype, torch.float32)
-    q = q.to(wide).unflatten(1, groups).flatten(0, 1) * q.shape[-1] ** -0.5  # (N KV, heads per KV, T, head_dim)
+    q = (
+        q.to(wide).unflatten(1, groups).flatten(0, 1) * q.shape[-1] ** -0.5
+    )  # (N KV, heads per KV, T, head_dim)
     k, v = k.to(wide).flatten(0, 1), v.to(wide).flatten(0, 1)
     future = torch.full((T, T), -torch.inf, dtype=wide).triu(1)
     blocks = []
@@ -120,7 +155,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         last = min(first + QUERIES, T)
         scores = q[:, :, first:last].flatten(1, 2) @ k[:, :last].transpose(1, 2)
         scores = scores.unflatten(1, (-1, last - first)).add_(future[first:last, :last])
-        blocks.append((scores.softmax(-1).flatten(1, 2) @ v[:, :last]).unflatten(1, (-1, last - first)))
+        blocks.append(
+            (scores.softmax(-1).flatten(1, 2) @ v[:, :last]).unflatten(1, (-1, last - first))
+        )
     return torch.cat(blocks, 2).unflatten(0, (-1, groups[0])).flatten(1, 2)
 
 
@@ -135,7 +172,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
         N, T, _ = x.shape
-        q = rotate(self.wq(x).view(N, T, self.n_heads, -1), cos, sin).transpose(1, 2)  # (N, heads, T, head_dim)
+        q = rotate(self.wq(x).view(N, T, self.n_heads, -1), cos, sin).transpose(
+            1, 2
+        )  # (N, heads, T, head_dim)
         k = rotate(self.wk(x).view(N, T, self.n_kv_heads, -1), cos, sin).transpose(1, 2)
         v = self.wv(x).view(N, T, self.n_kv_heads, -1).transpose(1, 2)
         keys, values = (k, v) if cache is None else cache.extend(self.layer, k, v)
@@ -204,7 +243,9 @@ class Transformer(nn.Module):
         start = cache.position if cache is not None else 0
         end = start + tokens.shape[1]
         if end > self.args.max_seq_len:
-            raise ValueError(f"{end} tokens are more than the model's context of {self.args.max_seq_len}")
+            raise ValueError(
+                f"{end} tokens are more than the model's context of {self.args.max_seq_len}"
+            )
         cos, sin = self.freqs_cos[start:end], self.freqs_sin[start:end]
         x = self.tok_embeddings(tokens)
         for layer in self.layers:
@@ -252,28 +293,54 @@ class Decoder:
         self.layers, scale = [], model.args.head_dim**-0.5
         for layer in model.layers:
             attention, ffn = layer.attention, layer.feed_forward
-            wqkv = torch.cat((attention.wq.weight * scale, attention.wk.weight, attention.wv.weight)).t().contiguous()
+            wqkv = (
+                torch.cat((attention.wq.weight * scale, attention.wk.weight, attention.wv.weight))
+                .t()
+                .contiguous()
+            )
             w13 = torch.cat((ffn.w1.weight, ffn.w3.weight)).t().contiguous()
             wo, w2 = attention.wo.weight.t().contiguous(), ffn.w2.weight.t().contiguous()
             self.layers.append((layer.attention_norm, wqkv, wo, layer.ffn_norm, w13, w2))
         self.norm, self.output = model.norm, model.output.weight.t().contiguous()
         self.logits = torch.empty(rows, len(model.output.weight), dtype=dtype)
-        self.rotation = torch.complex(model.freqs_cos.float(), model.freqs_sin.float())  # (max_seq_len, head_dim / 2)
+        self.rotation = torch.complex(
+            model.freqs_cos.float(), model.freqs_sin.float()
+        )  # (max_seq_len, head_dim / 2)
 
     def next_logits(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """Token ids (N, 1) -> logits (N, V), whose memory the next call uses again."""
-        with exact_products() if self.args.dim < 256 else contextlib.nullcontext():  # oneDNN is slow at small ones
+        with (
+            exact_products() if self.args.dim < 256 else contextlib.nullcontext()
+        ):  # oneDNN is slow at small ones
             x = self.embedding[tokens.squeeze(1)]  # (N, D)
             rotation = self.rotation[cache.position]
             for i, layer in enumerate(self.layers):
                 x = self.layer(i, *layer, x, rotation, cache)
             cache.position += 1
             logits, x = self.logits[: len(x)], self.norm(x)
-            return torch.mm(x, self.output, out=logits) if x.dtype == logits.dtype else logits.copy_(x @ self.output)
+            return (
+                torch.mm(x, self.output, out=logits)
+                if x.dtype == logits.dtype
+                else logits.copy_(x @ self.output)
+            )
 
-    def layer(self, i, attention_norm, wqkv, wo, ffn_norm, w13, w2, x: Tensor, rotation: Tensor, cache: KVCache) -> Tensor:
+    def layer(
+        self,
+        i,
+        attention_norm,
+        wqkv,
+        wo,
+        ffn_norm,
+        w13,
+        w2,
+        x: Tensor,
+        rotation: Tensor,
+        cache: KVCache,
+    ) -> Tensor:
         N, KV, groups = len(x), self.args.n_kv_heads, self.args.n_heads // self.args.n_kv_heads
-        qkv = (attention_norm(x) @ wqkv).to(cache.keys.dtype).view(N, -1, self.args.head_dim // 2, 2)
+        qkv = (
+            (attention_norm(x) @ wqkv).to(cache.keys.dtype).view(N, -1, self.args.head_dim // 2, 2)
+        )
         qk = torch.view_as_real(torch.view_as_complex(qkv[:, :-KV]) * rotation).flatten(2)
         q, k = qk.split((groups * KV, KV), 1)
         keys, values = cache.extend(i, k.unsqueeze(2), qkv[:, -KV:].flatten(2).unsqueeze(2))
@@ -299,7 +366,11 @@ def filter_logits(logits: Tensor, top_k: int | None, top_p: float | None) -> Ten
 
 
 def sample_token(
-    logits: Tensor, uniforms: Tensor, temperature: float, top_k: int | None = None, top_p: float | None = None
+    logits: Tensor,
+    uniforms: Tensor,
+    temperature: float,
+    top_k: int | None = None,
+    top_p: float | None = None,
 ) -> Tensor:
     """One id per row of logits (N, V), by inverting the cumulative distribution at uniforms (N,) in [0, 1).
 
@@ -365,11 +436,19 @@ def generate(
     if min(lengths) == 0:
         raise ValueError("an empty prompt: a row needs at least BOS")
     if max(lengths) >= context:
-        raise ValueError(f"a prompt of {max(lengths)} tokens leaves no room in a context of {context}")
+        raise ValueError(
+            f"a prompt of {max(lengths)} tokens leaves no room in a context of {context}"
+        )
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}, must be 1 or more")
-    if not temperature >= 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
-        raise ValueError(f"need temperature >= 0, top_k >= 1, 0 < top_p <= 1; got {temperature}, {top_k}, {top_p}")
+    if (
+        not temperature >= 0
+        or (top_k is not None and top_k < 1)
+        or (top_p is not None and not 0 < top_p <= 1)
+    ):
+        raise ValueError(
+            f"need temperature >= 0, top_k >= 1, 0 < top_p <= 1; got {temperature}, {top_k}, {top_p}"
+        )
     device, N, max_new_tokens = model.device, len(lengths), min(max_new_tokens, context)
     end = min(context, max(lengths) + max_new_tokens)
     tokens, uniforms = np.zeros((N, end), dtype=np.int64), np.zeros((N, end))
@@ -378,16 +457,22 @@ def generate(
         stream = np.random.default_rng((*np.atleast_1d(seed).tolist(), first_row + row))
         uniforms[row, lengths[row] :] = stream.random(end)[: end - lengths[row]]
     written = torch.from_numpy(tokens).to(device)
-    ends = torch.tensor(lengths, device=device) + max_new_tokens  # each row's first position not to fill any more
+    ends = (
+        torch.tensor(lengths, device=device) + max_new_tokens
+    )  # each row's first position not to fill any more
     ends = ends.clamp(max=end)
     stop = torch.tensor(list(stop_ids), device=device, dtype=torch.long)
 
-    rows = torch.arange(N, device=device)  # the rows still being written: what belongs to them lies side by side
+    rows = torch.arange(
+        N, device=device
+    )  # the rows still being written: what belongs to them lies side by side
     tokens, uniforms, last = written.clone(), torch.from_numpy(uniforms).to(device), ends.clone()
     first = torch.tensor(lengths, device=device)
     dtype = model.tok_embeddings.weight.dtype
     if device.type == "cpu":
-        dtype = torch.promote_types(dtype, torch.float32)  # its small products are no faster in bfloat16
+        dtype = torch.promote_types(
+            dtype, torch.float32
+        )  # its small products are no faster in bfloat16
     cache = KVCache(model.args, N, end, device, dtype)
     position = min(lengths)
     logits = model.next_logits(tokens[:, :position], cache)  # (N, V)
@@ -401,12 +486,18 @@ def generate(
         tokens[:, position] = drawn
         position += 1
         last = torch.where(stopped, last.clamp(max=position), last)
-        if position % LOOK == 0 or position == end:  # not at every token: a GPU would have to wait for the answer
+        if (
+            position % LOOK == 0 or position == end
+        ):  # not at every token: a GPU would have to wait for the answer
             alive = last > position
             count = int(alive.sum())
-            if count <= 0.75 * len(rows):  # leave the finished behind; rarely, since it copies the cache
+            if count <= 0.75 * len(
+                rows
+            ):  # leave the finished behind; rarely, since it copies the cache
                 written[rows], ends[rows] = tokens, last
-                rows, tokens, uniforms, first, last = (x[alive] for x in (rows, tokens, uniforms, first, last))
+                rows, tokens, uniforms, first, last = (
+                    x[alive] for x in (rows, tokens, uniforms, first, last)
+                )
                 cache.keep(alive)
             if count == 0:
                 break

@@ -9,7 +9,8 @@ import math
 import re
 
 # Words that a story for older readers has and one for small children mostly lacks; inflections are found by `stem`.
-RICH_WORDS = set("""
+RICH_WORDS = set(
+    """
 abandon ability absolute accident accompany ache achieve admire admit adventure advice afternoon
 agree although amaze amuse ancient anger announce anxious apology appear appreciate approach argue
 arrange arrive ashamed astonish attempt attention autumn avoid awake awful balance barely battle
@@ -51,10 +52,12 @@ tremble triumph trouble trust truth twilight twist unexpected unfortunate unknow
 useful valley valuable vanish vast velvet victory village voyage wander warn weary weather weave
 weep whisper wicked wild wilderness willow wisdom wise wither within witness wonder wonderful worry
 wound wreck yearn yield
-""".split())
+""".split()
+)
 
 # Words that any reader knows. Together with the lists above and below they tell words from broken ones.
-COMMON_WORDS = set("""
+COMMON_WORDS = set(
+    """
 able above accidentally add afraid after ago air alive almost alone along already always angry
 animal another answer anybody anymore anyone anything anyway apart apple arm around art ask asleep
 ate aunt awake away baby back backyard bad bag bake baker ball balloon banana band bank bark barn
@@ -125,47 +128,110 @@ well went west wet whale wheel whenever white whole whose wide wife win window w
 without woke woken wolf woman won won't wood wooden wool word wore work world worm worn worse wrap
 write written wrong wrote yard yeah year yell yellow yes yesterday yet you're young yourself yummy
 zebra zoo
-""".split())
+""".split()
+)
 
 DETERMINERS = set("the a an my your our their its every".split())
-PREPOSITIONS = set("of to in on at with from for into onto about by under behind near through across toward".split())
+PREPOSITIONS = set(
+    "of to in on at with from for into onto about by under behind near through across toward".split()
+)
 SUBJECTS = set("i he she they we".split())
 OBJECTS = set("him them me us himself herself themselves".split())
 BE_HAVE = set("was were is are am had has".split())
 MODALS = set("could would should must can't couldn't didn't don't wouldn't".split())
 JOINERS = set("and but or".split())
-OTHER_FUNCTION = set("""
+OTHER_FUNCTION = set(
+    """
 it you his her this that these those there here what who which when where while because if as so
 than then not no very too be been being have do does did will can all some any one up down out off
 over again just also how why it's he's she's that's i'm i'll let's
-""".split())
-FUNCTION = DETERMINERS | PREPOSITIONS | SUBJECTS | OBJECTS | BE_HAVE | MODALS | JOINERS | OTHER_FUNCTION
-MAY_REPEAT = set("very so no bye ha many really that had far knock tick hop up round on more".split())
+""".split()
+)
+FUNCTION = (
+    DETERMINERS | PREPOSITIONS | SUBJECTS | OBJECTS | BE_HAVE | MODALS | JOINERS | OTHER_FUNCTION
+)
+MAY_REPEAT = set(
+    "very so no bye ha many really that had far knock tick hop up round on more".split()
+)
 
 # Word pairs that grammatical English (all but) never has. Shuffled prose has them in one pair of seven.
 NEVER_FOLLOWS = [
-    (DETERMINERS, DETERMINERS | PREPOSITIONS | SUBJECTS | OBJECTS | BE_HAVE | MODALS | JOINERS | {"it", "his", "not"}),
+    (
+        DETERMINERS,
+        DETERMINERS
+        | PREPOSITIONS
+        | SUBJECTS
+        | OBJECTS
+        | BE_HAVE
+        | MODALS
+        | JOINERS
+        | {"it", "his", "not"},
+    ),
     (PREPOSITIONS, SUBJECTS | JOINERS | BE_HAVE | MODALS),
-    (SUBJECTS, DETERMINERS | SUBJECTS | OBJECTS | (PREPOSITIONS - {"in", "on", "for"}) | {"it", "his", "her", "this"}),
+    (
+        SUBJECTS,
+        DETERMINERS
+        | SUBJECTS
+        | OBJECTS
+        | (PREPOSITIONS - {"in", "on", "for"})
+        | {"it", "his", "her", "this"},
+    ),
     (BE_HAVE, BE_HAVE - {"had"} | MODALS | {"did", "do", "does"}),
     (MODALS, DETERMINERS | BE_HAVE | JOINERS | MODALS | OBJECTS | (PREPOSITIONS - {"to"})),
     (OBJECTS, BE_HAVE | SUBJECTS | MODALS),
     (JOINERS, JOINERS),
 ]
-NEVER_LAST = DETERMINERS | JOINERS | {"of", "from", "into", "was", "were", "because", "very", "i", "he", "they", "we"}
+NEVER_LAST = (
+    DETERMINERS
+    | JOINERS
+    | {"of", "from", "into", "was", "were", "because", "very", "i", "he", "they", "we"}
+)
 
 
 # Signs of broken text: doubled or glued punctuation, capitals or digits inside words, symbols, lower case after a
 # full stop; and a capitalised word after an unfinished clause, a fault if it is a function word ("begged From").
-MALFORMED = re.compile(r"[,;:][,;:.!?]|[.!?,;:][A-Za-z]|[a-z][A-Z]|[0-9][A-Za-z]|[A-Za-z][0-9]|[.!?] [a-z]|"
-                       r"[&#@%^*_+=<>|\\~{}\[\]/`]|[^\x00-\x7f\u2018-\u201d\u2013\u2014\u2026\u00c0-\u00ff]")
+MALFORMED = re.compile(
+    r"[,;:][,;:.!?]|[.!?,;:][A-Za-z]|[a-z][A-Z]|[0-9][A-Za-z]|[A-Za-z][0-9]|[.!?] [a-z]|"
+    r"[&#@%^*_+=<>|\\~{}\[\]/`]|[^\x00-\x7f\u2018-\u201d\u2013\u2014\u2026\u00c0-\u00ff]"
+)
 STRAY_CAPITAL = re.compile(r"(?<=[A-Za-z,;] )(?!I\b)[A-Z][a-z]*")
 
 # A word's ending and what it stood in for: hurried -> hurry is ("ied", "y").
-SUFFIXES = [("", ""), ("'s", ""), ("s", ""), ("es", ""), ("ed", ""), ("d", ""), ("ing", ""), ("ing", "e"), ("ly", ""),
-            ("ly", "le"), ("ies", "y"), ("ied", "y"), ("ily", "y"), ("iness", "y"), ("y", ""), ("y", "e"), ("er", ""),
-            ("r", ""), ("ier", "y"), ("iest", "y"), ("est", ""), ("st", ""), ("ful", ""), ("ness", ""), ("less", ""),
-            ("ment", ""), ("ation", "e"), ("ally", "al"), ("ous", ""), ("en", ""), ("n", ""), ("'ll", ""), ("'re", "")]
+SUFFIXES = [
+    ("", ""),
+    ("'s", ""),
+    ("s", ""),
+    ("es", ""),
+    ("ed", ""),
+    ("d", ""),
+    ("ing", ""),
+    ("ing", "e"),
+    ("ly", ""),
+    ("ly", "le"),
+    ("ies", "y"),
+    ("ied", "y"),
+    ("ily", "y"),
+    ("iness", "y"),
+    ("y", ""),
+    ("y", "e"),
+    ("er", ""),
+    ("r", ""),
+    ("ier", "y"),
+    ("iest", "y"),
+    ("est", ""),
+    ("st", ""),
+    ("ful", ""),
+    ("ness", ""),
+    ("less", ""),
+    ("ment", ""),
+    ("ation", "e"),
+    ("ally", "al"),
+    ("ous", ""),
+    ("en", ""),
+    ("n", ""),
+    ("'ll", ""),
+    ("'re", ""),
+]
 
 
 def ramp(x: float, zero: float, one: float) -> float:
@@ -179,7 +245,9 @@ def stem(word: str, words: set[str] = RICH_WORDS) -> str | None:
         base = word.removesuffix(suffix)
         if word.endswith(suffix) and base + ending in words:
             return base + ending
-        if suffix in ("ed", "ing", "er") and base[-1:] == base[-2:-1] and base[:-1] in words:  # stopped -> stop
+        if (
+            suffix in ("ed", "ing", "er") and base[-1:] == base[-2:-1] and base[:-1] in words
+        ):  # stopped -> stop
             return base[:-1]
     return None
 
@@ -201,7 +269,8 @@ def misplaced_share(clauses: list[list[str]], sentences: list[list[str]]) -> flo
     """Word pairs that break NEVER_FOLLOWS, immediate repetitions, and sentences ending in NEVER_LAST, per pair."""
     pairs = [pair for clause in clauses for pair in zip(clause, clause[1:])]
     faults = sum(
-        (a == b and a not in MAY_REPEAT) or any(a in left and b in right for left, right in NEVER_FOLLOWS)
+        (a == b and a not in MAY_REPEAT)
+        or any(a in left and b in right for left, right in NEVER_FOLLOWS)
         for a, b in pairs
     )
     faults += 2 * sum(s[-1] in NEVER_LAST for s in sentences)
@@ -231,34 +300,51 @@ def features(text: str) -> dict[str, float]:
     clauses = [words_of(c) for c in re.split(r"[.,;:!?\"()\n]|--", text)]
     n = len(words)
     lengths = [len(s) for s in sentences]
-    in_run_ons = sum(k for s, k in zip(sentences, lengths) if k > 30 or sum(w in JOINERS for w in s) > 3) / n
+    in_run_ons = (
+        sum(k for s, k in zip(sentences, lengths) if k > 30 or sum(w in JOINERS for w in s) > 3) / n
+    )
     windows = [words[i : i + 50] for i in range(0, max(1, n - 49), 10)]
     distinct = sum(len(set(w)) / len(w) for w in windows) / len(windows)
     openings = 1 - repeated_share([tuple(s[:2]) for s in sentences])
     rich = {stem(w) for w in set(words)} - {None}
     function_share = sum(w in FUNCTION for w in words) / n
-    joints = sum(a in FUNCTION and b in FUNCTION for a, b in zip(words, words[1:])) / n  # "in the", "she was"
+    joints = (
+        sum(a in FUNCTION and b in FUNCTION for a, b in zip(words, words[1:])) / n
+    )  # "in the", "she was"
     commonest = max(words.count(w) for w in set(words)) / n
-    faults = len(MALFORMED.findall(text)) + sum(w.lower() in FUNCTION for w in STRAY_CAPITAL.findall(text)) + sum(
-        len(w) > 15 or not re.search("[aeiouy]", w) or bool(re.search(r"(.)\1\1|[^aeiouy']{6}", w)) for w in words
+    faults = (
+        len(MALFORMED.findall(text))
+        + sum(w.lower() in FUNCTION for w in STRAY_CAPITAL.findall(text))
+        + sum(
+            len(w) > 15
+            or not re.search("[aeiouy]", w)
+            or bool(re.search(r"(.)\1\1|[^aeiouy']{6}", w))
+            for w in words
+        )
     )
     lower = re.findall(r"(?<![A-Za-z'])[a-z]+(?:'[a-z]+)*", text)  # capitalised words may be names
-    unknown = sum(w not in FUNCTION and not stem(w) and not stem(w, COMMON_WORDS) for w in lower) / max(1, len(lower))
+    unknown = sum(
+        w not in FUNCTION and not stem(w) and not stem(w, COMMON_WORDS) for w in lower
+    ) / max(1, len(lower))
     capital = sum(bool(re.match(r"[\"'(]*[A-Z]", s)) for s in sentences_of(text)) / len(sentences)
     return {
         # a sentence counts by its words: from 4 (a primer) up to 13, and back to nothing at 32 (a run-on)
         "readability": sum(k * min(ramp(k, 4, 13), ramp(k, 32, 20)) for k in lengths) / n,
         "vocabulary": 0.8 * ramp(len(rich) / len(set(words)), 0, 0.20)
-        + 0.2 * min(ramp(sum(map(len, words)) / n, 3.5, 4.4), ramp(sum(map(len, words)) / n, 7, 5.5)),
+        + 0.2
+        * min(ramp(sum(map(len, words)) / n, 3.5, 4.4), ramp(sum(map(len, words)) / n, 7, 5.5)),
         "variety": 0.6 * ramp(distinct, 0.5, 0.8) + 0.4 * ramp(openings, 0.3, 1.0),
         "length": ramp(n, 0, 60),  # enough to be a story; more wins nothing
         "no run-ons": ramp(in_run_ons, 0.5, 0.1),
         "no repetition": ramp(repeated_share(list(zip(words, words[1:], words[2:]))), 0.40, 0.08)
         * ramp(repeated_share([tuple(s) for s in sentences]), 0.4, 0.0),
         "no salad": ramp(misplaced_share(clauses, sentences), 0.06, 0.006),
-        "no lists": ramp(listed_share(sentences), 0.25, 0.06) * ramp(function_share, 0.2, 0.35)
+        "no lists": ramp(listed_share(sentences), 0.25, 0.06)
+        * ramp(function_share, 0.2, 0.35)
         * ramp(len(rich) / len(set(words)), 0.7, 0.45),
-        "function words": ramp(function_share, 0.75, 0.65) * ramp(joints, 0.02, 0.10) * ramp(commonest, 0.3, 0.17),
+        "function words": ramp(function_share, 0.75, 0.65)
+        * ramp(joints, 0.02, 0.10)
+        * ramp(commonest, 0.3, 0.17),
         "spelling": ramp(faults / n, 0.03, 0.0) * ramp(unknown, 0.25, 0.12),
         "sentences": 0.5 + 0.5 * ramp(capital, 0.5, 0.95),
         "ending": 1.0 if re.search(r"[.!?][\"')]*\s*$", text) else 0.8,
@@ -280,7 +366,9 @@ def score(text: str) -> float:
                  salad (pairs like "the of"), word lists, misspelling; length only up to 60 words
     """
     parts = features(text)
-    soundness = math.prod(v for k, v in parts.items() if k not in ("readability", "vocabulary", "variety"))
+    soundness = math.prod(
+        v for k, v in parts.items() if k not in ("readability", "vocabulary", "variety")
+    )
     quality = 0.30 * parts["readability"] + 0.45 * parts["vocabulary"] + 0.25 * parts["variety"]
     return 10 * (0.999 * soundness * quality + 0.001 * sum(parts.values()) / len(parts))
 

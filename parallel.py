@@ -28,7 +28,9 @@ from torch.utils.checkpoint import checkpoint
 from checkpoint import sha256_of
 
 KEPT = 2  # states of a run on disk
-PATIENCE = datetime.timedelta(hours=6)  # the others wait for the first process while it asks an API judge
+PATIENCE = datetime.timedelta(
+    hours=6
+)  # the others wait for the first process while it asks an API judge
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,9 @@ def start(device: str, dtype: str = "float32") -> World:
         else:
             store, rank, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
             # torchrun keeps one store over its restarts, and in it the addresses of the processes that died.
-            store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            store = dist.PrefixStore(
+                f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store
+            )
         backend = "nccl" if device.startswith("cuda") else "gloo"
         dist.init_process_group(backend, timeout=PATIENCE, store=store, rank=rank, world_size=size)
     return World(dist.get_rank(), size, device, dtype)
@@ -117,7 +121,11 @@ def shard(model, world: World) -> None:
     if world.size == 1 and world.dtype == "float32":
         return
     # Here, and not above: importing it takes as long as all the rest, even for --help.
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import (
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
 
     # Inputs are not cast: the rotary tables would lose their precision, in the policy and not in what it is compared with.
     low = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
@@ -144,7 +152,9 @@ def can_compile(device: str, say: Callable[[str], None]) -> bool:
 def compile_layers(model) -> None:
     """torch.compile them for whole sequences of any length. Generation goes without: its cache grows with every token."""
     for layer in model.layers:
-        layer.forward = functools.partial(compiled_without_cache, torch.compile(layer.forward, dynamic=True), layer.forward)
+        layer.forward = functools.partial(
+            compiled_without_cache, torch.compile(layer.forward, dynamic=True), layer.forward
+        )
 
 
 def compiled_without_cache(compiled, plain, x, cos, sin, cache):
@@ -158,7 +168,11 @@ def checkpoint_activations(model) -> None:
 
 
 def recomputed(forward, *inputs):
-    return checkpoint(forward, *inputs, use_reentrant=False) if torch.is_grad_enabled() else forward(*inputs)
+    return (
+        checkpoint(forward, *inputs, use_reentrant=False)
+        if torch.is_grad_enabled()
+        else forward(*inputs)
+    )
 
 
 @contextlib.contextmanager
@@ -193,14 +207,21 @@ def tensors_of_run(model, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]
     tensors = {}
     for name, weight in model.named_parameters():
         if not optimizer.state[weight]:  # before the first step
-            optimizer.state[weight] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(weight),
-                                       "exp_avg_sq": torch.zeros_like(weight)}
+            optimizer.state[weight] = {
+                "step": torch.tensor(0.0),
+                "exp_avg": torch.zeros_like(weight),
+                "exp_avg_sq": torch.zeros_like(weight),
+            }
         tensors[f"model.{name}"] = weight.detach()
-        tensors |= {f"optimizer.{name}.{key}": value for key, value in optimizer.state[weight].items()}
+        tensors |= {
+            f"optimizer.{name}.{key}": value for key, value in optimizer.state[weight].items()
+        }
     return tensors
 
 
-def save_state(folder: str, step: int, tensors: dict[str, Tensor], facts: dict, world: World) -> None:
+def save_state(
+    folder: str, step: int, tensors: dict[str, Tensor], facts: dict, world: World
+) -> None:
     """folder/step_N, under that name only when all of it is on the disk; the last KEPT stay.
 
     facts  what JSON can hold, the same in every process
@@ -233,7 +254,9 @@ def save_state(folder: str, step: int, tensors: dict[str, Tensor], facts: dict, 
 
 def states_in(folder: str) -> list[str]:
     """The states of a run, oldest first."""
-    return sorted(p for p in glob.glob(os.path.join(glob.escape(folder), "step_*")) if not p.endswith(".tmp"))
+    return sorted(
+        p for p in glob.glob(os.path.join(glob.escape(folder), "step_*")) if not p.endswith(".tmp")
+    )
 
 
 def find_state(folder: str, which: str) -> str | None:
@@ -250,10 +273,14 @@ def find_state(folder: str, which: str) -> str | None:
             print(f"{path}: {reason}; passed over", flush=True)
         return None
     if which == "newest" and not states:
-        raise ValueError(f"--resume: there is no state of a run in {folder}; start it without --resume, or with --resume=auto")
+        raise ValueError(
+            f"--resume: there is no state of a run in {folder}; start it without --resume, or with --resume=auto"
+        )
     path = states[-1] if which == "newest" else which.rstrip("/")
     if os.path.realpath(path) not in map(os.path.realpath, states):
-        raise ValueError(f"--resume={path}: is no state of this run; there are {', '.join(states) or 'none'}")
+        raise ValueError(
+            f"--resume={path}: is no state of this run; there are {', '.join(states) or 'none'}"
+        )
     if (reason := damage(path)) is not None:
         others = [other for other in states if other != path and damage(other) is None]
         offer = f"--resume={others[-1]}" if others else "start anew without --resume"
@@ -284,7 +311,9 @@ def facts_of(path: str) -> dict:
 def load_state(path: str, tensors: dict[str, Tensor], world: World) -> None:
     """Reads a state into tensors of the same names and shapes, sharded over any number of processes."""
     with distributed_checkpoint() as dcp:
-        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(path), no_dist=world.size == 1)
+        dcp.load(
+            tensors, storage_reader=dcp.HuggingFaceStorageReader(path), no_dist=world.size == 1
+        )
 
 
 def flush(path: str) -> None:

@@ -44,7 +44,14 @@ def saved_by_layer(args: ModelArgs, sequences: int, length: int, width: int, on_
     scores = 0
     if on_cpu and length <= SHORT:
         attention += (args.dim + 2 * kv_dim) * upcast
-        scores = 4 * args.n_heads * sum((min(i + QUERIES, length) - i) * min(i + QUERIES, length) for i in range(0, length, QUERIES))
+        scores = (
+            4
+            * args.n_heads
+            * sum(
+                (min(i + QUERIES, length) - i) * min(i + QUERIES, length)
+                for i in range(0, length, QUERIES)
+            )
+        )
     return sequences * (length * (norms + attention + swiglu) + scores)
 
 
@@ -63,7 +70,11 @@ def memory(args: ModelArgs, tied: bool, load: Load) -> dict[str, int]:
     stories = max(samples, min(128, -(-load.eval_stories // load.processes)))
     on_cpu = load.device == "cpu"
     of_layer = saved_by_layer(args, load.sequences, load.longest, width, on_cpu)
-    kept = tokens * args.dim * width * args.n_layers + of_layer if load.activation_checkpointing else of_layer * args.n_layers
+    kept = (
+        tokens * args.dim * width * args.n_layers + of_layer
+        if load.activation_checkpointing
+        else of_layer * args.n_layers
+    )
     cache_tokens = min(args.max_seq_len, load.new_tokens + load.longest)
     return {
         "weights": 4 * share,
@@ -73,12 +84,23 @@ def memory(args: ModelArgs, tied: bool, load: Load) -> dict[str, int]:
         "gathered layers": width * (2 * layer + root) if sharded else 0,
         "activations": kept,
         "gradient of the logits": 4 * tokens * args.vocab_size,  # written over the logits
-        "classifier for the KL": width * args.vocab_size * args.dim if sharded and load.online else 0,
-        "reference's states of the samples": width * samples * min(load.new_tokens, args.max_seq_len) * args.dim,
+        "classifier for the KL": width * args.vocab_size * args.dim
+        if sharded and load.online
+        else 0,
+        "reference's states of the samples": width
+        * samples
+        * min(load.new_tokens, args.max_seq_len)
+        * args.dim,
         "whole policy to generate": width * numbers if sharded else 0,
         "whole reference to judge": width * numbers if sharded and load.eval_stories else 0,
         "weights laid out to generate": width * numbers if on_cpu else 0,
-        "key-value cache": 2 * stories * cache_tokens * args.n_layers * args.n_kv_heads * args.head_dim * (4 if on_cpu else width),
+        "key-value cache": 2
+        * stories
+        * cache_tokens
+        * args.n_layers
+        * args.n_kv_heads
+        * args.head_dim
+        * (4 if on_cpu else width),
     }
 
 
@@ -87,14 +109,27 @@ def report(args: ModelArgs, tied: bool, load: Load) -> str:
     kinds = memory(args, tied, load)
     always = ("weights", "AdamW's moments", "reference", "reference's states of the samples")
     phases = {
-        "training": (*always, "gradients", "gathered layers", "activations", "gradient of the logits",
-                     "classifier for the KL"),
-        "generation and evaluation": (*always, "whole policy to generate", "whole reference to judge",
-                                      "weights laid out to generate", "key-value cache"),
+        "training": (
+            *always,
+            "gradients",
+            "gathered layers",
+            "activations",
+            "gradient of the logits",
+            "classifier for the KL",
+        ),
+        "generation and evaluation": (
+            *always,
+            "whole policy to generate",
+            "whole reference to judge",
+            "weights laid out to generate",
+            "key-value cache",
+        ),
     }
     peaks = {phase: sum(kinds[kind] for kind in names) for phase, names in phases.items()}
-    lines = [f"memory of each of {load.processes} processes, {load.dtype}, {load.sequences} sequences of up to "
-             f"{load.longest} tokens at a time:"]
+    lines = [
+        f"memory of each of {load.processes} processes, {load.dtype}, {load.sequences} sequences of up to "
+        f"{load.longest} tokens at a time:"
+    ]
     lines += [f"  {kind:<36}{size / GIB:9.3f} GiB" for kind, size in kinds.items() if size]
     lines += [f"  peak of {phase:<28}{size / GIB:9.3f} GiB" for phase, size in peaks.items()]
     there, what = available(load.device, load.processes)

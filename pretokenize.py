@@ -25,20 +25,35 @@ def train_tokenizer(text_file: str, vocab_size: int, prefix: str) -> None:
     """A BPE sentencepiece model with llama2.c's settings: bytes as fallback, digits apart, no normalisation."""
     try:
         sentencepiece.SentencePieceTrainer.train(
-            input=text_file, model_prefix=prefix, model_type="bpe", vocab_size=vocab_size, character_coverage=1.0,
-            input_format="text", num_threads=1, split_digits=True,
-            allow_whitespace_only_pieces=True, byte_fallback=True, unk_surface=r" \342\201\207 ",
-            normalization_rule_name="identity", minloglevel=2,
+            input=text_file,
+            model_prefix=prefix,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            character_coverage=1.0,
+            input_format="text",
+            num_threads=1,
+            split_digits=True,
+            allow_whitespace_only_pieces=True,
+            byte_fallback=True,
+            unk_surface=r" \342\201\207 ",
+            normalization_rule_name="identity",
+            minloglevel=2,
         )
     except RuntimeError as error:
-        raise ValueError(f"--vocab_size={vocab_size}: sentencepiece cannot make it of this text: {error}") from None
+        raise ValueError(
+            f"--vocab_size={vocab_size}: sentencepiece cannot make it of this text: {error}"
+        ) from None
 
 
 def shards_of(path: str) -> list[str]:
     """A text file, or those of a folder. ValueError if there are none."""
-    shards = sorted(glob.glob(os.path.join(path, "*.json")) + glob.glob(os.path.join(path, "*.jsonl"))) or [path]
+    shards = sorted(
+        glob.glob(os.path.join(path, "*.json")) + glob.glob(os.path.join(path, "*.jsonl"))
+    ) or [path]
     if not os.path.isfile(shards[0]):
-        raise ValueError(f"{path}: no .json or .jsonl file; python tinystories_data.py download fetches TinyStories")
+        raise ValueError(
+            f"{path}: no .json or .jsonl file; python tinystories_data.py download fetches TinyStories"
+        )
     return shards
 
 
@@ -52,7 +67,9 @@ def stories_of(shard: str) -> Iterator[str]:
         with open(shard, encoding="utf-8") as f:
             records = json.load(f)
     except (ValueError, RecursionError):
-        raise ValueError(f"{shard}: not JSON in UTF-8; remove its folder and download it again") from None
+        raise ValueError(
+            f"{shard}: not JSON in UTF-8; remove its folder and download it again"
+        ) from None
     for index, record in enumerate(records if isinstance(records, list) else [None]):
         story = record.get("story") if isinstance(record, dict) else None
         if not isinstance(story, str) or not is_unicode(story):
@@ -66,7 +83,9 @@ def train_vocab(data: str, vocab_size: int, out: str, num_shards: int) -> None:
     text, made = f"{prefix}.txt", f"{prefix}.model"
     try:
         with open(text, "w", encoding="utf-8") as f:
-            for story in itertools.chain.from_iterable(map(stories_of, shards_of(data)[:num_shards])):
+            for story in itertools.chain.from_iterable(
+                map(stories_of, shards_of(data)[:num_shards])
+            ):
                 f.write(story + "\n")
         train_tokenizer(text, vocab_size, prefix)
         os.replace(made, out)
@@ -79,7 +98,9 @@ def train_vocab(data: str, vocab_size: int, out: str, num_shards: int) -> None:
 def pretokenize_shard(shard: str, tokenizer_path: str, out: str) -> int:
     """One shard -> its token file; returns how many tokens. Runs in a worker process."""
     tokenizer = Tokenizer(tokenizer_path)
-    stories = [np.array(tokenizer.encode(story, bos=True), dtype=np.uint16) for story in stories_of(shard)]
+    stories = [
+        np.array(tokenizer.encode(story, bos=True), dtype=np.uint16) for story in stories_of(shard)
+    ]
     if not stories:
         raise ValueError(f"{shard}: holds no stories")
     with atomic_write(out) as f:
@@ -94,33 +115,48 @@ def pretokenize(data: str, tokenizer_path: str, folder: str, workers: int) -> in
     """
     tokenizer = Tokenizer(tokenizer_path)
     if tokenizer.vocab_size > 2**16:
-        raise ValueError(f"{tokenizer_path}: {tokenizer.vocab_size} pieces do not fit the uint16 of a token file")
+        raise ValueError(
+            f"{tokenizer_path}: {tokenizer.vocab_size} pieces do not fit the uint16 of a token file"
+        )
     outs = {}
     for shard in shards_of(data):
         out = os.path.join(folder, os.path.splitext(os.path.basename(shard))[0] + ".bin")
         if out in outs:
-            raise ValueError(f"{shard}: {outs[out]} has the same name, and both would become {out}; rename one")
+            raise ValueError(
+                f"{shard}: {outs[out]} has the same name, and both would become {out}; rename one"
+            )
         outs[out] = shard
     for other in set(token_files(folder)) - set(outs):
-        raise ValueError(f"{other}: is of another text, and sft would read both; remove it, or give another --data_dir")
+        raise ValueError(
+            f"{other}: is of another text, and sft would read both; remove it, or give another --data_dir"
+        )
     os.makedirs(folder, exist_ok=True)
     copy_tokenizer(tokenizer, folder)
     tokens = 0
     with ProcessPoolExecutor(workers) as pool:
-        jobs = [pool.submit(pretokenize_shard, shard, tokenizer_path, out) for out, shard in outs.items()]
+        jobs = [
+            pool.submit(pretokenize_shard, shard, tokenizer_path, out)
+            for out, shard in outs.items()
+        ]
         try:
             for job in tqdm(as_completed(jobs), total=len(jobs), unit="shard"):
                 tokens += job.result()
         except BrokenProcessPool:
             fewer = max(1, workers // 2)
-            raise ValueError(f"a worker was killed, for want of memory perhaps; try --workers={fewer}") from None
+            raise ValueError(
+                f"a worker was killed, for want of memory perhaps; try --workers={fewer}"
+            ) from None
         finally:
             pool.shutdown(cancel_futures=True)
     return tokens
 
 
 def token_files(folder: str) -> list[str]:
-    return sorted(f for f in glob.glob(os.path.join(folder, "*.bin")) if os.path.basename(f) != "tokenizer.bin")
+    return sorted(
+        f
+        for f in glob.glob(os.path.join(folder, "*.bin"))
+        if os.path.basename(f) != "tokenizer.bin"
+    )
 
 
 class TokenWindows:
@@ -134,12 +170,18 @@ class TokenWindows:
         """path: a .bin file or a folder of them. ValueError if there is no window in it."""
         self.length, self.vocab_size = length, vocab_size
         candidates = token_files(path) or [path]
-        self.files = [file for file in candidates if os.path.isfile(file) and os.path.getsize(file) > 1]
+        self.files = [
+            file for file in candidates if os.path.isfile(file) and os.path.getsize(file) > 1
+        ]
         self.streams = [np.memmap(file, np.uint16, "r") for file in self.files]
-        self.ends = list(itertools.accumulate((len(stream) - 1) // (length - 1) for stream in self.streams))
+        self.ends = list(
+            itertools.accumulate((len(stream) - 1) // (length - 1) for stream in self.streams)
+        )
         if not self.ends or self.ends[-1] == 0:
-            raise ValueError(f"{path}: holds no token file of {length} tokens; python tinystories_data.py pretokenize "
-                             "makes them")
+            raise ValueError(
+                f"{path}: holds no token file of {length} tokens; python tinystories_data.py pretokenize "
+                "makes them"
+            )
 
     def __len__(self) -> int:
         return self.ends[-1]
@@ -151,6 +193,8 @@ class TokenWindows:
         start = (index - (self.ends[which - 1] if which else 0)) * (self.length - 1)
         window = self.streams[which][start : start + self.length].tolist()
         if max(window) >= self.vocab_size:
-            raise ValueError(f"{self.files[which]}: holds id {max(window)}, the model has {self.vocab_size}; pretokenize "
-                             "the text with this model's tokenizer")
+            raise ValueError(
+                f"{self.files[which]}: holds id {max(window)}, the model has {self.vocab_size}; pretokenize "
+                "the text with this model's tokenizer"
+            )
         return EncodedGroup(window[:1], [window[1:]], index)

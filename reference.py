@@ -20,15 +20,24 @@ from parallel import World
 
 @torch.no_grad()
 def with_reference_logps(
-    groups: list[EncodedGroup], reference: Transformer, size: int | None = None, world: World = World()
+    groups: list[EncodedGroup],
+    reference: Transformer,
+    size: int | None = None,
+    world: World = World(),
 ) -> list[EncodedGroup]:
     """The groups with `reference_logps`, in their order. size: groups per forward pass; None: what fits."""
-    order = sorted(range(len(groups)), key=lambda i: longest_sequence(groups[i]))  # micro_batches' own
-    order = order[:1] * (-len(order) % world.size) + order  # sharded, every process takes part in every pass
+    order = sorted(
+        range(len(groups)), key=lambda i: longest_sequence(groups[i])
+    )  # micro_batches' own
+    order = (
+        order[:1] * (-len(order) % world.size) + order
+    )  # sharded, every process takes part in every pass
     mine = [groups[i] for i in order[world.rank :: world.size]]
     logps = []
     for batch in micro_batches(mine, size, reference.args, world.device, world.most):
-        values = reference.with_head(batch.tokens, lambda *own: head.sequence_logps(*own, batch.tokens, batch.mask))
+        values = reference.with_head(
+            batch.tokens, lambda *own: head.sequence_logps(*own, batch.tokens, batch.mask)
+        )
         logps += values.double().view(-1, batch.n).tolist()
     parts, scored = world.gather(logps), list(groups)
     for place, i in enumerate(order):
@@ -48,7 +57,11 @@ class ReferenceCache:
             for ids in (group.prompt, *group.responses):
                 digest.update(array.array("q", [len(ids), *ids]).tobytes())
         # The tokenizer is in the ids.
-        self.key = {"data and tokenizer": digest.hexdigest(), "weights": digest_of_weights(init_from), "dtype": dtype}
+        self.key = {
+            "data and tokenizer": digest.hexdigest(),
+            "weights": digest_of_weights(init_from),
+            "dtype": dtype,
+        }
 
     def read(self) -> tuple[torch.Tensor, str]:
         """(log-probs (G, n), float64; what to say, if the file is there and of no use)."""
@@ -62,7 +75,10 @@ class ReferenceCache:
             return nothing, f"{self.path}: damaged; computed anew"
         differing = [name for name, value in self.key.items() if former.get(name) != value]
         if differing or logps.shape != self.shape or logps.dtype != torch.float64:
-            return nothing, f"{self.path}: of other {' and '.join(differing) or 'groups'}; computed anew"
+            return (
+                nothing,
+                f"{self.path}: of other {' and '.join(differing) or 'groups'}; computed anew",
+            )
         return logps, ""
 
     def write(self, logps: torch.Tensor) -> str:
@@ -79,16 +95,27 @@ def digest_of_weights(init_from: str) -> str:
     """Of a file, or of the files of a folder."""
     if os.path.isfile(init_from):
         return sha256_of(init_from)
-    names = sorted(name for name in os.listdir(init_from) if os.path.isfile(os.path.join(init_from, name)))
-    return hashlib.sha256("".join(sha256_of(os.path.join(init_from, name)) for name in names).encode()).hexdigest()
+    names = sorted(
+        name for name in os.listdir(init_from) if os.path.isfile(os.path.join(init_from, name))
+    )
+    return hashlib.sha256(
+        "".join(sha256_of(os.path.join(init_from, name)) for name in names).encode()
+    ).hexdigest()
 
 
 def complete(
-    groups: list[EncodedGroup], wanted: set[int], reference: Transformer, cache: ReferenceCache | None,
-    size: int | None, world: World, say: Callable[[str], None],
+    groups: list[EncodedGroup],
+    wanted: set[int],
+    reference: Transformer,
+    cache: ReferenceCache | None,
+    size: int | None,
+    world: World,
+    say: Callable[[str], None],
 ) -> list[EncodedGroup]:
     """The groups, those whose number is `wanted` with `reference_logps`: read from the cache, else computed and kept."""
-    logps, remark = world.from_first(cache.read) if cache else (torch.full((len(groups), 1), math.nan), "")
+    logps, remark = (
+        world.from_first(cache.read) if cache else (torch.full((len(groups), 1), math.nan), "")
+    )
     if remark:
         say(remark)
     missing = [i for i in sorted(wanted) if bool(logps[i].isnan().any())]
@@ -102,5 +129,7 @@ def complete(
             remark = world.from_first(lambda: cache.write(logps))
             if remark:
                 say(remark)
-    return [dataclasses.replace(group, reference_logps=found[i]) if i in wanted else group
-            for i, group in enumerate(groups)]
+    return [
+        dataclasses.replace(group, reference_logps=found[i]) if i in wanted else group
+        for i, group in enumerate(groups)
+    ]

@@ -13,9 +13,17 @@ from tokenizer import Tokenizer
 
 
 def sample_batches(
-    checkpoint: Checkpoint, prompts: list[list[int]], seed: int | tuple[int, ...], max_new_tokens: int = 256,
-    *, batch_size: int = 128, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
-    first: int = 0, progress: str | None = None,
+    checkpoint: Checkpoint,
+    prompts: list[list[int]],
+    seed: int | tuple[int, ...],
+    max_new_tokens: int = 256,
+    *,
+    batch_size: int = 128,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    first: int = 0,
+    progress: str | None = None,
 ) -> Iterator[list[EncodedGroup]]:
     """One response of the model to each prompt from `first` on, with its terminator if it ended, as groups of one.
 
@@ -24,22 +32,45 @@ def sample_batches(
     returns   an iterator over batches
     """
     total = len(prompts)
-    with tqdm(total=total, initial=first, desc=progress, unit="story", disable=progress is None, leave=False) as bar:
+    with tqdm(
+        total=total,
+        initial=first,
+        desc=progress,
+        unit="story",
+        disable=progress is None,
+        leave=False,
+    ) as bar:
         for start in range(first, total, batch_size):
             batch = prompts[start : start + batch_size]
             responses = generate(
-                checkpoint.model, batch, max_new_tokens, temperature, top_k, top_p,
-                stop_ids=[checkpoint.eos_id], seed=seed, first_row=start,
+                checkpoint.model,
+                batch,
+                max_new_tokens,
+                temperature,
+                top_k,
+                top_p,
+                stop_ids=[checkpoint.eos_id],
+                seed=seed,
+                first_row=start,
             )
-            yield [EncodedGroup(p, [r], start + i) for i, (p, r) in enumerate(zip(batch, responses))]
+            yield [
+                EncodedGroup(p, [r], start + i) for i, (p, r) in enumerate(zip(batch, responses))
+            ]
             bar.update(len(batch))
 
 
-def sample(checkpoint: Checkpoint, prompts: list[list[int]], seed: int | tuple[int, ...], max_new_tokens: int = 256,
-           progress: str | None = None, part: slice = slice(0, None)) -> list[EncodedGroup]:
+def sample(
+    checkpoint: Checkpoint,
+    prompts: list[list[int]],
+    seed: int | tuple[int, ...],
+    max_new_tokens: int = 256,
+    progress: str | None = None,
+    part: slice = slice(0, None),
+) -> list[EncodedGroup]:
     """All of `sample_batches`, or a part of them, from the model as it is: temperature 1, no truncation."""
     batches = sample_batches(
-        checkpoint, prompts[: part.stop], seed, max_new_tokens, first=part.start, progress=progress)
+        checkpoint, prompts[: part.stop], seed, max_new_tokens, first=part.start, progress=progress
+    )
     return [group for batch in batches for group in batch]
 
 
@@ -60,7 +91,9 @@ def story_records(
     for prompt, group in zip(prompts, samples):
         ids, finished = group.responses[0], group.responses[0][-1] == eos_id
         text = tokenizer.decode_after(group.prompt, ids[:-1] if finished else ids)
-        records.append({"prompt": prompt, "text": text, "finished": finished, "index": group.line} | extra)
+        records.append(
+            {"prompt": prompt, "text": text, "finished": finished, "index": group.line} | extra
+        )
     return records
 
 
@@ -85,8 +118,10 @@ class StoriesOnTheWay:
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise ValueError(f"{self.path}: damaged; remove it, or give another --out") from None
         if differing and self.records:
-            raise ValueError(f"{self.path}: was begun with another {', '.join(differing)}; remove it, or give another "
-                             "--out")
+            raise ValueError(
+                f"{self.path}: was begun with another {', '.join(differing)}; remove it, or give another "
+                "--out"
+            )
 
     def go_on(self, batch_size: int) -> int:
         """Rewrites the file up to its last whole batch; returns the number of the next story."""
@@ -96,7 +131,9 @@ class StoriesOnTheWay:
 
     def add(self, records: list[dict]) -> None:
         with open(self.path, "ab") as f:
-            f.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode("utf-8"))
+            f.write(
+                "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode("utf-8")
+            )
             f.flush()
             os.fsync(f.fileno())
         self.records += records

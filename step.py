@@ -28,8 +28,13 @@ from train_config import Objective, TrainConfig, call, reads
 def make_optimizer(config: TrainConfig, model: Transformer) -> torch.optim.AdamW:
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2))
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups, lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2)
+    )
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -56,11 +61,15 @@ def numbers_of_step(count: int, batch_size: int, step: int, seed: int) -> list[i
     return chosen
 
 
-def groups_of_step(groups: Sequence[EncodedGroup], batch_size: int, step: int, seed: int) -> list[EncodedGroup]:
+def groups_of_step(
+    groups: Sequence[EncodedGroup], batch_size: int, step: int, seed: int
+) -> list[EncodedGroup]:
     return [groups[i] for i in numbers_of_step(len(groups), batch_size, step, seed)]
 
 
-def tensors_of(batch: Batch, wanted: set[str], policy: Transformer, reference: Transformer | None) -> dict[str, Tensor]:
+def tensors_of(
+    batch: Batch, wanted: set[str], policy: Transformer, reference: Transformer | None
+) -> dict[str, Tensor]:
     """The (B, n) tensors that losses and regularizers read of a batch, those of `wanted` at least."""
     tokens, mask = batch.tokens, batch.mask
     tensors = {"lengths": batch.lengths}
@@ -132,15 +141,22 @@ def preference_backward(
         if batch.n > 1:
             compared = logps - tensors["reference_logps"] if "reference_logps" in tensors else logps
             gaps = compared[:, :1] - compared[:, 1:]
-            logged |= {"logps/rejected": logps[:, 1:].mean(1), "margin": gaps.mean(1),
-                       "accuracy": (gaps > 0).float().mean(1)}
+            logged |= {
+                "logps/rejected": logps[:, 1:].mean(1),
+                "margin": gaps.mean(1),
+                "accuracy": (gaps > 0).float().mean(1),
+            }
         if objective.beta and not objective.online:
             regularizer = call(objective.regularizer, tensors)
             values = values + objective.beta * regularizer
             logged["regularizer"] = regularizer.detach()
             if objective.regularizer is importance:
-                logged["clamped"] = clamped(logps, tensors["reference_logps"]) * float(count)  # a count, not a mean
-        (values.sum() * world.size / count).backward()  # several processes: FSDP takes the mean over them
+                logged["clamped"] = clamped(logps, tensors["reference_logps"]) * float(
+                    count
+                )  # a count, not a mean
+        (
+            values.sum() * world.size / count
+        ).backward()  # several processes: FSDP takes the mean over them
         for name, value in logged.items():
             means[name] = means.get(name, 0) + value.sum() / count
     return {name: world.total(value) for name, value in means.items()}
@@ -159,40 +175,68 @@ class OnlineSamples:
 
 
 def draw_online(
-    config: TrainConfig, policy: Checkpoint, reference: Transformer, prompts: list[list[int]], step: int,
+    config: TrainConfig,
+    policy: Checkpoint,
+    reference: Transformer,
+    prompts: list[list[int]],
+    step: int,
     world: World = World(),
 ) -> OnlineSamples:
     """Whole samples of the policy: temperature 1, no truncation, eval mode (Eq. 15 is about the policy itself)."""
     policy.model.eval()
     chosen = random.Random(config.seed + step).choices(prompts, k=config.kl_batch_size)
     with whole(policy.model):
-        mine = sample(policy, chosen, (config.seed, ONLINE, step), config.max_new_tokens, part=world.share(len(chosen)))
-    return online_of(config, [group for part in world.gather(mine) for group in part], reference, world)
+        mine = sample(
+            policy,
+            chosen,
+            (config.seed, ONLINE, step),
+            config.max_new_tokens,
+            part=world.share(len(chosen)),
+        )
+    return online_of(
+        config, [group for part in world.gather(mine) for group in part], reference, world
+    )
 
 
-def online_of(config: TrainConfig, samples: list[EncodedGroup], reference: Transformer, world: World) -> OnlineSamples:
+def online_of(
+    config: TrainConfig, samples: list[EncodedGroup], reference: Transformer, world: World
+) -> OnlineSamples:
     mine = samples[world.share(len(samples))]
     batches = micro_batches(mine, config.micro_batch_size, reference.args, world.device, world.most)
-    return OnlineSamples(samples, batches, [read_reference(reference, batch.tokens)[0] for batch in batches])
+    return OnlineSamples(
+        samples, batches, [read_reference(reference, batch.tokens)[0] for batch in batches]
+    )
 
 
 def regularizer_backward(
-    objective: Objective, policy: Transformer, reference: Transformer, online: OnlineSamples, world: World = World()
+    objective: Objective,
+    policy: Transformer,
+    reference: Transformer,
+    online: OnlineSamples,
+    world: World = World(),
 ) -> dict[str, Tensor]:
     """Adds the gradient of beta * mean(regularizer) on the online samples; returns the mean KL, in nats."""
     count = len(online.samples)
     kl, classifier = 0.0, classifier_of(reference, online.reference_hidden[0].dtype)
     for batch, hidden in zip(online.batches, online.reference_hidden):
         online_kl = policy.with_head(
-            batch.tokens, lambda *policy_head: head.token_kl(*policy_head, hidden, classifier, batch.mask))
+            batch.tokens,
+            lambda *policy_head: head.token_kl(*policy_head, hidden, classifier, batch.mask),
+        )
         (objective.beta * objective.regularizer(online_kl).sum() * world.size / count).backward()
         kl += online_kl.detach().sum() / count
     return {"kl": world.total(kl)}
 
 
 def gradient_step(
-    config: TrainConfig, objective: Objective, policy: Transformer, reference: Transformer | None,
-    groups: list[EncodedGroup], online: OnlineSamples | None, optimizer: torch.optim.Optimizer, step: int,
+    config: TrainConfig,
+    objective: Objective,
+    policy: Transformer,
+    reference: Transformer | None,
+    groups: list[EncodedGroup],
+    online: OnlineSamples | None,
+    optimizer: torch.optim.Optimizer,
+    step: int,
     world: World = World(),
 ) -> dict[str, float]:
     """One optimizer step on the groups of all processes; returns what is logged. ValueError if it would not be finite."""
@@ -203,7 +247,9 @@ def gradient_step(
     logged = preference_backward(objective, policy, reference, batches, world)
     if online is not None:
         logged |= regularizer_backward(objective, policy, reference, online, world)
-    logged["grad_norm"] = full(torch.nn.utils.clip_grad_norm_(policy.parameters(), config.grad_clip or math.inf))
+    logged["grad_norm"] = full(
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), config.grad_clip or math.inf)
+    )
     logged = {name: float(value) for name, value in logged.items()}
     if not (math.isfinite(logged["loss"]) and math.isfinite(logged["grad_norm"])):
         raise ValueError(
@@ -217,6 +263,13 @@ def gradient_step(
     optimizer.zero_grad(set_to_none=True)
     tokens = sum(len(response) for group in groups for response in group.responses)
     prompts = sum(len(group.prompt) * len(group.responses) for group in groups)
-    passed = float(world.total(torch.tensor(float(sum(batch.tokens.numel() for batch in batches)), device=world.device)))
-    return logged | {"lr": learning_rate(config, step), "padding": 1 - (prompts + tokens) / passed,
-                     "tokens_per_second": tokens / (time.perf_counter() - started)}
+    passed = float(
+        world.total(
+            torch.tensor(float(sum(batch.tokens.numel() for batch in batches)), device=world.device)
+        )
+    )
+    return logged | {
+        "lr": learning_rate(config, step),
+        "padding": 1 - (prompts + tokens) / passed,
+        "tokens_per_second": tokens / (time.perf_counter() - started),
+    }

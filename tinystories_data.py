@@ -31,7 +31,14 @@ from checkpoint import Checkpoint, write_jsonl, write_text
 from config import flag, parse, run
 from groups import encode_groups, parse_group, parse_prompt, read_groups, read_records
 from judge import (
-    BothOrders, Judge, JudgeFlags, OfflineJudge, estimate, make_judge, position_bias, rank_in_both_orders,
+    BothOrders,
+    Judge,
+    JudgeFlags,
+    OfflineJudge,
+    estimate,
+    make_judge,
+    position_bias,
+    rank_in_both_orders,
 )
 from pretokenize import train_tokenizer
 from sampling import StoriesOnTheWay, sample, sample_batches, spread, story_records
@@ -56,8 +63,11 @@ class PublishedModel:
 
 MODELS = {
     "stories260K": PublishedModel(
-        "stories260K/stories260K.bin", "b0a507e7ad0f626624f17112325e66691f9076d622e1d3274d103d00299f2696",
-        "stories260K/tok512.model", "fec6aa960a1fb3ebf71d26f9b0e486afcbd76c34cf0fbfb93e21126ca9f778d3"),
+        "stories260K/stories260K.bin",
+        "b0a507e7ad0f626624f17112325e66691f9076d622e1d3274d103d00299f2696",
+        "stories260K/tok512.model",
+        "fec6aa960a1fb3ebf71d26f9b0e486afcbd76c34cf0fbfb93e21126ca9f778d3",
+    ),
     "stories15M": PublishedModel("stories15M.pt"),
     "stories42M": PublishedModel("stories42M.pt"),
     "stories110M": PublishedModel("stories110M.pt"),
@@ -78,8 +88,13 @@ def group_stories(stories: list[dict], group_size: int) -> tuple[list[list[dict]
         members.append(story)
         if len(members) == group_size:
             texts = [m["text"] for m in members]
-            reason = "an empty story" if not all(map(str.strip, texts)) else \
-                "identical stories" if len(set(texts)) < group_size else ""
+            reason = (
+                "an empty story"
+                if not all(map(str.strip, texts))
+                else "identical stories"
+                if len(set(texts)) < group_size
+                else ""
+            )
             if reason:
                 left_out[reason] += 1
             else:
@@ -90,15 +105,22 @@ def group_stories(stories: list[dict], group_size: int) -> tuple[list[list[dict]
 
 def rank_groups(judge: Judge, groups: list[list[dict]], label: str) -> list[BothOrders]:
     """What the judge says of each group's stories, prompt and text, in both orders. label: of the progress bar."""
-    return rank_in_both_orders(judge, [[m["prompt"] + m["text"] for m in group] for group in groups], label)
+    return rank_in_both_orders(
+        judge, [[m["prompt"] + m["text"] for m in group] for group in groups], label
+    )
 
 
 def agreed_records(groups: list[list[dict]], results: list[BothOrders]) -> list[dict]:
     """The ranked records of the groups whose two rankings agree."""
     return [
-        {"prompt": members[0]["prompt"], "responses": [m["text"] for m in members],
-         "finished": [m.get("finished", True) for m in members], "ranking": result.ranking}
-        for members, result in zip(groups, results) if result.ranking is not None
+        {
+            "prompt": members[0]["prompt"],
+            "responses": [m["text"] for m in members],
+            "finished": [m.get("finished", True) for m in members],
+            "ranking": result.ranking,
+        }
+        for members, result in zip(groups, results)
+        if result.ranking is not None
     ]
 
 
@@ -112,7 +134,11 @@ def to_pairs(record: dict, which: str) -> list[dict]:
     """A ranked record -> pairs, each a ranked record of two: the best and the worst, or all n(n-1)/2."""
     ranking = record["ranking"]
     last = len(ranking) - 1
-    chosen = [(0, last)] if which == "best_worst" else [(i, j) for i in range(last) for j in range(i + 1, last + 1)]
+    chosen = (
+        [(0, last)]
+        if which == "best_worst"
+        else [(i, j) for i in range(last) for j in range(i + 1, last + 1)]
+    )
     pairs = []
     for i, j in chosen:
         members = (ranking[i], ranking[j])
@@ -137,14 +163,26 @@ def ranked_records(path: str) -> list[dict]:
 
 DEMO_DIR = os.path.join("data", "demo")
 DEMO_STORIES, DEMO_VOCAB, DEMO_GROUPS, DEMO_SEED = 8000, 1024, 1024, 1337
-DEMO_VERSION = 3  # to be raised with every change of the grammar, of the reference's training, or of the judge
-DEMO_FILES = {"text": "stories.jsonl", "pair": "pairs.jsonl", "best": "best_of_n.jsonl", "ranking": "ranked.jsonl"}
+DEMO_VERSION = (
+    3  # to be raised with every change of the grammar, of the reference's training, or of the judge
+)
+DEMO_FILES = {
+    "text": "stories.jsonl",
+    "pair": "pairs.jsonl",
+    "best": "best_of_n.jsonl",
+    "ranking": "ranked.jsonl",
+}
 
 
 def demo_text() -> None:
     """data/demo/stories.jsonl and tokenizer.model. What a former, different recipe left there is removed."""
-    recipe = {"stories": DEMO_STORIES, "vocab": DEMO_VOCAB, "groups": DEMO_GROUPS, "seed": DEMO_SEED,
-              "version": DEMO_VERSION}
+    recipe = {
+        "stories": DEMO_STORIES,
+        "vocab": DEMO_VOCAB,
+        "groups": DEMO_GROUPS,
+        "seed": DEMO_SEED,
+        "version": DEMO_VERSION,
+    }
     recipe_file = os.path.join(DEMO_DIR, "recipe.json")
     if os.path.isdir(DEMO_DIR):
         former = None
@@ -174,13 +212,20 @@ def demo_groups(reference: Checkpoint, tokenizer: Tokenizer) -> None:
     ranked = os.path.join(DEMO_DIR, DEMO_FILES["ranking"])
     if not os.path.isfile(ranked):
         prompts = [""] * (4 * DEMO_GROUPS)
-        samples = sample(reference, [tokenizer.encode("", bos=True)] * len(prompts), DEMO_SEED, progress="sampling")
+        samples = sample(
+            reference,
+            [tokenizer.encode("", bos=True)] * len(prompts),
+            DEMO_SEED,
+            progress="sampling",
+        )
         stories = story_records(samples, prompts, tokenizer, reference.eos_id)
         groups, _ = group_stories(stories, 4)
         write_jsonl(ranked, agreed_records(groups, rank_groups(OfflineJudge(), groups, "ranking")))
     records = ranked_records(ranked)
     write_jsonl(os.path.join(DEMO_DIR, DEMO_FILES["best"]), map(to_best_of_n, records))
-    write_jsonl(os.path.join(DEMO_DIR, DEMO_FILES["pair"]), (to_pairs(r, "best_worst")[0] for r in records))
+    write_jsonl(
+        os.path.join(DEMO_DIR, DEMO_FILES["pair"]), (to_pairs(r, "best_worst")[0] for r in records)
+    )
 
 
 # --- commands ------------------------------------------------------------------------------------
@@ -193,28 +238,43 @@ class DemoConfig:
 
 @dataclass
 class DownloadConfig:
-    model: str = flag("", f"a checkpoint and its tokenizer: {', '.join(MODELS)}; none: the TinyStories text")
+    model: str = flag(
+        "", f"a checkpoint and its tokenizer: {', '.join(MODELS)}; none: the TinyStories text"
+    )
     data_dir: str = flag("data", "where it goes: DATA_DIR/MODEL/ or DATA_DIR/TinyStories_all_data/")
     hub_url: str = flag("https://huggingface.co", "the Hugging Face hub, or a mirror of it")
-    tokenizer_url: str = flag("https://raw.githubusercontent.com/karpathy/llama2.c/master/tokenizer.model",
-                              "the Llama 2 tokenizer, which is not on the hub")
-    sha256: str = flag("", "of checkpoint or archive, where a mirror announces none; `unchecked`: take what comes")
+    tokenizer_url: str = flag(
+        "https://raw.githubusercontent.com/karpathy/llama2.c/master/tokenizer.model",
+        "the Llama 2 tokenizer, which is not on the hub",
+    )
+    sha256: str = flag(
+        "", "of checkpoint or archive, where a mirror announces none; `unchecked`: take what comes"
+    )
 
 
 @dataclass
 class TrainVocabConfig:
     vocab_size: int = flag(4096, "pieces, control and byte pieces included")
-    data: str = flag(os.path.join("data", TEXT), "TinyStories shards (.json), or JSONL with a text in each line")
+    data: str = flag(
+        os.path.join("data", TEXT), "TinyStories shards (.json), or JSONL with a text in each line"
+    )
     num_shards: int = flag(10, "how many of the shards to learn from")
     data_dir: str = flag("data", "the tokenizer becomes DATA_DIR/tok{vocab_size}.model")
 
 
 @dataclass
 class PretokenizeConfig:
-    vocab_size: int = flag(0, "of a tokenizer that train_vocab made; 0: the Llama 2 tokenizer, DATA_DIR/tokenizer.model")
+    vocab_size: int = flag(
+        0,
+        "of a tokenizer that train_vocab made; 0: the Llama 2 tokenizer, DATA_DIR/tokenizer.model",
+    )
     tokenizer: str = flag("", "another sentencepiece model")
-    data: str = flag(os.path.join("data", TEXT), "TinyStories shards (.json), or JSONL with a text in each line")
-    data_dir: str = flag("data", "the token files go to DATA_DIR/, in a folder named like the tokenizer")
+    data: str = flag(
+        os.path.join("data", TEXT), "TinyStories shards (.json), or JSONL with a text in each line"
+    )
+    data_dir: str = flag(
+        "data", "the token files go to DATA_DIR/, in a folder named like the tokenizer"
+    )
     workers: int = flag(os.cpu_count() or 1, "processes, each with a shard at a time")
 
 
@@ -229,7 +289,9 @@ class GenerateConfig:
     batch_size: int = flag(128, "stories sampled at once")
     temperature: float = flag(1.0, "softmax temperature; 0 takes the likeliest token")
     top_k: int | None = flag(None, "sample among the k likeliest tokens only")
-    top_p: float | None = flag(None, "sample among the likeliest tokens of this total probability only")
+    top_p: float | None = flag(
+        None, "sample among the likeliest tokens of this total probability only"
+    )
     seed: int = flag(0, "story i draws from the stream of (seed, i)")
     device: str = flag("", "cpu, cuda, cuda:1, mps; none: cuda where there is one, else cpu")
 
@@ -258,13 +320,17 @@ class PairsConfig:
 @dataclass
 class CheckConfig:
     data: str = flag("", "a dataset file")
-    tokenizer: str = flag("", "sentencepiece model; with it, lengths in tokens and what training would drop")
+    tokenizer: str = flag(
+        "", "sentencepiece model; with it, lengths in tokens and what training would drop"
+    )
     max_seq_len: int = flag(512, "context that groups have to fit")
 
 
 def demo_command(config: DemoConfig) -> None:
     demo_text()
-    print(f"{DEMO_DIR}: {DEMO_STORIES} stories and their tokenizer; `python spo_train.py` trains on them")
+    print(
+        f"{DEMO_DIR}: {DEMO_STORIES} stories and their tokenizer; `python spo_train.py` trains on them"
+    )
 
 
 def download_command(config: DownloadConfig) -> None:
@@ -275,7 +341,11 @@ def download_command(config: DownloadConfig) -> None:
             print(f"{folder}: there already")
             return
         archive = f"{folder}.tar.gz"
-        download.fetch(f"{hub}/datasets/roneneldan/TinyStories/resolve/main/{TEXT}.tar.gz", archive, config.sha256)
+        download.fetch(
+            f"{hub}/datasets/roneneldan/TinyStories/resolve/main/{TEXT}.tar.gz",
+            archive,
+            config.sha256,
+        )
         print(f"unpacking to {folder}", flush=True)
         download.unpack(archive, folder, MAX_UNPACKED)
         os.remove(archive)
@@ -286,8 +356,14 @@ def download_command(config: DownloadConfig) -> None:
         raise ValueError(f"--model={config.model}: there are {', '.join(MODELS)}")
     model, folder = MODELS[name], os.path.join(config.data_dir, name)
     path = os.path.join(folder, os.path.basename(model.file))
-    download.fetch(f"{hub}/karpathy/tinyllamas/resolve/main/{model.file}", path, config.sha256 or model.sha256)
-    url = f"{hub}/karpathy/tinyllamas/resolve/main/{model.tokenizer}" if model.tokenizer else config.tokenizer_url
+    download.fetch(
+        f"{hub}/karpathy/tinyllamas/resolve/main/{model.file}", path, config.sha256 or model.sha256
+    )
+    url = (
+        f"{hub}/karpathy/tinyllamas/resolve/main/{model.tokenizer}"
+        if model.tokenizer
+        else config.tokenizer_url
+    )
     download.fetch(url, os.path.join(folder, "tokenizer.model"), model.tokenizer_sha256)
     print(f"python sample.py --checkpoint={path}")
 
@@ -308,42 +384,73 @@ def pretokenize_command(config: PretokenizeConfig) -> None:
     tokenizer = config.tokenizer or os.path.join(config.data_dir, name)
     folder = os.path.join(config.data_dir, os.path.splitext(os.path.basename(tokenizer))[0])
     tokens = pretokenize.pretokenize(config.data, tokenizer, folder, config.workers)
-    print(f"{folder}: {tokens:,} tokens; python spo_train.py --loss=sft --data={folder} --init_from=scratch "
-          f"--tokenizer={folder}/tokenizer.model --max_iters=1000")
+    print(
+        f"{folder}: {tokens:,} tokens; python spo_train.py --loss=sft --data={folder} --init_from=scratch "
+        f"--tokenizer={folder}/tokenizer.model --max_iters=1000"
+    )
 
 
 def generate_command(config: GenerateConfig) -> None:
     device = machine.pick_device(config.device)
     checkpoint = checkpoints.load(config.checkpoint, device)
     print(machine.fast_products(device))
-    tokenizer = load_tokenizer(config.tokenizer, config.checkpoint, checkpoint.model.args.vocab_size)
+    tokenizer = load_tokenizer(
+        config.tokenizer, config.checkpoint, checkpoint.model.args.vocab_size
+    )
     prompts = [""]
     if config.prompts:
-        prompts = [parse_prompt(r, f"{config.prompts} line {i}") for i, r in read_records(config.prompts)]
+        prompts = [
+            parse_prompt(r, f"{config.prompts} line {i}") for i, r in read_records(config.prompts)
+        ]
     if config.num_stories < 1 or config.batch_size < 1 or not prompts:
         raise ValueError("--num_stories, --batch_size and the number of prompts must be 1 or more")
     prompts = spread(prompts, config.num_stories)
-    settings = {name: value for name, value in asdict(config).items() if name not in ("out", "batch_size", "device")}
-    for name in ("checkpoint", "tokenizer", "prompts"):  # a file is what it holds, not what it is called
+    settings = {
+        name: value
+        for name, value in asdict(config).items()
+        if name not in ("out", "batch_size", "device")
+    }
+    for name in (
+        "checkpoint",
+        "tokenizer",
+        "prompts",
+    ):  # a file is what it holds, not what it is called
         path = tokenizer.path if name == "tokenizer" else settings[name]
         settings[name] = checkpoints.sha256_of(path) if path else ""
     stories = StoriesOnTheWay(config.out, settings)
     first, started = stories.go_on(config.batch_size), time.monotonic()
     batches = sample_batches(
-        checkpoint, [tokenizer.encode(p, bos=True) for p in prompts], config.seed, config.max_new_tokens,
-        batch_size=config.batch_size, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
-        first=first, progress="generating",
+        checkpoint,
+        [tokenizer.encode(p, bos=True) for p in prompts],
+        config.seed,
+        config.max_new_tokens,
+        batch_size=config.batch_size,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        first=first,
+        progress="generating",
     )
     for batch in batches:
-        stories.add(story_records(batch, prompts[len(stories.records):], tokenizer, checkpoint.eos_id, seed=config.seed,
-                                  checkpoint=os.path.basename(config.checkpoint)))
+        stories.add(
+            story_records(
+                batch,
+                prompts[len(stories.records) :],
+                tokenizer,
+                checkpoint.eos_id,
+                seed=config.seed,
+                checkpoint=os.path.basename(config.checkpoint),
+            )
+        )
     records = stories.records
     write_jsonl(config.out, records)
     os.remove(stories.path)
     unfinished = sum(not r["finished"] for r in records)
     speed = (len(records) - first) / (time.monotonic() - started)
-    print(f"{config.out}: {len(records)} stories, {unfinished} of them cut at {config.max_new_tokens} tokens; "
-          f"{speed:.1f} stories/s" + f", the first {first} from an interrupted run" * bool(first))
+    print(
+        f"{config.out}: {len(records)} stories, {unfinished} of them cut at {config.max_new_tokens} tokens; "
+        f"{speed:.1f} stories/s" + f", the first {first} from an interrupted run" * bool(first)
+    )
 
 
 def rank_command(config: RankConfig) -> None:
@@ -351,13 +458,17 @@ def rank_command(config: RankConfig) -> None:
     for number, record in read_records(config.stories):
         parse_group(record, f"{config.stories} line {number}", number)
         if "text" not in record:
-            raise ValueError(f'{config.stories} line {number}: no "text"; expected stories as generate writes them')
+            raise ValueError(
+                f'{config.stories} line {number}: no "text"; expected stories as generate writes them'
+            )
         stories.append(record | {"prompt": record.get("prompt", "")})
     if config.group_size < 2:
         raise ValueError(f"--group_size={config.group_size}: a ranking needs at least 2")
     groups, left_out = group_stories(stories, config.group_size)
     if not groups:
-        raise ValueError(f"{config.stories}: {len(stories)} stories make no group of {config.group_size}")
+        raise ValueError(
+            f"{config.stories}: {len(stories)} stories make no group of {config.group_size}"
+        )
     for reason, count in left_out.items():
         print(f"{config.stories}: {count} groups left out, {reason}")
     judge = make_judge(config, config.dry_run)
@@ -367,10 +478,13 @@ def rank_command(config: RankConfig) -> None:
     results = rank_groups(judge, groups, "ranking")
     records, n = agreed_records(groups, results), config.group_size
     invalid = sum(not result.valid for result in results)
-    print(f"asked {len(groups)} groups of {n} in both orders, {judge.name}\n"
-          f"kept {len(records)}, {len(records) / len(groups):.1%} (a coin would keep {1 / math.factorial(n):.1%}); "
-          f"disagreed {len(groups) - len(records) - invalid}, invalid {invalid}\n{position_bias(results, n)}"
-          + f"\n{judge.note}" * bool(judge.note))
+    print(
+        f"asked {len(groups)} groups of {n} in both orders, {judge.name}\n"
+        f"kept {len(records)}, {len(records) / len(groups):.1%} (a coin would keep {1 / math.factorial(n):.1%}); "
+        f"disagreed {len(groups) - len(records) - invalid}, invalid {invalid}\n{position_bias(results, n)}"
+        + f"\n{judge.note}"
+        * bool(judge.note)
+    )
     if invalid:
         print(f"--judge_attempts={config.judge_attempts + 2} asks for the invalid ones again")
     if not records:
@@ -386,7 +500,9 @@ def best_of_n_command(config: BestOfNConfig) -> None:
 
 
 def pairs_command(config: PairsConfig) -> None:
-    pairs = [pair for record in ranked_records(config.data) for pair in to_pairs(record, config.pairs)]
+    pairs = [
+        pair for record in ranked_records(config.data) for pair in to_pairs(record, config.pairs)
+    ]
     write_jsonl(config.out, pairs)
     print(f"{config.out}: {len(pairs)} pairs ({config.pairs})")
 
@@ -403,18 +519,24 @@ def check_command(config: CheckConfig) -> None:
         encoded, drops = encode_groups(groups, tokenizer, tokenizer.bos_id, config.max_seq_len)
         lengths = sorted(len(r) for g in encoded for r in g.responses)
         if lengths:
-            print(f"  tokens per response: {lengths[0]} to {lengths[-1]}, median {lengths[len(lengths) // 2]}")
+            print(
+                f"  tokens per response: {lengths[0]} to {lengths[-1]}, median {lengths[len(lengths) // 2]}"
+            )
         print(f"  usable for training: {len(encoded)} groups")
         for reason, lines in drops.items():
             print(f"  dropped: {len(lines)} groups, {reason} (first in line {lines[0]})")
 
 
 COMMANDS = {
-    "demo": (DemoConfig, demo_command), "download": (DownloadConfig, download_command),
-    "train_vocab": (TrainVocabConfig, train_vocab_command), "pretokenize": (PretokenizeConfig, pretokenize_command),
-    "generate": (GenerateConfig, generate_command), "rank": (RankConfig, rank_command),
+    "demo": (DemoConfig, demo_command),
+    "download": (DownloadConfig, download_command),
+    "train_vocab": (TrainVocabConfig, train_vocab_command),
+    "pretokenize": (PretokenizeConfig, pretokenize_command),
+    "generate": (GenerateConfig, generate_command),
+    "rank": (RankConfig, rank_command),
     "best_of_n": (BestOfNConfig, best_of_n_command),
-    "pairs": (PairsConfig, pairs_command), "check": (CheckConfig, check_command),
+    "pairs": (PairsConfig, pairs_command),
+    "check": (CheckConfig, check_command),
 }
 
 

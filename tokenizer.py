@@ -10,18 +10,27 @@ from sentencepiece import SentencePieceProcessor
 class Llama3:
     """A tiktoken file as Llama 3 has it, lines of (base64 piece, rank), behind the methods of sentencepiece used here."""
 
-    PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
-               r"\s*[\r\n]+|\s+(?!\S)|\s+")
-    RESERVED = 256  # special tokens behind the pieces: begin_of_text is the first, end_of_text the second
+    PATTERN = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+        r"\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    RESERVED = (
+        256  # special tokens behind the pieces: begin_of_text is the first, end_of_text the second
+    )
 
     def __init__(self, path: str):
         from tiktoken import Encoding
 
         with open(path, "rb") as f:
-            ranks = {base64.b64decode(piece, validate=True): int(rank) for piece, rank in map(bytes.split, f)}
+            ranks = {
+                base64.b64decode(piece, validate=True): int(rank)
+                for piece, rank in map(bytes.split, f)
+            }
         self.first = len(ranks)
         special = {f"<|special_{i}|>": self.first + i for i in range(self.RESERVED)}
-        self.encoding = Encoding("llama3", pat_str=self.PATTERN, mergeable_ranks=ranks, special_tokens=special)
+        self.encoding = Encoding(
+            "llama3", pat_str=self.PATTERN, mergeable_ranks=ranks, special_tokens=special
+        )
 
     def encode(self, text: str) -> list[int]:
         return self.encoding.encode(text, disallowed_special=())
@@ -48,7 +57,9 @@ class Tokenizer:
 
     def __init__(self, path: str):
         if not os.path.isfile(path):
-            raise ValueError(f"{path}: no such tokenizer file; name the model's tokenizer.model with --tokenizer")
+            raise ValueError(
+                f"{path}: no such tokenizer file; name the model's tokenizer.model with --tokenizer"
+            )
         self.path = path
         try:
             self.kind, self.model = "tiktoken", Llama3(path)
@@ -76,11 +87,11 @@ class Tokenizer:
         if not prompt or self.kind == "tiktoken":
             return self.encode(text)
         newline = self.model.encode("\n")
-        return self.model.encode("\n" + text)[len(newline):]
+        return self.model.encode("\n" + text)[len(newline) :]
 
     def decode_after(self, prompt_ids: list[int], ids: list[int]) -> str:
         """The text that ids add to a prompt's, its leading space included."""
-        return self.decode(prompt_ids + ids)[len(self.decode(prompt_ids)):]
+        return self.decode(prompt_ids + ids)[len(self.decode(prompt_ids)) :]
 
     def decode(self, ids: list[int]) -> str:
         """Ids to text; BOS, EOS and other control ids print as nothing."""
@@ -90,19 +101,25 @@ class Tokenizer:
         """The content of llama2.c's tokenizer.bin: the longest piece in bytes, then (score, length, bytes) per piece."""
         pieces = []
         for i in range(self.vocab_size):
-            piece = self.model.id_to_piece(i).replace("\u2581", " ")  # sentencepiece's mark for a space
+            piece = self.model.id_to_piece(i).replace(
+                "\u2581", " "
+            )  # sentencepiece's mark for a space
             if i in (self.bos_id, self.eos_id):
                 piece = f"\n{piece}\n"  # as llama2.c writes them, so that no text can spell one
             pieces.append((self.model.get_score(i), piece.encode("utf-8")))
         longest = struct.pack("<I", max(len(piece) for _, piece in pieces))
-        return longest + b"".join(struct.pack("<fI", score, len(piece)) + piece for score, piece in pieces)
+        return longest + b"".join(
+            struct.pack("<fI", score, len(piece)) + piece for score, piece in pieces
+        )
 
 
 def tokenizer_path(checkpoint_path: str) -> str:
     """Where a checkpoint's tokenizer is looked for: beside a file; in a folder, or one level up, where Meta has it."""
     path = checkpoint_path.rstrip("/")
     inside = os.path.join(path, "tokenizer.model")
-    return inside if os.path.isfile(inside) else os.path.join(os.path.dirname(path), "tokenizer.model")
+    return (
+        inside if os.path.isfile(inside) else os.path.join(os.path.dirname(path), "tokenizer.model")
+    )
 
 
 def load_tokenizer(path: str, checkpoint_path: str, vocab_size: int) -> Tokenizer:

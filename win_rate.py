@@ -5,7 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-MAX_INVALID = 0.01  # with a larger share there is no win-rate: what is missing may not be like what is there
+MAX_INVALID = (
+    0.01  # with a larger share there is no win-rate: what is missing may not be like what is there
+)
 
 
 @dataclass
@@ -34,7 +36,9 @@ class WinRate:
         return f"{self.rate:.1%} [{self.low:.1%}, {self.high:.1%}] of {self.count}"
 
 
-def win_rate(preferences: list[float | None], length_differences: list[float] | None = None) -> WinRate:
+def win_rate(
+    preferences: list[float | None], length_differences: list[float] | None = None
+) -> WinRate:
     """Preferences (1 win, 0 loss, 0.5 tie, None invalid) -> win-rate with its 95% interval. ValueError if there are none.
 
     length_differences  of each pair, in characters: with them, the length-controlled rate
@@ -68,13 +72,20 @@ def length_controlled_rate(preferences: list[float], length_differences: list[fl
     spread = d.std(ddof=1) if len(d) > 1 else 0.0
     x = np.stack([np.ones_like(d), np.tanh(d / spread) if spread > 0 else np.zeros_like(d)], axis=1)
     folds, strengths = np.empty(len(y), int), np.logspace(-4, 4, 10)
-    folds[np.argsort(np.full(len(y), 2))[::-1]] = np.arange(len(y)) % 5  # as scikit-learn deals equal groups out
+    folds[np.argsort(np.full(len(y), 2))[::-1]] = (
+        np.arange(len(y)) % 5
+    )  # as scikit-learn deals equal groups out
     strength = strengths[-1]
     if len(y) >= 5:
 
         def loss_of(C: float) -> float:
             parts = [(folds != k, folds == k) for k in range(5)]
-            return np.mean([cross_entropy(x[out], y[out], fit(x[fold], y[fold], C)).mean() for fold, out in parts])
+            return np.mean(
+                [
+                    cross_entropy(x[out], y[out], fit(x[fold], y[fold], C)).mean()
+                    for fold, out in parts
+                ]
+            )
 
         strength = min(strengths, key=loss_of)
     return float(1 / (1 + np.exp(-fit(x, y, strength)[0])))
@@ -95,7 +106,10 @@ def fit(x: np.ndarray, y: np.ndarray, C: float) -> np.ndarray:
 
     for _ in range(100):
         p = 1 / (1 + np.exp(-x @ weights))
-        gradient, hessian = x.T @ (p - y), (x * (p * (1 - p))[:, None]).T @ x + 1e-9 * np.eye(len(weights))
+        gradient, hessian = (
+            x.T @ (p - y),
+            (x * (p * (1 - p))[:, None]).T @ x + 1e-9 * np.eye(len(weights)),
+        )
         new = weights.copy()
         for _ in range(50):  # coordinate descent on the quadratic model and the penalty
             for k in range(len(new)):

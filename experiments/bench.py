@@ -48,10 +48,20 @@ from reference import with_reference_logps  # noqa: E402
 from train_config import TrainConfig, objective_of  # noqa: E402
 
 SHAPES = {  # dim, layers, heads, key-value heads, hidden, vocabulary
-    "tiny": (32, 2, 4, 2, 48, 512), "260K": (64, 5, 8, 4, 172, 512), "15M": (288, 6, 6, 6, 768, 32000),
-    "110M": (768, 12, 12, 12, 2048, 32000), "7B": (4096, 32, 32, 32, 11008, 32000),
+    "tiny": (32, 2, 4, 2, 48, 512),
+    "260K": (64, 5, 8, 4, 172, 512),
+    "15M": (288, 6, 6, 6, 768, 32000),
+    "110M": (768, 12, 12, 12, 2048, 32000),
+    "7B": (4096, 32, 32, 32, 11008, 32000),
 }
-TINY = {"shape": "tiny", "groups": 2, "rows": 4, "count": 2, "tokens": 128, "compiled": False}  # the arguments with --tiny
+TINY = {
+    "shape": "tiny",
+    "groups": 2,
+    "rows": 4,
+    "count": 2,
+    "tokens": 128,
+    "compiled": False,
+}  # the arguments with --tiny
 
 WORKLOADS = ("W1", "W2", "W3", "W4", "generation", "7B", "head")
 
@@ -60,8 +70,13 @@ WORKLOADS = ("W1", "W2", "W3", "W4", "generation", "7B", "head")
 class BenchConfig:
     only: str = flag("", "one workload", choices=["", *WORKLOADS, "errors"])
     rounds: int = flag(2, "how often every measurement is made")
-    measure: str = flag("", "one measurement of MEASUREMENTS, or all of a workload, in this process: a line of JSON each")
-    tiny: bool = flag(False, "with --measure: at a tiny shape, to see that the measurement itself works")
+    measure: str = flag(
+        "",
+        "one measurement of MEASUREMENTS, or all of a workload, in this process: a line of JSON each",
+    )
+    tiny: bool = flag(
+        False, "with --measure: at a tiny shape, to see that the measurement itself works"
+    )
 
 
 # --- what is measured ----------------------------------------------------------------------------
@@ -69,7 +84,15 @@ class BenchConfig:
 
 def shape_of(shape: str) -> ModelArgs:
     dim, layers, heads, kv, hidden, vocab = SHAPES[shape]
-    return ModelArgs(dim=dim, n_layers=layers, n_heads=heads, n_kv_heads=kv, hidden_dim=hidden, vocab_size=vocab, max_seq_len=512)
+    return ModelArgs(
+        dim=dim,
+        n_layers=layers,
+        n_heads=heads,
+        n_kv_heads=kv,
+        hidden_dim=hidden,
+        vocab_size=vocab,
+        max_seq_len=512,
+    )
 
 
 def products(shape: str, n_layers: int | None = None) -> int:
@@ -82,7 +105,13 @@ def products(shape: str, n_layers: int | None = None) -> int:
 def responses(shape: str, groups: int, n: int, seed: int) -> list[list[list[int]]]:
     """`groups` groups of n responses, 149 to 255 random ids behind a BOS."""
     random_ids, vocab = random.Random(seed), SHAPES[shape][-1]
-    return [[[random_ids.randrange(3, vocab) for _ in range(random_ids.randint(149, 255))] for _ in range(n)] for _ in range(groups)]
+    return [
+        [
+            [random_ids.randrange(3, vocab) for _ in range(random_ids.randint(149, 255))]
+            for _ in range(n)
+        ]
+        for _ in range(groups)
+    ]
 
 
 class Peak:
@@ -103,7 +132,10 @@ class Peak:
             return 1024 * int(dict(line.split(":", 1) for line in f)[name].split()[0])
 
     def added(self) -> float:
-        return ((torch.cuda.max_memory_allocated() if self.cuda else self.resident("VmHWM")) - self.start) / 1e6
+        return (
+            (torch.cuda.max_memory_allocated() if self.cuda else self.resident("VmHWM"))
+            - self.start
+        ) / 1e6
 
 
 def timed(work) -> float:
@@ -119,7 +151,10 @@ def matmul_rate(dtype: str, **_) -> dict:
     device, kind = machine.pick_device(""), getattr(torch, dtype)
     machine.fast_products(device)
     rows, size = (1024, 288) if device == "cpu" else (8192, 4096)
-    left, right = torch.randn(rows, size, device=device, dtype=kind), torch.randn(size, 32000, device=device, dtype=kind)
+    left, right = (
+        torch.randn(rows, size, device=device, dtype=kind),
+        torch.randn(size, 32000, device=device, dtype=kind),
+    )
     out = torch.empty(rows, 32000, device=device, dtype=kind)
     times = [timed(lambda: torch.mm(left, right, out=out)) for _ in range(8)]
     return {"seconds": times, "flops": 2 * rows * size * 32000}
@@ -137,28 +172,67 @@ def layers_that_fit(shape: str, groups: int, dtype: str) -> ModelArgs:
 
 def planned_for_training(args: ModelArgs, sequences: int, dtype: str) -> dict[str, int]:
     """plan.memory of what a step without samples takes: {kind: bytes}."""
-    load = plan.Load(processes=1, device=machine.pick_device(""), dtype=dtype, reference=False, online=0, eval_stories=0,
-                     sequences=sequences, longest=256, new_tokens=256, activation_checkpointing=False)
+    load = plan.Load(
+        processes=1,
+        device=machine.pick_device(""),
+        dtype=dtype,
+        reference=False,
+        online=0,
+        eval_stories=0,
+        sequences=sequences,
+        longest=256,
+        new_tokens=256,
+        activation_checkpointing=False,
+    )
     kinds = plan.memory(args, True, load)
-    return {kind: kinds[kind] for kind in ("weights", "AdamW's moments", "gradients", "gathered layers", "activations",
-                                           "gradient of the logits")}
+    return {
+        kind: kinds[kind]
+        for kind in (
+            "weights",
+            "AdamW's moments",
+            "gradients",
+            "gathered layers",
+            "activations",
+            "gradient of the logits",
+        )
+    }
 
 
-def our_step(shape: str, loss: str, groups: int, n: int, reference_each_step: bool = False, online: bool = False,
-             dtype: str = "float32", precision: str = "", compiled: bool = False, fit: bool = False, count: int = 6) -> dict:
+def our_step(
+    shape: str,
+    loss: str,
+    groups: int,
+    n: int,
+    reference_each_step: bool = False,
+    online: bool = False,
+    dtype: str = "float32",
+    precision: str = "",
+    compiled: bool = False,
+    fit: bool = False,
+    count: int = 6,
+) -> dict:
     """One optimizer step. fit: as many layers as there is memory for, all pairs in one micro-batch, and the plan beside the peak."""
     device = machine.pick_device("")
     machine.fast_products(device)
     if precision:
         torch.set_float32_matmul_precision(precision)
-    config = TrainConfig(loss=loss, data="random", batch_size=groups, max_iters=count, dtype=dtype, kl_batch_size=32,
-                         micro_batch_size=groups if fit else None)
+    config = TrainConfig(
+        loss=loss,
+        data="random",
+        batch_size=groups,
+        max_iters=count,
+        dtype=dtype,
+        kl_batch_size=32,
+        micro_batch_size=groups if fit else None,
+    )
     objective, world = objective_of(config), parallel.start(device, dtype)
     args = layers_that_fit(shape, groups, dtype) if fit else shape_of(shape)
     start = Peak()
     policy = Transformer(args).to(device)
     policy.init_weights(torch.Generator(device).manual_seed(0))
-    reference = copy.deepcopy(policy).requires_grad_(False) if online or reference_each_step else None
+    reference = (
+        copy.deepcopy(policy).requires_grad_(False) if online or reference_each_step else None
+    )
     if compiled:
         parallel.compile_layers(policy)
     for model in filter(None, (policy, reference)):
@@ -166,26 +240,45 @@ def our_step(shape: str, loss: str, groups: int, n: int, reference_each_step: bo
     optimizer, samples, seconds, drawing = steps.make_optimizer(config, policy), None, [], 0.0
     peak = start if fit else Peak()
     if online:
+
         def draw():
             nonlocal samples
-            samples = steps.draw_online(config, Checkpoint(policy, {"eos_id": 1}), reference, [[1]], 0, world)
+            samples = steps.draw_online(
+                config, Checkpoint(policy, {"eos_id": 1}), reference, [[1]], 0, world
+            )
 
         timed(draw)
         drawing = timed(draw)
     tokens = 0
     for i in range(count):
-        batch = [EncodedGroup([1], group, line) for line, group in enumerate(responses(shape, groups, n, seed=i))]
+        batch = [
+            EncodedGroup([1], group, line)
+            for line, group in enumerate(responses(shape, groups, n, seed=i))
+        ]
         tokens += sum(len(response) + 1 for group in batch for response in group.responses)
         if "reference_logps" in objective.reads and not reference_each_step:
-            batch = with_reference_logps(batch, policy, None, world)  # once for all of a run: not counted
+            batch = with_reference_logps(
+                batch, policy, None, world
+            )  # once for all of a run: not counted
 
         def step():
-            scored = with_reference_logps(batch, reference, None, world) if reference_each_step else batch
-            steps.gradient_step(config, objective, policy, reference, scored, samples, optimizer, i, world)
+            scored = (
+                with_reference_logps(batch, reference, None, world)
+                if reference_each_step
+                else batch
+            )
+            steps.gradient_step(
+                config, objective, policy, reference, scored, samples, optimizer, i, world
+            )
 
         seconds.append(timed(step) + drawing / config.kl_interval)
-    result = {"seconds": seconds[1:], "tokens": tokens / count, "peak_mb": peak.added(),
-              "flops": 6 * products(shape, args.n_layers) * tokens / count, "sampling": drawing}
+    result = {
+        "seconds": seconds[1:],
+        "tokens": tokens / count,
+        "peak_mb": peak.added(),
+        "flops": 6 * products(shape, args.n_layers) * tokens / count,
+        "sampling": drawing,
+    }
     if fit:
         planned = sum(planned_for_training(args, groups * n, dtype).values())
         result |= {"layers": args.n_layers, "planned_mb": planned / 1e6}
@@ -201,18 +294,31 @@ def our_generation(shape: str, dtype: str = "float32", rows: int = 32, count: in
         weight.data = weight.data.to(getattr(torch, dtype))
     peak = Peak()
     seconds = [timed(lambda: generate(model, [[1]] * rows, 256, seed=i)) for i in range(count)]
-    return {"seconds": seconds[1:], "tokens": rows * 256, "flops": 2 * products(shape) * rows * 256, "peak_mb": peak.added()}
+    return {
+        "seconds": seconds[1:],
+        "tokens": rows * 256,
+        "flops": 2 * products(shape) * rows * 256,
+        "peak_mb": peak.added(),
+    }
 
 
-def head_of(which: str, tokens: int = 8192, dim: int = 4096, vocab: int = 32000, count: int = 6, **_) -> dict:
+def head_of(
+    which: str, tokens: int = 8192, dim: int = 4096, vocab: int = 32000, count: int = 6, **_
+) -> dict:
     """Log-probs of `tokens` tokens and their gradient, from hidden states and the classifier: ours, and the others'."""
     if which == "torch" and not hasattr(F, "linear_cross_entropy"):
         raise ValueError(f"torch {torch.__version__} has no linear_cross_entropy")
     device = machine.pick_device("")
     dim, vocab, dtype = (dim, vocab, torch.bfloat16) if tokens > 128 else (64, 512, torch.float32)
     random_ids = torch.Generator(device).manual_seed(0)
-    hidden = torch.randn(1, tokens + 1, dim, device=device, dtype=dtype, generator=random_ids).requires_grad_()
-    classifier = (torch.randn(vocab, dim, device=device, generator=random_ids) / dim**0.5).to(dtype).requires_grad_()
+    hidden = torch.randn(
+        1, tokens + 1, dim, device=device, dtype=dtype, generator=random_ids
+    ).requires_grad_()
+    classifier = (
+        (torch.randn(vocab, dim, device=device, generator=random_ids) / dim**0.5)
+        .to(dtype)
+        .requires_grad_()
+    )
     ids = torch.randint(vocab, (1, tokens + 1), device=device, generator=random_ids)
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[:, 0] = False
@@ -221,18 +327,33 @@ def head_of(which: str, tokens: int = 8192, dim: int = 4096, vocab: int = 32000,
         if which == "ours":
             return head.sequence_logps(hidden, classifier, ids, mask).sum()
         if which == "torch":
-            return -F.linear_cross_entropy(hidden[0, :-1], classifier, ids[0, 1:], reduction="none").sum()
+            return -F.linear_cross_entropy(
+                hidden[0, :-1], classifier, ids[0, 1:], reduction="none"
+            ).sum()
         return losses.sequence_logps(hidden @ classifier.t(), ids, mask).sum()
 
     peak = Peak()
     seconds = [timed(lambda: total().backward()) for _ in range(count)]
-    return {"seconds": seconds[1:], "tokens": tokens, "flops": 6 * tokens * dim * vocab, "peak_mb": peak.added()}
+    return {
+        "seconds": seconds[1:],
+        "tokens": tokens,
+        "flops": 6 * tokens * dim * vocab,
+        "peak_mb": peak.added(),
+    }
 
 
 def gradient_errors(shape: str, loss: str) -> list[dict]:
     """Of a policy near its reference: the loss, and how far it and its gradient are from float64's."""
-    groups = [EncodedGroup([1], group, line) for line, group in enumerate(responses(shape, 8, 2 if loss == "dpo" else 4, seed=0))]
-    objective, device, lines, exact = objective_of(TrainConfig(loss=loss)), machine.pick_device(""), [], None
+    groups = [
+        EncodedGroup([1], group, line)
+        for line, group in enumerate(responses(shape, 8, 2 if loss == "dpo" else 4, seed=0))
+    ]
+    objective, device, lines, exact = (
+        objective_of(TrainConfig(loss=loss)),
+        machine.pick_device(""),
+        [],
+        None,
+    )
     for what in ("float64", "float32", "float32, fast products", "bfloat16"):
         torch.set_float32_matmul_precision("highest")
         if "fast" in what:
@@ -244,17 +365,31 @@ def gradient_errors(shape: str, loss: str) -> list[dict]:
         policy = copy.deepcopy(reference)
         with torch.no_grad():
             for weight in policy.parameters():
-                weight += 0.02 * weight.std() * torch.randn(weight.shape, generator=generator) if weight.dim() > 1 else 0
+                weight += (
+                    0.02 * weight.std() * torch.randn(weight.shape, generator=generator)
+                    if weight.dim() > 1
+                    else 0
+                )
         for model in (policy, reference):
             model.to(device, torch.float64 if what == "float64" else torch.float32)
             parallel.shard(model, world)
         scored = with_reference_logps(groups, reference, None, world)
         batches = micro_batches(scored, None, policy.args, device)
         value = float(steps.preference_backward(objective, policy, None, batches, world)["loss"])
-        gradient = torch.cat([parallel.full(p.grad).double().flatten() for p in policy.parameters()])
+        gradient = torch.cat(
+            [parallel.full(p.grad).double().flatten() for p in policy.parameters()]
+        )
         exact = exact or (value, gradient)
-        lines.append({"shape": shape, "loss": loss, "what": what, "value": value, "error": abs(value - exact[0]),
-                      "gradient_error": float((gradient - exact[1]).norm() / exact[1].norm())})
+        lines.append(
+            {
+                "shape": shape,
+                "loss": loss,
+                "what": what,
+                "value": value,
+                "error": abs(value - exact[0]),
+                "gradient_error": float((gradient - exact[1]).norm() / exact[1].norm()),
+            }
+        )
         parallel.end()
     return lines
 
@@ -266,12 +401,31 @@ def their_model(shape: str, **more):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     dim, layers, heads, kv, hidden, vocab = SHAPES[shape]
-    return LlamaForCausalLM(LlamaConfig(
-        hidden_size=dim, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv, intermediate_size=hidden,
-        vocab_size=vocab, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=1, pad_token_id=0, **more))
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=dim,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv,
+            intermediate_size=hidden,
+            vocab_size=vocab,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            bos_token_id=1,
+            pad_token_id=0,
+            **more,
+        )
+    )
 
 
-def trl_step(shape: str, pairs: int, precision: str = "highest", precomputed: bool = False, bf16: bool = False, count: int = 4) -> dict:
+def trl_step(
+    shape: str,
+    pairs: int,
+    precision: str = "highest",
+    precomputed: bool = False,
+    bf16: bool = False,
+    count: int = 4,
+) -> dict:
     import tempfile
 
     from datasets import Dataset
@@ -280,14 +434,20 @@ def trl_step(shape: str, pairs: int, precision: str = "highest", precomputed: bo
     from trl import DPOConfig, DPOTrainer
 
     torch.set_float32_matmul_precision(precision)
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(SHAPES[shape][-1])}, unk_token="w0"))
+    words = Tokenizer(
+        models.WordLevel({f"w{i}": i for i in range(SHAPES[shape][-1])}, unk_token="w0")
+    )
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="w1", eos_token="w2", pad_token="w0", unk_token="w0")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="w1", eos_token="w2", pad_token="w0", unk_token="w0"
+    )
     records, tokens = [], 0
     for i in range(count):
         for pair in responses(shape, pairs, 2, seed=i):
             tokens += sum(len(response) + 1 for response in pair)
-            chosen, rejected = (" " + " ".join(f"w{t}" for t in response[:-1]) for response in pair)  # TRL adds a terminator
+            chosen, rejected = (
+                " " + " ".join(f"w{t}" for t in response[:-1]) for response in pair
+            )  # TRL adds a terminator
             records.append({"prompt": "w1", "chosen": chosen, "rejected": rejected})
     seconds = []
 
@@ -300,23 +460,60 @@ def trl_step(shape: str, pairs: int, precision: str = "highest", precomputed: bo
 
     with tempfile.TemporaryDirectory() as folder:
         arguments = DPOConfig(
-            output_dir=folder, per_device_train_batch_size=pairs, max_steps=count, report_to=[], save_strategy="no",
-            logging_steps=1000, max_length=512, bf16=bf16, use_cpu=not torch.cuda.is_available(), disable_tqdm=True,
-            gradient_checkpointing=False, precompute_ref_log_probs=precomputed)
-        trainer = DPOTrainer(model=their_model(shape, eos_token_id=2), ref_model=their_model(shape, eos_token_id=2), args=arguments,
-                             train_dataset=Dataset.from_list(records), processing_class=tokenizer, callbacks=[Clock()])
+            output_dir=folder,
+            per_device_train_batch_size=pairs,
+            max_steps=count,
+            report_to=[],
+            save_strategy="no",
+            logging_steps=1000,
+            max_length=512,
+            bf16=bf16,
+            use_cpu=not torch.cuda.is_available(),
+            disable_tqdm=True,
+            gradient_checkpointing=False,
+            precompute_ref_log_probs=precomputed,
+        )
+        trainer = DPOTrainer(
+            model=their_model(shape, eos_token_id=2),
+            ref_model=their_model(shape, eos_token_id=2),
+            args=arguments,
+            train_dataset=Dataset.from_list(records),
+            processing_class=tokenizer,
+            callbacks=[Clock()],
+        )
         peak = Peak()
         trainer.train()
-    return {"seconds": seconds[1:], "tokens": tokens / count, "flops": 6 * products(shape) * tokens / count, "peak_mb": peak.added()}
+    return {
+        "seconds": seconds[1:],
+        "tokens": tokens / count,
+        "flops": 6 * products(shape) * tokens / count,
+        "peak_mb": peak.added(),
+    }
 
 
 def their_generation(shape: str, dtype: str = "float32", rows: int = 32, count: int = 3) -> dict:
     model = their_model(shape, eos_token_id=None).eval().to(getattr(torch, dtype))
     ids, peak = torch.ones(rows, 1, dtype=torch.long), Peak()
-    seconds = [timed(lambda: model.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0, top_k=0, max_new_tokens=256,
-        min_new_tokens=256)) for _ in range(count)]
-    return {"seconds": seconds[1:], "tokens": rows * 256, "flops": 2 * products(shape) * rows * 256, "peak_mb": peak.added()}
+    seconds = [
+        timed(
+            lambda: model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                max_new_tokens=256,
+                min_new_tokens=256,
+            )
+        )
+        for _ in range(count)
+    ]
+    return {
+        "seconds": seconds[1:],
+        "tokens": rows * 256,
+        "flops": 2 * products(shape) * rows * 256,
+        "peak_mb": peak.added(),
+    }
 
 
 # --- the table -----------------------------------------------------------------------------------
@@ -325,23 +522,60 @@ def their_generation(shape: str, dtype: str = "float32", rows: int = 32, count: 
 MEASUREMENTS = {
     "W1": [
         ("spo", our_step, {"shape": "15M", "loss": "dpo", "groups": 8, "n": 2}),
-        ("spo, without oneDNN, reference at every step", our_step,
-         {"shape": "15M", "loss": "dpo", "groups": 8, "n": 2, "precision": "highest", "reference_each_step": True}),
-        ("spo, bfloat16", our_step, {"shape": "15M", "loss": "dpo", "groups": 8, "n": 2, "dtype": "bfloat16"}),
+        (
+            "spo, without oneDNN, reference at every step",
+            our_step,
+            {
+                "shape": "15M",
+                "loss": "dpo",
+                "groups": 8,
+                "n": 2,
+                "precision": "highest",
+                "reference_each_step": True,
+            },
+        ),
+        (
+            "spo, bfloat16",
+            our_step,
+            {"shape": "15M", "loss": "dpo", "groups": 8, "n": 2, "dtype": "bfloat16"},
+        ),
         ("spo, 16 pairs", our_step, {"shape": "15M", "loss": "dpo", "groups": 16, "n": 2}),
         ("TRL, without oneDNN, reference at every step", trl_step, {"shape": "15M", "pairs": 8}),
-        ("TRL, oneDNN, reference precomputed", trl_step, {"shape": "15M", "pairs": 8, "precision": "medium", "precomputed": True}),
-        ("TRL, bfloat16, reference precomputed", trl_step, {"shape": "15M", "pairs": 8, "bf16": True, "precomputed": True}),
+        (
+            "TRL, oneDNN, reference precomputed",
+            trl_step,
+            {"shape": "15M", "pairs": 8, "precision": "medium", "precomputed": True},
+        ),
+        (
+            "TRL, bfloat16, reference precomputed",
+            trl_step,
+            {"shape": "15M", "pairs": 8, "bf16": True, "precomputed": True},
+        ),
     ],
     "W2": [
         ("dpo_rank", our_step, {"shape": "260K", "loss": "dpo_rank", "groups": 32, "n": 4}),
-        ("dpo_rank, --compile", our_step, {"shape": "260K", "loss": "dpo_rank", "groups": 32, "n": 4, "compiled": True}),
-        ("spo_rank without its online KL", our_step, {"shape": "260K", "loss": "spo_rank", "groups": 32, "n": 4}),
-        ("spo_rank with its online KL", our_step, {"shape": "260K", "loss": "spo_rank", "groups": 32, "n": 4, "online": True}),
+        (
+            "dpo_rank, --compile",
+            our_step,
+            {"shape": "260K", "loss": "dpo_rank", "groups": 32, "n": 4, "compiled": True},
+        ),
+        (
+            "spo_rank without its online KL",
+            our_step,
+            {"shape": "260K", "loss": "spo_rank", "groups": 32, "n": 4},
+        ),
+        (
+            "spo_rank with its online KL",
+            our_step,
+            {"shape": "260K", "loss": "spo_rank", "groups": 32, "n": 4, "online": True},
+        ),
         ("TRL, dpo, 64 pairs", trl_step, {"shape": "260K", "pairs": 64}),
         ("TRL, dpo, 64 pairs, bfloat16", trl_step, {"shape": "260K", "pairs": 64, "bf16": True}),
-        ("TRL, dpo, 64 pairs, bfloat16, reference precomputed", trl_step,
-         {"shape": "260K", "pairs": 64, "bf16": True, "precomputed": True}),
+        (
+            "TRL, dpo, 64 pairs, bfloat16, reference precomputed",
+            trl_step,
+            {"shape": "260K", "pairs": 64, "bf16": True, "precomputed": True},
+        ),
     ],
     "W3": [
         ("15M", our_generation, {"shape": "15M"}),
@@ -352,18 +586,46 @@ MEASUREMENTS = {
         ("260K, transformers", their_generation, {"shape": "260K"}),
     ],
     "W4": [
-        (f"spo_rank {kind} its online KL{how}", our_step,
-         {"shape": "110M", "loss": "spo_rank", "groups": 32, "n": 4, "dtype": "bfloat16", "online": kind == "with", "compiled": bool(how)})
-        for how in ("", ", --compile") for kind in ("without", "with")
+        (
+            f"spo_rank {kind} its online KL{how}",
+            our_step,
+            {
+                "shape": "110M",
+                "loss": "spo_rank",
+                "groups": 32,
+                "n": 4,
+                "dtype": "bfloat16",
+                "online": kind == "with",
+                "compiled": bool(how),
+            },
+        )
+        for how in ("", ", --compile")
+        for kind in ("without", "with")
     ],
     "generation": [
-        (f"110M, {rows} rows", our_generation, {"shape": "110M", "rows": rows, "dtype": "bfloat16"}) for rows in (32, 128, 1024)
+        (f"110M, {rows} rows", our_generation, {"shape": "110M", "rows": rows, "dtype": "bfloat16"})
+        for rows in (32, 128, 1024)
     ],
     "7B": [
-        (loss, our_step, {"shape": "7B", "loss": loss, "groups": 8, "n": 2, "dtype": "bfloat16", "fit": True, "count": 4})
+        (
+            loss,
+            our_step,
+            {
+                "shape": "7B",
+                "loss": loss,
+                "groups": 8,
+                "n": 2,
+                "dtype": "bfloat16",
+                "fit": True,
+                "count": 4,
+            },
+        )
         for loss in ("spo", "dpo")
     ],
-    "head": [(which, head_of, {"which": which, "tokens": 8192}) for which in ("ours", "plain logits", "torch")],
+    "head": [
+        (which, head_of, {"which": which, "tokens": 8192})
+        for which in ("ours", "plain logits", "torch")
+    ],
 }
 RATES = [(f"matmul, {dtype}", matmul_rate, {"dtype": dtype}) for dtype in ("float32", "bfloat16")]
 
@@ -373,8 +635,11 @@ def chosen(only: str) -> list[tuple[str, str]]:
     needs = {trl_step: "trl", their_generation: "transformers"}
     workloads = [only] if only else ["W1", "W2", "W3"] + ["W4"] * torch.cuda.is_available()
     return [("matmul", what) for what, *_ in RATES] + [
-        (workload, what) for workload in workloads for what, function, _ in MEASUREMENTS[workload]
-        if function not in needs or importlib.util.find_spec(needs[function])]
+        (workload, what)
+        for workload in workloads
+        for what, function, _ in MEASUREMENTS[workload]
+        if function not in needs or importlib.util.find_spec(needs[function])
+    ]
 
 
 def measure(name: str, tiny: bool) -> None:
@@ -385,14 +650,19 @@ def measure(name: str, tiny: bool) -> None:
     for label, function, arguments in listed:
         if what and what != label:
             continue
-        arguments = arguments | {key: value for key, value in TINY.items() if tiny and key in arguments}
+        arguments = arguments | {
+            key: value for key, value in TINY.items() if tiny and key in arguments
+        }
         try:
             result = function(**arguments)
         except Exception as error:
             if what:
                 raise
             result = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
-        print(json.dumps(result if what else {"workload": workload, "what": label} | result), flush=True)
+        print(
+            json.dumps(result if what else {"workload": workload, "what": label} | result),
+            flush=True,
+        )
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -408,12 +678,22 @@ def measured(workload: str, what: str) -> dict:
 
 
 def main(argv: list[str]) -> None:
-    config = parse(BenchConfig, argv, "bench.py", "Measure the workloads, and TRL and transformers on the same work.")
+    config = parse(
+        BenchConfig,
+        argv,
+        "bench.py",
+        "Measure the workloads, and TRL and transformers on the same work.",
+    )
     if config.measure:
         measure(config.measure, config.tiny)
         return
     if config.only == "errors":
-        for shape, loss in (("260K", "dpo"), ("260K", "spo_rank"), ("15M", "dpo"), ("15M", "spo_rank")):
+        for shape, loss in (
+            ("260K", "dpo"),
+            ("260K", "spo_rank"),
+            ("15M", "dpo"),
+            ("15M", "spo_rank"),
+        ):
             for line in gradient_errors(shape, loss):
                 print(json.dumps(line), flush=True)
         return
@@ -428,18 +708,37 @@ def main(argv: list[str]) -> None:
         flops = results[0]["flops"] / seconds
         if workload == "matmul":
             rates[what.split(", ")[1]] = flops
-            rows.append((workload, what, f"{seconds:.3f}", "", "", f"{flops / 1e9:.0f} GFLOP/s", ""))
+            rows.append(
+                (workload, what, f"{seconds:.3f}", "", "", f"{flops / 1e9:.0f} GFLOP/s", "")
+            )
             continue
         tokens, steps_of[workload, what] = results[0]["tokens"] / seconds, seconds
         base = first.setdefault((workload, what.split(", ")[0] if workload == "W3" else ""), tokens)
-        rows.append((workload, what, f"{seconds:.2f}", f"{tokens:,.0f}", f"{max(r['peak_mb'] for r in results):,.0f}",
-                     f"{flops / rates['bfloat16' if 'bfloat16' in what else 'float32']:.0%}", f"{tokens / base:.2f}"))
+        rows.append(
+            (
+                workload,
+                what,
+                f"{seconds:.2f}",
+                f"{tokens:,.0f}",
+                f"{max(r['peak_mb'] for r in results):,.0f}",
+                f"{flops / rates['bfloat16' if 'bfloat16' in what else 'float32']:.0%}",
+                f"{tokens / base:.2f}",
+            )
+        )
     head = ("", "", "s", "tokens/s", "MB added", "of matmul limit", "to the first")
-    print("\n" + "\n".join("| " + " | ".join(row) + " |" for row in (head, ("---",) * len(head), *rows)))
+    print(
+        "\n"
+        + "\n".join("| " + " | ".join(row) + " |" for row in (head, ("---",) * len(head), *rows))
+    )
     for workload in ("W2", "W4"):
-        without, with_kl = (steps_of.get((workload, f"spo_rank {kind} its online KL")) for kind in ("without", "with"))
+        without, with_kl = (
+            steps_of.get((workload, f"spo_rank {kind} its online KL"))
+            for kind in ("without", "with")
+        )
         if with_kl:
-            print(f"\n{workload}: sampling and KL add {with_kl / without - 1:.0%} to the step: {1 - without / with_kl:.0%} of it")
+            print(
+                f"\n{workload}: sampling and KL add {with_kl / without - 1:.0%} to the step: {1 - without / with_kl:.0%} of it"
+            )
 
 
 if __name__ == "__main__":

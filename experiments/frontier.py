@@ -53,8 +53,11 @@ SWEEPS = {
     "best_sft": {},
     "sft": {},
 }
-TABLE_4 = {"spo_basic+none": {}} | {  # the weights of the paper's ablation are not printed there: ours
-    f"spo_basic+{name}": {"beta": [0.01, 0.1, 1]} for name in ("global_kl", "logp", "tokenwise", "importance")
+TABLE_4 = {
+    "spo_basic+none": {}
+} | {  # the weights of the paper's ablation are not printed there: ours
+    f"spo_basic+{name}": {"beta": [0.01, 0.1, 1]}
+    for name in ("global_kl", "logp", "tokenwise", "importance")
 }
 # Win-rates that the paper prints, judged by GPT-4o on its own models: another scale than the offline judge's,
 # shown for the order of the rows. Only rows that were checked against it are here.
@@ -63,19 +66,28 @@ PAPER = {"spo_basic+logp": 54.1}
 
 @dataclass
 class FrontierConfig(JudgeFlags):
-    data: str = flag("", "ranked groups; none: the demo's. Best-of-n groups and best-worst pairs are derived from them")
+    data: str = flag(
+        "",
+        "ranked groups; none: the demo's. Best-of-n groups and best-worst pairs are derived from them",
+    )
     init_from: str = flag("", "the reference: a .pt or a llama2.c .bin; none: the demo's")
     tokenizer: str = flag("", "its tokenizer; none: tokenizer.model beside it")
-    methods: str = flag("all", "objectives, separated by commas; all: every loss; table4: the regularizers")
+    methods: str = flag(
+        "all", "objectives, separated by commas; all: every loss; table4: the regularizers"
+    )
     jobs: int = flag(2, "runs at a time, each on its share of the cores")
     max_iters: int = flag(50, "optimizer steps of each run")
     batch_size: int = flag(16, "groups per step")
     eval_interval: int = flag(10, "steps between the points of a curve")
-    eval_stories: int = flag(128, "stories of the selecting set; the reporting one has twice as many")
+    eval_stories: int = flag(
+        128, "stories of the selecting set; the reporting one has twice as many"
+    )
     learning_rate: float = flag(1e-4, "of every run")
     max_new_tokens: int = flag(256, "longest story, in tokens")
     train_flags: str = flag("", "further flags for every run, separated by spaces")
-    budgets: str = flag("0.5,1,2,4,inf", "KL budgets of the tables, in nats; inf: the peak, as the paper reports")
+    budgets: str = flag(
+        "0.5,1,2,4,inf", "KL budgets of the tables, in nats; inf: the peak, as the paper reports"
+    )
     out_dir: str = flag("out/frontier", "where the runs go")
     figure: str = flag("experiments/frontier.png", "the figure")
     seed: int = flag(1337, "of the runs and of the stories")
@@ -96,10 +108,14 @@ class Point:
 
 def methods_of(config: FrontierConfig) -> dict[str, dict[str, list[float]]]:
     """The objectives that were asked for, and their sweeps."""
-    named = {"all": list(SWEEPS), "table4": list(TABLE_4)}.get(config.methods, config.methods.split(","))
+    named = {"all": list(SWEEPS), "table4": list(TABLE_4)}.get(
+        config.methods, config.methods.split(",")
+    )
     for method in named:
         if method not in SWEEPS | TABLE_4:
-            raise ValueError(f"--methods: {method!r} is no objective; there are {', '.join(SWEEPS | TABLE_4)}")
+            raise ValueError(
+                f"--methods: {method!r} is no objective; there are {', '.join(SWEEPS | TABLE_4)}"
+            )
     return {method: (SWEEPS | TABLE_4)[method] for method in named}
 
 
@@ -107,7 +123,9 @@ def budgets_of(config: FrontierConfig) -> list[float]:
     try:
         return [float(budget) for budget in config.budgets.split(",")]
     except ValueError:
-        raise ValueError(f"--budgets={config.budgets}: expected numbers separated by commas, such as 1,4,inf") from None
+        raise ValueError(
+            f"--budgets={config.budgets}: expected numbers separated by commas, such as 1,4,inf"
+        ) from None
 
 
 def settings_of(sweep: dict[str, list[float]]) -> list[dict[str, float]]:
@@ -125,8 +143,15 @@ def name_of(setting: dict) -> str:
 def files_for(config: FrontierConfig) -> tuple[str, str, str, dict[str, str]]:
     """(reference, tokenizer, ranked groups, {kind of data: file})."""
     if not config.data:
-        demo = [sys.executable, os.path.join(ROOT, "spo_train.py"), "--max_iters=1", "--eval_stories=0"]
-        if subprocess.run([*demo, f"--out_dir={config.out_dir}/demo"]).returncode:  # builds what is not there
+        demo = [
+            sys.executable,
+            os.path.join(ROOT, "spo_train.py"),
+            "--max_iters=1",
+            "--eval_stories=0",
+        ]
+        if subprocess.run(
+            [*demo, f"--out_dir={config.out_dir}/demo"]
+        ).returncode:  # builds what is not there
             raise ValueError("the demo could not be built: see above")
         files = {kind: os.path.join(data.DEMO_DIR, file) for kind, file in data.DEMO_FILES.items()}
         reference = os.path.join(data.DEMO_DIR, "reference", "ckpt.pt")
@@ -150,11 +175,18 @@ def share_of(config: FrontierConfig, folder: str) -> FrontierConfig:
         return config
     parts = 1 + sum(len(settings_of(sweep)) for sweep in methods_of(config).values())
     budget = None if config.max_usd is None else config.max_usd / parts
-    return dataclasses.replace(config, journal=os.path.join(folder, "journal.jsonl"), max_usd=budget)
+    return dataclasses.replace(
+        config, journal=os.path.join(folder, "journal.jsonl"), max_usd=budget
+    )
 
 
 def train_one(
-    config: FrontierConfig, method: str, setting: dict, folder: str, data_file: str, common: list[str]
+    config: FrontierConfig,
+    method: str,
+    setting: dict,
+    folder: str,
+    data_file: str,
+    common: list[str],
 ) -> None:
     """One run of spo_train.py, unless this very run is there; what it prints goes into output.txt.
 
@@ -162,13 +194,28 @@ def train_one(
     The file `done` appears when it has ended; it holds the command and the hash of the data.
     """
     loss, _, regularizer = method.partition("+")
-    shared = ("max_iters", "batch_size", "eval_interval", "eval_stories", "learning_rate", "max_new_tokens", "seed")
+    shared = (
+        "max_iters",
+        "batch_size",
+        "eval_interval",
+        "eval_stories",
+        "learning_rate",
+        "max_new_tokens",
+        "seed",
+    )
     command = [
-        sys.executable, os.path.join(ROOT, "spo_train.py"), f"--loss={loss}", f"--out_dir={folder}",
-        "--keep_checkpoints", "--report=false",
-        *([f"--regularizer={regularizer}"] if regularizer else []), f"--data={data_file}", *common,
+        sys.executable,
+        os.path.join(ROOT, "spo_train.py"),
+        f"--loss={loss}",
+        f"--out_dir={folder}",
+        "--keep_checkpoints",
+        "--report=false",
+        *([f"--regularizer={regularizer}"] if regularizer else []),
+        f"--data={data_file}",
+        *common,
         *(f"--{k}={v}" for k, v in setting.items()),
-        *(f"--{k}={getattr(config, k)}" for k in shared), *config.train_flags.split(),
+        *(f"--{k}={getattr(config, k)}" for k in shared),
+        *config.train_flags.split(),
     ]
     with open(data_file, "rb") as f:
         identity = " ".join(command[2:]) + " " + hashlib.sha256(f.read()).hexdigest()
@@ -181,21 +228,35 @@ def train_one(
     os.makedirs(folder, exist_ok=True)
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // config.jobs))}
     with open(output, "w", encoding="utf-8") as f:
-        if subprocess.run(command, stdout=f, stderr=subprocess.STDOUT, env=os.environ | threads).returncode:
+        if subprocess.run(
+            command, stdout=f, stderr=subprocess.STDOUT, env=os.environ | threads
+        ).returncode:
             raise ValueError(f"{' '.join(command)}: failed, see {output}")
     write_text(done, identity)
 
 
-def run_all(config: FrontierConfig, reference: str, tokenizer: str, files: dict[str, str]) -> list[Point]:
+def run_all(
+    config: FrontierConfig, reference: str, tokenizer: str, files: dict[str, str]
+) -> list[Point]:
     """Every run that is not there yet; returns the points of all."""
-    runs = [(method, setting, os.path.join(config.out_dir, f"{method} {name_of(setting)}".replace(" ", "_")))
-            for method, sweep in methods_of(config).items() for setting in settings_of(sweep)]
+    runs = [
+        (
+            method,
+            setting,
+            os.path.join(config.out_dir, f"{method} {name_of(setting)}".replace(" ", "_")),
+        )
+        for method, sweep in methods_of(config).items()
+        for setting in settings_of(sweep)
+    ]
 
     model = [f"--init_from={reference}"] + [f"--tokenizer={tokenizer}"] * bool(tokenizer)
 
     def train_entry(entry) -> None:
         method, setting, folder = entry
-        common = [*model, *(f"--{name}={value}" for name, value in given(share_of(config, folder)).items())]
+        common = [
+            *model,
+            *(f"--{name}={value}" for name, value in given(share_of(config, folder)).items()),
+        ]
         train_one(config, method, setting, folder, files[kind_of_data(method)], common)
 
     with ThreadPoolExecutor(config.jobs) as pool:
@@ -206,8 +267,17 @@ def run_all(config: FrontierConfig, reference: str, tokenizer: str, files: dict[
             for entry in map(json.loads, f):
                 if "eval/win_rate" in entry:  # and not where the judge's budget was spent
                     path = os.path.join(folder, f"step_{entry['step']:06d}.pt")
-                    points.append(Point(method, name_of(setting), entry["step"], entry["eval/win_rate"],
-                                        entry["eval/score"], entry["eval/kl"], path))
+                    points.append(
+                        Point(
+                            method,
+                            name_of(setting),
+                            entry["step"],
+                            entry["eval/win_rate"],
+                            entry["eval/score"],
+                            entry["eval/kl"],
+                            path,
+                        )
+                    )
     return points
 
 
@@ -215,8 +285,12 @@ def table(config: FrontierConfig, points: list[Point], evaluation: Evaluation) -
     """The best of each objective within each KL budget, on fresh seeds; printed, and returned as records."""
     rows, verdicts = [], {}
     for budget in budgets_of(config):
-        print(f"\nKL to the reference of at most {budget:g} nats: win-rate over the reference on fresh stories [95%]\n")
-        print(f"{'objective':<22}{'win-rate':<34}{'score':<7}{'KL':<6}{'step':<6}{'setting':<30}paper's (GPT-4o)")
+        print(
+            f"\nKL to the reference of at most {budget:g} nats: win-rate over the reference on fresh stories [95%]\n"
+        )
+        print(
+            f"{'objective':<22}{'win-rate':<34}{'score':<7}{'KL':<6}{'step':<6}{'setting':<30}paper's (GPT-4o)"
+        )
         entered = []
         for method in dict.fromkeys(point.method for point in points):
             within = [p for p in points if p.method == method and p.kl <= budget and p.step > 0]
@@ -226,10 +300,19 @@ def table(config: FrontierConfig, points: list[Point], evaluation: Evaluation) -
                     verdicts[best.path] = evaluation.evaluate(checkpoints.load(best.path), "report")
                 entered.append((best, verdicts[best.path]))
         for best, verdict in sorted(entered, key=lambda pair: -pair[1].rate):
-            print(f"{best.method:<22}{verdict.reason or str(verdict.win_rate):<34}{verdict.score:<7.2f}{verdict.kl:<6.2f}{best.step:<6}"
-                  f"{best.setting:<30}{PAPER.get(best.method, '-')}")
-            rows.append({"budget": budget, "method": best.method, "setting": best.setting, "step": best.step}
-                        | verdict.logged("report"))
+            print(
+                f"{best.method:<22}{verdict.reason or str(verdict.win_rate):<34}{verdict.score:<7.2f}{verdict.kl:<6.2f}{best.step:<6}"
+                f"{best.setting:<30}{PAPER.get(best.method, '-')}"
+            )
+            rows.append(
+                {
+                    "budget": budget,
+                    "method": best.method,
+                    "setting": best.setting,
+                    "step": best.step,
+                }
+                | verdict.logged("report")
+            )
     return rows
 
 
@@ -241,23 +324,40 @@ def draw(path: str, points: list[Point]) -> None:
     import matplotlib.pyplot as plt
 
     best_of_n = "best of n, text"
-    titles = {"pair": "pairs (best, worst)", "best": best_of_n, "text": best_of_n, "ranking": "rankings"}
+    titles = {
+        "pair": "pairs (best, worst)",
+        "best": best_of_n,
+        "text": best_of_n,
+        "ranking": "rankings",
+    }
     shown = list(dict.fromkeys(titles[kind_of_data(point.method)] for point in points))
     size = (4.6 * len(shown), 7.5)
-    figure, axes = plt.subplots(2, len(shown), figsize=size, sharex=True, sharey="row", squeeze=False)
-    for (row, measure), (column, title) in itertools.product(enumerate(("score", "win_rate")), enumerate(shown)):
+    figure, axes = plt.subplots(
+        2, len(shown), figsize=size, sharex=True, sharey="row", squeeze=False
+    )
+    for (row, measure), (column, title) in itertools.product(
+        enumerate(("score", "win_rate")), enumerate(shown)
+    ):
         axis = axes[row][column]
-        methods = [m for m in dict.fromkeys(p.method for p in points) if titles[kind_of_data(m)] == title]
+        methods = [
+            m for m in dict.fromkeys(p.method for p in points) if titles[kind_of_data(m)] == title
+        ]
         for number, method in enumerate(methods):
             mine = [p for p in points if p.method == method]
             for setting in dict.fromkeys(p.setting for p in mine):
-                run_points = [(max(p.kl, 0.05), getattr(p, measure)) for p in mine if p.setting == setting]
+                run_points = [
+                    (max(p.kl, 0.05), getattr(p, measure)) for p in mine if p.setting == setting
+                ]
                 axis.plot(*zip(*run_points), color=f"C{number}", linewidth=0.6, alpha=0.4)
             envelope = []
             for point in sorted(mine, key=lambda p: p.kl):
                 if not envelope or getattr(point, measure) > envelope[-1][1]:
                     envelope.append((max(point.kl, 0.05), getattr(point, measure)))
-            style = {"marker": "o", "linewidth": 2} if method.startswith("spo") else {"marker": ".", "linestyle": "--"}
+            style = (
+                {"marker": "o", "linewidth": 2}
+                if method.startswith("spo")
+                else {"marker": ".", "linestyle": "--"}
+            )
             axis.plot(*zip(*envelope), color=f"C{number}", label=method, **style)
         axis.set(xscale="log", xlim=(0.045, None))
         axis.set(title=title) if row == 0 else axis.set(xlabel="KL to the reference (nats)")
@@ -270,7 +370,9 @@ def draw(path: str, points: list[Point]) -> None:
 
 
 def main(argv: list[str]) -> None:
-    config = parse(FrontierConfig, argv, "frontier.py", "Every objective: the judge's score against the KL.")
+    config = parse(
+        FrontierConfig, argv, "frontier.py", "Every objective: the judge's score against the KL."
+    )
     methods_of(config), budgets_of(config)
     if config.jobs < 1:
         raise ValueError(f"--jobs={config.jobs}: must be 1 or more")
@@ -282,9 +384,13 @@ def main(argv: list[str]) -> None:
     points = run_all(config, reference, tokenizer, files)
     checkpoint = checkpoints.load(reference)
     evaluation = Evaluation(
-        checkpoint, load_tokenizer(tokenizer, reference, checkpoint.model.args.vocab_size),
-        sorted({group.prompt for group in read_groups(ranked)}), config.eval_stories,
-        judge=make_judge(share_of(config, config.out_dir)), seed=config.seed, max_new_tokens=config.max_new_tokens,
+        checkpoint,
+        load_tokenizer(tokenizer, reference, checkpoint.model.args.vocab_size),
+        sorted({group.prompt for group in read_groups(ranked)}),
+        config.eval_stories,
+        judge=make_judge(share_of(config, config.out_dir)),
+        seed=config.seed,
+        max_new_tokens=config.max_new_tokens,
     )
     write_jsonl(os.path.join(config.out_dir, "table.jsonl"), table(config, points, evaluation))
     write_jsonl(os.path.join(config.out_dir, "points.jsonl"), (vars(point) for point in points))

@@ -47,7 +47,11 @@ STORIES260K = f"""
 @dataclass
 class GpuConfig:
     out: str = flag("out/gpu", "the folder of the results")
-    only: str = flag("", "one part", choices=["", "tests", "W4", "generation", "7B", "demo", "stories260K", "head"])
+    only: str = flag(
+        "",
+        "one part",
+        choices=["", "tests", "W4", "generation", "7B", "demo", "stories260K", "head"],
+    )
     minutes: float = flag(5.0, "when the whole call ends")
     tiny: bool = flag(False, "tiny shapes, also on a CPU: to see that the script works")
 
@@ -68,7 +72,11 @@ class Part:
 def parts(tiny: bool) -> list[Part]:
     small = " --tiny" if tiny else ""
     tests = f"cd {ROOT} && {'SPO_TEST_DEVICE=cpu ' if tiny else ''}{sys.executable} -m pytest -q -m gpu tests/test_gpu.py"
-    no_data = "" if os.environ.get("SPO_DATA") else "SPO_DATA names no folder with stories260K.bin and tok512.model"
+    no_data = (
+        ""
+        if os.environ.get("SPO_DATA")
+        else "SPO_DATA names no folder with stories260K.bin and tok512.model"
+    )
     return [
         Part("tests", tests, 100),
         Part("W4", f"{BENCH} --measure=W4{small}", 100),
@@ -95,8 +103,14 @@ def run_part(part: Part, seconds: float, log: str) -> dict:
         output.flush()
         begin = output.tell()
         environment = os.environ | {"SPO_FIGURES": os.path.abspath(log), "PYTHONUNBUFFERED": "1"}
-        process = subprocess.Popen(["bash", "-e", "-c", part.script], stdout=output, stderr=subprocess.STDOUT, cwd=folder,
-                                   env=environment, start_new_session=True)
+        process = subprocess.Popen(
+            ["bash", "-e", "-c", part.script],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            cwd=folder,
+            env=environment,
+            start_new_session=True,
+        )
         try:
             if process.wait(seconds):
                 status = f"failed with exit code {process.returncode}"
@@ -108,29 +122,57 @@ def run_part(part: Part, seconds: float, log: str) -> dict:
         f.seek(begin)
         lines = f.read().decode("utf-8", "replace").splitlines()
     figures = [json.loads(line) for line in lines if line.startswith('{"')]
-    last = next((line for line in reversed(lines) if line.strip() and not line.startswith('{"')), "")
-    return {"part": part.name, "status": status, "seconds": round(time.monotonic() - started, 1), "last line": last.strip()[:200],
-            "figures": figures}
+    last = next(
+        (line for line in reversed(lines) if line.strip() and not line.startswith('{"')), ""
+    )
+    return {
+        "part": part.name,
+        "status": status,
+        "seconds": round(time.monotonic() - started, 1),
+        "last line": last.strip()[:200],
+        "figures": figures,
+    }
 
 
 def rows_of(row: dict) -> list[tuple[str, ...]]:
     """A part's rows of the table: its status, then each figure."""
-    rows = [(row["part"], row["status"], row.get("reason") or f"{row['seconds']} s; {row['last line']}")]
+    rows = [
+        (row["part"], row["status"], row.get("reason") or f"{row['seconds']} s; {row['last line']}")
+    ]
     rate = None
     for figure in row.get("figures", []):
         what = figure.get("what", "")
         if "seconds" not in figure:
-            rows.append(("", what, figure.get("error") or ", ".join(f"{k} {v}" for k, v in figure.items() if k != "what")))
+            rows.append(
+                (
+                    "",
+                    what,
+                    figure.get("error")
+                    or ", ".join(f"{k} {v}" for k, v in figure.items() if k != "what"),
+                )
+            )
             continue
         seconds = sorted(figure["seconds"])[len(figure["seconds"]) // 2]
         if what.startswith("matmul"):
             rate = figure["flops"] / seconds
             rows.append(("", what, f"{rate / 1e12:.1f} TFLOP/s"))
             continue
-        values = [f"{seconds:.4f} s", f"{figure['tokens'] / seconds:,.0f} tokens/s", f"{figure['flops'] / seconds / rate:.0%} of matmul",
-                  f"{figure['peak_mb']:,.0f} MB"]
-        values += [f"planned {figure['planned_mb']:,.0f} MB, {figure['layers']} layers"] if "layers" in figure else []
-        values += [f"a refresh of the samples {figure['sampling']:.2f} s"] if figure.get("sampling") else []
+        values = [
+            f"{seconds:.4f} s",
+            f"{figure['tokens'] / seconds:,.0f} tokens/s",
+            f"{figure['flops'] / seconds / rate:.0%} of matmul",
+            f"{figure['peak_mb']:,.0f} MB",
+        ]
+        values += (
+            [f"planned {figure['planned_mb']:,.0f} MB, {figure['layers']} layers"]
+            if "layers" in figure
+            else []
+        )
+        values += (
+            [f"a refresh of the samples {figure['sampling']:.2f} s"]
+            if figure.get("sampling")
+            else []
+        )
         rows.append(("", what, ", ".join(values)))
     return rows
 
@@ -143,13 +185,23 @@ def versions() -> str:
 def main(argv: list[str]) -> None:
     config = parse(GpuConfig, argv, "gpu.sh", "Measure everything that a GPU has to show.")
     if not torch.cuda.is_available() and not config.tiny:
-        raise ValueError("there is no CUDA device here; --tiny runs the script itself at tiny shapes")
+        raise ValueError(
+            "there is no CUDA device here; --tiny runs the script itself at tiny shapes"
+        )
     os.makedirs(config.out, exist_ok=True)
     open(os.path.join(config.out, "output.log"), "w").close()
     deadline = time.monotonic() + 60 * config.minutes
     table = ["| part | | |", "|---|---|---|"]
     with open(os.path.join(config.out, "results.jsonl"), "w", encoding="utf-8") as results:
-        results.write(json.dumps({"machine": versions(), "command": shlex.join(["bash", "experiments/gpu.sh", *argv])}) + "\n")
+        results.write(
+            json.dumps(
+                {
+                    "machine": versions(),
+                    "command": shlex.join(["bash", "experiments/gpu.sh", *argv]),
+                }
+            )
+            + "\n"
+        )
         for part in parts(config.tiny):
             if config.only in ("", part.name):
                 left = min(part.seconds, deadline - time.monotonic())
@@ -157,7 +209,7 @@ def main(argv: list[str]) -> None:
                 results.write(json.dumps(row) + "\n")
                 results.flush()
                 table += ["| " + " | ".join(cells) + " |" for cells in rows_of(row)]
-                print("\n".join(table[-len(rows_of(row)):]), flush=True)
+                print("\n".join(table[-len(rows_of(row)) :]), flush=True)
     with open(os.path.join(config.out, "table.md"), "w", encoding="utf-8") as f:
         f.write(f"{versions()}\n\n" + "\n".join(table) + "\n")
 

@@ -42,11 +42,19 @@ class Data:
 def preference_data(n: int, ranked: bool, seed: int, even: bool = False) -> Data:
     """Every n of the five responses, ranked (all n! orders) or with their best named (n rows)."""
     subsets = list(itertools.combinations(range(len(REWARDS)), n))
-    measure = torch.rand(len(subsets), generator=torch.Generator().manual_seed(seed), dtype=torch.float64) ** 3 + 0.02
+    measure = (
+        torch.rand(len(subsets), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        ** 3
+        + 0.02
+    )
     measure = torch.ones_like(measure) if even else measure
     rows, probabilities = [], []
     for subset, weight in zip(subsets, measure / measure.sum()):
-        orders = itertools.permutations(subset) if ranked else [(b, *(i for i in subset if i != b)) for b in subset]
+        orders = (
+            itertools.permutations(subset)
+            if ranked
+            else [(b, *(i for i in subset if i != b)) for b in subset]
+        )
         for order in orders:
             stages = n - 1 if ranked else 1
             strengths = REWARDS[list(order)].exp()
@@ -67,11 +75,13 @@ def expected_loss(log_policy: Tensor, data: Data, loss: str, **settings) -> Tens
     return (data.probability * LOSSES[loss](logps, **settings)).sum()
 
 
-def descend(objective, learning_rate: float, steps: int = 20_000, tolerance: float = 1e-10) -> Tensor:
+def descend(
+    objective, learning_rate: float, steps: int = 20_000, tolerance: float = 1e-10
+) -> Tensor:
     """Plain gradient descent on five logits from zero, until the gradient is below tolerance -> log-probs (5,)."""
     logits = torch.zeros(len(REWARDS), dtype=torch.float64, requires_grad=True)
     for _ in range(steps):
-        gradient, = torch.autograd.grad(objective(torch.log_softmax(logits, 0)), logits)
+        (gradient,) = torch.autograd.grad(objective(torch.log_softmax(logits, 0)), logits)
         if gradient.abs().max() < tolerance:
             break
         with torch.no_grad():
@@ -92,22 +102,29 @@ def kl_to_reference(log_policy: Tensor) -> Tensor:
 
 CASES = [  # theorem, loss, responses, settings
     ("1", "spo_basic", 2, {}),
-    ("2", "spo", 2, {"gamma": 1.0}), ("2", "spo", 2, {"gamma": 0.01}),
-    ("3", "spo_bon", 4, {"gamma": 0.0}), ("3", "spo_bon", 4, {"gamma": 1.0}),
-    ("4", "spo_rank", 3, {"gamma": 0.0, "eta": 1.0}), ("4", "spo_rank", 3, {"gamma": 1.0, "eta": 0.5}),
+    ("2", "spo", 2, {"gamma": 1.0}),
+    ("2", "spo", 2, {"gamma": 0.01}),
+    ("3", "spo_bon", 4, {"gamma": 0.0}),
+    ("3", "spo_bon", 4, {"gamma": 1.0}),
+    ("4", "spo_rank", 3, {"gamma": 0.0, "eta": 1.0}),
+    ("4", "spo_rank", 3, {"gamma": 1.0, "eta": 0.5}),
 ]
 
 
 def fixed_points(seed: int) -> list[tuple[str, float, float, float]]:
     """(label, alpha, largest error, entropy) of every case; prints the table."""
     found = []
-    print("gradient descent on losses.py against softmax(r / alpha): largest |difference of a probability|\n")
+    print(
+        "gradient descent on losses.py against softmax(r / alpha): largest |difference of a probability|\n"
+    )
     print("theorem  loss                              alpha 0.5  alpha 1.0  alpha 2.0")
     for theorem, loss, n, settings in CASES:
         data = preference_data(n, loss in ("spo_rank",), seed)
         errors = []
         for alpha in (0.5, 1.0, 2.0):
-            log_policy = descend(lambda p: expected_loss(p, data, loss, alpha=alpha, **settings), 4 / alpha)
+            log_policy = descend(
+                lambda p: expected_loss(p, data, loss, alpha=alpha, **settings), 4 / alpha
+            )
             errors.append(float((log_policy.exp() - torch.softmax(REWARDS / alpha, 0)).abs().max()))
             found.append((loss, alpha, errors[-1], entropy(log_policy)))
         label = f"{loss} n={n} " + " ".join(f"{k}={v:g}" for k, v in settings.items())
@@ -123,7 +140,10 @@ def softness(seed: int) -> list[tuple[float, float, float]]:
     for beta in (2.0, 1.0, 0.5, 0.25, 0.1, 0.05, 0.02):
         dpo = descend(lambda p: expected_loss(p, data, "dpo", beta=beta), 4 / beta**2)
         theory = torch.log_softmax(REFERENCE + REWARDS / beta, 0)
-        spo = descend(lambda p: expected_loss(p, data, "spo_basic", alpha=1.0) + beta * kl_to_reference(p), 1.0)
+        spo = descend(
+            lambda p: expected_loss(p, data, "spo_basic", alpha=1.0) + beta * kl_to_reference(p),
+            1.0,
+        )
         results.append((beta, entropy(dpo), entropy(spo)))
         print(f"{beta:<8g}{entropy(dpo):11.4f}  ({entropy(theory):6.4f})  {entropy(spo):21.4f}")
     limit = entropy(torch.log_softmax(REWARDS, 0))
@@ -133,18 +153,28 @@ def softness(seed: int) -> list[tuple[float, float, float]]:
 
 def without_softness(seed: int) -> None:
     """alpha = 0 with uneven sampling: what Theorem 1 leaves out."""
-    print("\nalpha = 0 (Eq. 10): -1/2 sum_y c(y) log pi(y), c = how often y wins less how often it loses\n")
+    print(
+        "\nalpha = 0 (Eq. 10): -1/2 sum_y c(y) log pi(y), c = how often y wins less how often it loses\n"
+    )
     for name, even in (("even", True), ("uneven", False)):
         data = preference_data(2, True, seed, even)
         count = torch.zeros(len(REWARDS), dtype=torch.float64)
-        count.index_add_(0, data.rows[:, 0], data.probability).index_add_(0, data.rows[:, 1], -data.probability)
-        end = descend(lambda p: expected_loss(p, data, "spo_basic", alpha=0.0), 10.0, steps=2000).exp()
+        count.index_add_(0, data.rows[:, 0], data.probability).index_add_(
+            0, data.rows[:, 1], -data.probability
+        )
+        end = descend(
+            lambda p: expected_loss(p, data, "spo_basic", alpha=0.0), 10.0, steps=2000
+        ).exp()
         soft = descend(lambda p: expected_loss(p, data, "spo_basic", alpha=0.02), 200.0).exp()
-        print(f"{name + ' sampling:':<17} c = {[round(float(c), 3) for c in count]}; mass on response "
-              f"{int(end.argmax())} ({float(end.max()):.4f}), best by c: {int(count.argmax())}, best by r: "
-              f"{int(REWARDS.argmax())}; alpha 0.02 ends on {int(soft.argmax())}")
-    print("Nothing is minimised there: the logits move along c for ever. With uneven sampling, what is compared often\n"
-          "counts like what is good; a small alpha on few steps behaves alike.")
+        print(
+            f"{name + ' sampling:':<17} c = {[round(float(c), 3) for c in count]}; mass on response "
+            f"{int(end.argmax())} ({float(end.max()):.4f}), best by c: {int(count.argmax())}, best by r: "
+            f"{int(REWARDS.argmax())}; alpha 0.02 ends on {int(soft.argmax())}"
+        )
+    print(
+        "Nothing is minimised there: the logits move along c for ever. With uneven sampling, what is compared often\n"
+        "counts like what is good; a small alpha on few steps behaves alike."
+    )
 
 
 def draw(path: str, found, soft) -> None:
@@ -157,17 +187,31 @@ def draw(path: str, found, soft) -> None:
     alphas = torch.linspace(0.3, 2.4, 100)
     theory = [entropy(torch.log_softmax(REWARDS / a, 0)) for a in alphas.double()]
     left.plot(alphas, theory, color="0.6", label="softmax(r / alpha), the theorems")
-    for loss, marker, size in (("spo_basic", "s", 10), ("spo", "o", 7), ("spo_bon", "^", 6), ("spo_rank", "x", 5)):
+    for loss, marker, size in (
+        ("spo_basic", "s", 10),
+        ("spo", "o", 7),
+        ("spo_bon", "^", 6),
+        ("spo_rank", "x", 5),
+    ):
         points = [(a, h) for name, a, _, h in found if name == loss]
         left.plot(*zip(*points), marker, label=loss, markersize=size, fillstyle="none")
-    left.set(xlabel="alpha", ylabel="entropy of the fixed point (nats)", title="Theorems 1-4: alpha sets the softness")
+    left.set(
+        xlabel="alpha",
+        ylabel="entropy of the fixed point (nats)",
+        title="Theorems 1-4: alpha sets the softness",
+    )
     left.legend()
     betas = [b for b, _, _ in soft]
     right.semilogx(betas, [d for _, d, _ in soft], "o-", color="tab:red", label="DPO")
     right.semilogx(betas, [s for _, _, s in soft], "s-", color="tab:blue", label="SPO, alpha = 1")
-    right.axhline(entropy(torch.log_softmax(REWARDS, 0)), color="0.6", linestyle="--", label="softmax(r)")
-    right.set(xlabel="beta, the strength of the reference", ylabel="entropy of the fixed point (nats)",
-              title="Without a reference: DPO hardens, SPO does not")
+    right.axhline(
+        entropy(torch.log_softmax(REWARDS, 0)), color="0.6", linestyle="--", label="softmax(r)"
+    )
+    right.set(
+        xlabel="beta, the strength of the reference",
+        ylabel="entropy of the fixed point (nats)",
+        title="Without a reference: DPO hardens, SPO does not",
+    )
     right.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=110)

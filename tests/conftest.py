@@ -15,5 +15,7 @@ def spo_data():
     """The folder of real inputs: stories260K.bin, its tokenizer, TinyStories text."""
     folder = os.environ.get("SPO_DATA")
     if not folder:
-        pytest.skip("SPO_DATA is unset: it names a folder with stories260K.bin, tok512.model and others")
+        pytest.skip(
+            "SPO_DATA is unset: it names a folder with stories260K.bin, tok512.model and others"
+        )
     return folder

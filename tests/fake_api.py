@@ -1,6 +1,6 @@
 """An OpenAI-compatible chat server on localhost that ranks honestly, by the offline judge, and misbehaves on demand.
 
-    python tests/fake_api.py --port=8000 --faults=0.1      # then --judge=fake --base_url=http://localhost:8000/v1
+python tests/fake_api.py --port=8000 --faults=0.1      # then --judge=fake --base_url=http://localhost:8000/v1
 """
 
 import argparse
@@ -23,8 +23,31 @@ import offline_judge  # noqa: E402
 from judge import digest, ordinal  # noqa: E402
 
 REFUSED = ["429", "429 seconds", "429 date", "503", "408", "409"]
-LOST = ["500", "504", "stall", "dribble", "reset before", "reset after", "cut body", "cut json", "web page"]
-UNUSABLE = ["empty", "null", "no choices", "kelvin", "refusal", "length", "filter", "twice", "too few", "no conclusion", "other fence", "choice of two"]
+LOST = [
+    "500",
+    "504",
+    "stall",
+    "dribble",
+    "reset before",
+    "reset after",
+    "cut body",
+    "cut json",
+    "web page",
+]
+UNUSABLE = [
+    "empty",
+    "null",
+    "no choices",
+    "kelvin",
+    "refusal",
+    "length",
+    "filter",
+    "twice",
+    "too few",
+    "no conclusion",
+    "other fence",
+    "choice of two",
+]
 FINE = ["prose", "quotes", "markdown", "parts"]
 STOPS = ["400", "401", "402", "403", "404", "302", "quota"]
 
@@ -32,7 +55,9 @@ STOPS = ["400", "401", "402", "403", "404", "302", "quota"]
 def stories_of(prompt: str) -> tuple[list[str], str]:
     """What a reader of the prompt takes for its stories, and the fence."""
     fence = re.findall(r"<conclusion ([0-9a-f]{8})>", prompt)[-1]
-    return re.findall(rf"<story [A-Z] {fence}>\n(.*?)\n</story [A-Z] {fence}>", prompt, re.DOTALL), fence
+    return re.findall(
+        rf"<story [A-Z] {fence}>\n(.*?)\n</story [A-Z] {fence}>", prompt, re.DOTALL
+    ), fence
 
 
 def conclusion(ranking: list[int], fence: str) -> str:
@@ -46,7 +71,9 @@ class LocalServer(ThreadingHTTPServer):
     daemon_threads, request_queue_size = True, 128
 
     def __enter__(self):
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        threading.Thread(
+            target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+        ).start()
         return self
 
     def __exit__(self, *_):
@@ -63,11 +90,23 @@ class FakeApi(LocalServer):
     A question never gets two unusable replies, and never four failures one after the other: it can be answered.
     """
 
-    def __init__(self, faults=(), port: int = 0, score=offline_judge.score, stall: float = 30.0, patience: bool = True):
+    def __init__(
+        self,
+        faults=(),
+        port: int = 0,
+        score=offline_judge.score,
+        stall: float = 30.0,
+        patience: bool = True,
+    ):
         super().__init__(("127.0.0.1", port), Handler)
         self.faults, self.score, self.stall, self.patience = iter(faults), score, stall, patience
         self.lock = threading.Lock()
-        self.asked, self.unusable, self.failures, self.done = Counter(), Counter(), Counter(), Counter()
+        self.asked, self.unusable, self.failures, self.done = (
+            Counter(),
+            Counter(),
+            Counter(),
+            Counter(),
+        )
         self.headers: list[str] = []
         self.usage = None  # instead of what a request took
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
@@ -94,13 +133,23 @@ class FakeApi(LocalServer):
         thoughts = "Story A opens well. Story B is plain.\n\n"
         return {
             "": (thoughts + right, "stop"),
-            "prose": (f"{thoughts}1st: B, I thought at first.\n\n{right}\n\nI hope that this helps.", "stop"),
+            "prose": (
+                f"{thoughts}1st: B, I thought at first.\n\n{right}\n\nI hope that this helps.",
+                "stop",
+            ),
             "quotes": ("\n\n".join(f"It says: {s}" for s in stories) + "\n\n" + right, "stop"),
             "markdown": (thoughts + re.sub(r"(\w+): (\w)\n", r"**\1: \2**\n", right), "stop"),
             "kelvin": (thoughts + right.replace("1st: ", "1st: \u212a or "), "stop"),
-            "parts": ([{"type": "text", "text": thoughts}, {"type": "text", "text": right}], "stop"),
-            "empty": ("", "stop"), "no choices": ("", "stop"), "null": (None, "stop"), "refusal": ("I cannot rank these stories.", "stop"),
-            "length": (thoughts + right, "length"), "filter": (None, "content_filter"),
+            "parts": (
+                [{"type": "text", "text": thoughts}, {"type": "text", "text": right}],
+                "stop",
+            ),
+            "empty": ("", "stop"),
+            "no choices": ("", "stop"),
+            "null": (None, "stop"),
+            "refusal": ("I cannot rank these stories.", "stop"),
+            "length": (thoughts + right, "length"),
+            "filter": (None, "content_filter"),
             "twice": (thoughts + conclusion([*ranking[:-1], ranking[0]], fence), "stop"),
             "too few": (thoughts + conclusion(ranking[:-1], fence), "stop"),
             "no conclusion": (thoughts + "The best is A, the worst is B.", "stop"),
@@ -116,7 +165,9 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
-    def send(self, status: int, body: str, headers: dict | None = None, length: int | None = None) -> None:
+    def send(
+        self, status: int, body: str, headers: dict | None = None, length: int | None = None
+    ) -> None:
         content = body.encode()
         self.send_response(status)
         for name, value in ({"Content-Type": "application/json"} | (headers or {})).items():
@@ -126,7 +177,9 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def reset(self) -> None:
-        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # RST, not FIN
+        self.connection.setsockopt(
+            socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+        )  # RST, not FIN
         self.close_connection = True
         self.connection.close()
 
@@ -143,22 +196,42 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(server.stall)
             return self.reset()
         if fault.startswith("429"):
-            after = {"429 seconds": "1", "429 date": email.utils.formatdate(time.time() + 1, usegmt=True)}.get(fault)
-            return self.send(429, json.dumps({"error": {"message": f"slow down, {authorization}"}}),
-                             {"Retry-After": after} if after else {})
+            after = {
+                "429 seconds": "1",
+                "429 date": email.utils.formatdate(time.time() + 1, usegmt=True),
+            }.get(fault)
+            return self.send(
+                429,
+                json.dumps({"error": {"message": f"slow down, {authorization}"}}),
+                {"Retry-After": after} if after else {},
+            )
         if fault == "quota":
             return self.send(429, json.dumps({"error": {"code": "insufficient_quota"}}))
         if fault == "302":
             return self.send(302, "", {"Location": "http://127.0.0.1:1/elsewhere"})
         if fault.isdigit():
-            return self.send(int(fault), json.dumps({"error": {"message": f"bad key: {authorization}"}}))
+            return self.send(
+                int(fault), json.dumps({"error": {"message": f"bad key: {authorization}"}})
+            )
         if fault == "web page":
             return self.send(200, "<html>Please log in</html>")
         broken = fault in LOST
         content, reason = server.reply("" if broken else fault, stories, fence)
         usage = server.usage or {"prompt_tokens": 100 * len(stories), "completion_tokens": 200}
-        answer = json.dumps({"model": f"{request['model']}-2026-01-01", "usage": usage, "object": "chat.completion", "choices": [
-            {"index": 0, "finish_reason": reason, "message": {"role": "assistant", "content": content}}]})
+        answer = json.dumps(
+            {
+                "model": f"{request['model']}-2026-01-01",
+                "usage": usage,
+                "object": "chat.completion",
+                "choices": [
+                    {
+                        "index": 0,
+                        "finish_reason": reason,
+                        "message": {"role": "assistant", "content": content},
+                    }
+                ],
+            }
+        )
         if fault == "reset after":
             return self.reset()
         if fault == "no choices":
@@ -180,10 +253,14 @@ class Handler(BaseHTTPRequestHandler):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--faults", type=float, default=0.0, help="the share of requests that something happens to")
+    parser.add_argument(
+        "--faults", type=float, default=0.0, help="the share of requests that something happens to"
+    )
     given, rng = parser.parse_args(), random.Random(0)
     all_faults = REFUSED + LOST + UNUSABLE + FINE
-    faults = (rng.choice(all_faults) if rng.random() < given.faults else "" for _ in itertools.count())
+    faults = (
+        rng.choice(all_faults) if rng.random() < given.faults else "" for _ in itertools.count()
+    )
     with FakeApi(faults, port=given.port, stall=5.0) as api:
         print(f"--judge=fake --base_url={api.url}", flush=True)
         threading.Event().wait()

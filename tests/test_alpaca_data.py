@@ -25,56 +25,111 @@ def read(path) -> list[dict]:
 
 
 def test_prompts_are_alpacas_to_the_letter():
-    assert alpaca_data.prompt_of("Say {hi}.", "") == f"{HEAD}### Instruction:\nSay {{hi}}.\n\n### Response:"
+    assert (
+        alpaca_data.prompt_of("Say {hi}.", "")
+        == f"{HEAD}### Instruction:\nSay {{hi}}.\n\n### Response:"
+    )
     with_input = alpaca_data.prompt_of("Sum {input}.", "1, {instruction}")
-    assert with_input.startswith("Below is an instruction that describes a task, paired with an input that provides further")
-    assert with_input.endswith("### Instruction:\nSum {input}.\n\n### Input:\n1, {instruction}\n\n### Response:")
+    assert with_input.startswith(
+        "Below is an instruction that describes a task, paired with an input that provides further"
+    )
+    assert with_input.endswith(
+        "### Instruction:\nSum {input}.\n\n### Input:\n1, {instruction}\n\n### Response:"
+    )
 
 
 def test_preferences_become_pairs_with_only_the_response_scored(tmp_path, tokenizer, capsys):  # noqa: F811
     def record(preference, one="First.", two="Second.", given=""):
-        return {"instruction": "Pick.", "input": given, "output_1": one, "output_2": two, "preference": preference}
+        return {
+            "instruction": "Pick.",
+            "input": given,
+            "output_1": one,
+            "output_2": two,
+            "preference": preference,
+        }
 
-    path = dump(tmp_path / "p.json", [record(1), record(2, given="x"), record(0), record(1.5), record(1, "a", "a "), record(2, "", "b")])
+    path = dump(
+        tmp_path / "p.json",
+        [
+            record(1),
+            record(2, given="x"),
+            record(0),
+            record(1.5),
+            record(1, "a", "a "),
+            record(2, "", "b"),
+        ],
+    )
     out = tmp_path / "pairs.jsonl"
     alpaca_data.main(["preferences", f"--data={path}", f"--out={out}"])
     printed = capsys.readouterr().out
-    assert "2 records" in printed and "2 left out: no side preferred" in printed and "1 left out: an empty output" in printed
+    assert (
+        "2 records" in printed
+        and "2 left out: no side preferred" in printed
+        and "1 left out: an empty output" in printed
+    )
     pairs = read(out)
-    assert [(p["chosen"], p["rejected"]) for p in pairs] == [("First.", "Second."), ("Second.", "First.")]
+    assert [(p["chosen"], p["rejected"]) for p in pairs] == [
+        ("First.", "Second."),
+        ("Second.", "First."),
+    ]
     groups = read_groups(str(out))
     require(groups, "pair", str(out), "dpo")
     (first, _), drops = encode_groups(groups, tokenizer, 2, 2048)
-    assert tokenizer.decode(first.prompt + first.responses[0]) == f"{HEAD}### Instruction:\nPick.\n\n### Response:First."
+    assert (
+        tokenizer.decode(first.prompt + first.responses[0])
+        == f"{HEAD}### Instruction:\nPick.\n\n### Response:First."
+    )
     assert first.responses[0][-1] == 2 and not drops
 
 
 def test_sft_and_instructions(tmp_path):
     path = dump(tmp_path / "s.json", [{"instruction": "Say hi.", "output": "Hi!"}])
     alpaca_data.main(["sft", f"--data={path}", f"--out={tmp_path / 's.jsonl'}"])
-    assert read(tmp_path / "s.jsonl") == [{"prompt": f"{HEAD}### Instruction:\nSay hi.\n\n### Response:", "responses": ["Hi!"]}]
-    path = dump(tmp_path / "e.json", [{"instruction": "Say hi.", "dataset": "koala", "output": "theirs"}])
+    assert read(tmp_path / "s.jsonl") == [
+        {"prompt": f"{HEAD}### Instruction:\nSay hi.\n\n### Response:", "responses": ["Hi!"]}
+    ]
+    path = dump(
+        tmp_path / "e.json", [{"instruction": "Say hi.", "dataset": "koala", "output": "theirs"}]
+    )
     alpaca_data.main(["instructions", f"--data={path}", f"--out={tmp_path / 'e.jsonl'}"])
     (record,) = read(tmp_path / "e.jsonl")
-    assert (record["instruction"], record["dataset"]) == ("Say hi.", "koala") and "output" not in record
+    assert (record["instruction"], record["dataset"]) == (
+        "Say hi.",
+        "koala",
+    ) and "output" not in record
 
 
-@pytest.mark.parametrize("content,message", [
-    ("[]", "not a list of records"), ("{", "not JSON"), ('[{"instruction": "a"}]', 'record 0: no "output_1"'),
-    ('[{"instruction": "a", "output_1": "b", "output_2": "c", "preference": "1"}]', "record 0: \"preference\" is '1'"),
-    ('[{"instruction": "\\ud800", "output_1": "b", "output_2": "c", "preference": 1}]', 'record 0: no "instruction"'),
-])
+@pytest.mark.parametrize(
+    "content,message",
+    [
+        ("[]", "not a list of records"),
+        ("{", "not JSON"),
+        ('[{"instruction": "a"}]', 'record 0: no "output_1"'),
+        (
+            '[{"instruction": "a", "output_1": "b", "output_2": "c", "preference": "1"}]',
+            "record 0: \"preference\" is '1'",
+        ),
+        (
+            '[{"instruction": "\\ud800", "output_1": "b", "output_2": "c", "preference": 1}]',
+            'record 0: no "instruction"',
+        ),
+    ],
+)
 def test_a_malformed_file_is_named(tmp_path, content, message):
     (tmp_path / "p.json").write_text(content)
     with pytest.raises(ValueError, match="p.json") as error:
-        alpaca_data.main(["preferences", f"--data={tmp_path / 'p.json'}", f"--out={tmp_path / 'o.jsonl'}"])
+        alpaca_data.main(
+            ["preferences", f"--data={tmp_path / 'p.json'}", f"--out={tmp_path / 'o.jsonl'}"]
+        )
     assert message in str(error.value) and not (tmp_path / "o.jsonl").exists()
 
 
 def test_the_files_come_from_the_hub(tmp_path):
     with FakeHub() as hub:
         alpaca_data.main(["download", f"--hub_url={hub.url}", f"--data_dir={tmp_path / 'd'}"])
-        assert [path for path, *_ in hub.asked] == [f"/datasets/{place}" for place in alpaca_data.FILES.values()]
+        assert [path for path, *_ in hub.asked] == [
+            f"/datasets/{place}" for place in alpaca_data.FILES.values()
+        ]
 
 
 # --- TRL's files ---------------------------------------------------------------------------------
@@ -87,24 +142,63 @@ def say(role: str, content: str) -> dict:
 def test_trls_files_are_read_as_they_are(tmp_path):
     good, bad = say("assistant", "Good."), say("assistant", "Bad.")
     path = write(
-        tmp_path / "d.jsonl", {"prompt": "Q:", "chosen": " a", "rejected": " b"},
+        tmp_path / "d.jsonl",
+        {"prompt": "Q:", "chosen": " a", "rejected": " b"},
         {"prompt": [say("user", "Hi")], "chosen": [good], "rejected": [bad]},
-        {"chosen": [say("system", "Be kind."), say("user", "Hi"), good], "rejected": [say("system", "Be kind."), say("user", "Hi"), bad]},
+        {
+            "chosen": [say("system", "Be kind."), say("user", "Hi"), good],
+            "rejected": [say("system", "Be kind."), say("user", "Hi"), bad],
+        },
     )
     texts = [(group.prompt, *group.responses) for group in read_groups(path)]
-    assert texts == [("Q:", " a", " b"), ("[INST] Hi [/INST]", " Good.", " Bad."),
-                     ("[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nHi [/INST]", " Good.", " Bad.")]
+    assert texts == [
+        ("Q:", " a", " b"),
+        ("[INST] Hi [/INST]", " Good.", " Bad."),
+        ("[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nHi [/INST]", " Good.", " Bad."),
+    ]
 
 
-@pytest.mark.parametrize("record,message", [
-    ({"prompt": "Hi", "chosen": [say("assistant", "a")], "rejected": [say("assistant", "b")]}, "messages and texts are mixed"),
-    ({"prompt": [say("user", "Hi")], "chosen": [say("assistant", "a")], "rejected": "b"}, "messages and texts are mixed"),
-    ({"chosen": [say("user", "a"), say("assistant", "b")], "rejected": [say("user", "c"), say("assistant", "b")]}, "are different before"),
-    ({"prompt": [say("user", "1"), say("assistant", "2"), say("user", "3")], "chosen": [say("assistant", "a")],
-      "rejected": [say("assistant", "b")]}, "only one turn is read"),
-    ({"prompt": [{"role": "user"}], "chosen": [say("assistant", "a")], "rejected": [say("assistant", "b")]}, 'no "content"'),
-    ({"prompt": [], "chosen": [], "rejected": []}, "messages and texts are mixed"),
-])
+@pytest.mark.parametrize(
+    "record,message",
+    [
+        (
+            {
+                "prompt": "Hi",
+                "chosen": [say("assistant", "a")],
+                "rejected": [say("assistant", "b")],
+            },
+            "messages and texts are mixed",
+        ),
+        (
+            {"prompt": [say("user", "Hi")], "chosen": [say("assistant", "a")], "rejected": "b"},
+            "messages and texts are mixed",
+        ),
+        (
+            {
+                "chosen": [say("user", "a"), say("assistant", "b")],
+                "rejected": [say("user", "c"), say("assistant", "b")],
+            },
+            "are different before",
+        ),
+        (
+            {
+                "prompt": [say("user", "1"), say("assistant", "2"), say("user", "3")],
+                "chosen": [say("assistant", "a")],
+                "rejected": [say("assistant", "b")],
+            },
+            "only one turn is read",
+        ),
+        (
+            {
+                "prompt": [{"role": "user"}],
+                "chosen": [say("assistant", "a")],
+                "rejected": [say("assistant", "b")],
+            },
+            'no "content"',
+        ),
+        ({"prompt": [], "chosen": [], "rejected": []}, "messages and texts are mixed"),
+    ],
+)
 def test_conversations_that_are_not_one_turn_are_refused_by_line(tmp_path, record, message):
     with pytest.raises(ValueError, match="d.jsonl line 1: ") as error:
         read_groups(write(tmp_path / "d.jsonl", record))
@@ -115,16 +209,42 @@ def test_conversations_that_are_not_one_turn_are_refused_by_line(tmp_path, recor
 
 
 def test_answers_are_written_as_alpaca_eval_reads_them(tmp_path, tokenizer, monkeypatch):  # noqa: F811
-    save_pt(str(tmp_path / "m.pt"), Checkpoint(tiny(vocab_size=512, max_seq_len=256), {"eos_id": 2}))
-    prompts = write(tmp_path / "prompts.jsonl", *(
-        {"prompt": alpaca_data.prompt_of(f"Say {i}.", ""), "instruction": f"Say {i}.", "dataset": "koala"} for i in range(5)))
-    common = [f"--checkpoint={tmp_path / 'm.pt'}", f"--tokenizer={tokenizer.path}", f"--prompts={prompts}", "--max_new_tokens=8"]
+    save_pt(
+        str(tmp_path / "m.pt"), Checkpoint(tiny(vocab_size=512, max_seq_len=256), {"eos_id": 2})
+    )
+    prompts = write(
+        tmp_path / "prompts.jsonl",
+        *(
+            {
+                "prompt": alpaca_data.prompt_of(f"Say {i}.", ""),
+                "instruction": f"Say {i}.",
+                "dataset": "koala",
+            }
+            for i in range(5)
+        ),
+    )
+    common = [
+        f"--checkpoint={tmp_path / 'm.pt'}",
+        f"--tokenizer={tokenizer.path}",
+        f"--prompts={prompts}",
+        "--max_new_tokens=8",
+    ]
     sample.main([*common, f"--out={tmp_path / 'a.json'}", "--batch_size=2"])
     sample.main([*common, f"--out={tmp_path / 'b.json'}"])
     answers = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
-    assert answers == json.loads((tmp_path / "b.json").read_text(encoding="utf-8")) and len(answers) == 5
-    assert set(answers[0]) == {"instruction", "output", "generator", "dataset"} and answers[4]["instruction"] == "Say 4."
+    assert (
+        answers == json.loads((tmp_path / "b.json").read_text(encoding="utf-8"))
+        and len(answers) == 5
+    )
+    assert (
+        set(answers[0]) == {"instruction", "output", "generator", "dataset"}
+        and answers[4]["instruction"] == "Say 4."
+    )
     assert "### Response" not in answers[0]["output"]
-    for wrong in (["--out=x.json"], [f"--prompts={prompts}"], [f"--prompts={prompts}", "--prompt=a", "--out=x.json"]):
+    for wrong in (
+        ["--out=x.json"],
+        [f"--prompts={prompts}"],
+        [f"--prompts={prompts}", "--prompt=a", "--out=x.json"],
+    ):
         with pytest.raises(ValueError):
             sample.main([*common[:2], *wrong])

@@ -17,20 +17,37 @@ from model import Transformer  # noqa: E402
 def test_the_products_of_a_token_are_the_matrices_of_the_model():
     for shape in bench.SHAPES:
         with torch.device("meta"):
-            matrices = sum(p.numel() for p in Transformer(bench.shape_of(shape)).parameters() if p.dim() == 2)
+            matrices = sum(
+                p.numel() for p in Transformer(bench.shape_of(shape)).parameters() if p.dim() == 2
+            )
         assert bench.products(shape) == matrices  # tied: the embedding is the classifier, once
 
 
 def test_a_measurement_is_a_line_of_json(capsys):
-    done = subprocess.run([sys.executable, os.path.join(ROOT, "experiments", "bench.py"), "--measure=W3/260K", "--tiny"],
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            os.path.join(ROOT, "experiments", "bench.py"),
+            "--measure=W3/260K",
+            "--tiny",
+        ],
+        capture_output=True,
+        text=True,
+    )
     result = json.loads(done.stdout)
-    assert result["tokens"] == 32 * 256 and len(result["seconds"]) == 3 and min(result["seconds"]) > 0
+    assert (
+        result["tokens"] == 32 * 256 and len(result["seconds"]) == 3 and min(result["seconds"]) > 0
+    )
 
 
 def test_the_table_compares_with_the_first_of_a_workload(monkeypatch, capsys):
     def pretend(workload, what):
-        return {"seconds": [2.0 if what.startswith("TRL") else 1.0], "tokens": 100, "flops": 10**9, "peak_mb": 5.0}
+        return {
+            "seconds": [2.0 if what.startswith("TRL") else 1.0],
+            "tokens": 100,
+            "flops": 10**9,
+            "peak_mb": 5.0,
+        }
 
     monkeypatch.setattr(bench, "measured", pretend)
     monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: True)

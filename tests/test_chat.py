@@ -50,10 +50,17 @@ def honest(group: list[str]) -> list[int]:
 def flags(tmp_path, monkeypatch):
     """Flags for a fake API, quick to try again; the journal is in tmp_path."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr("chat.random.uniform", lambda low, high: 0.01)  # the back-off's jitter: hundredths of it
+    monkeypatch.setattr(
+        "chat.random.uniform", lambda low, high: 0.01
+    )  # the back-off's jitter: hundredths of it
 
     def make(api, **others) -> JudgeFlags:
-        settings = {"judge": "fake", "base_url": api.url, "journal": str(tmp_path / "journal.jsonl"), "judge_timeout": 1.0}
+        settings = {
+            "judge": "fake",
+            "base_url": api.url,
+            "journal": str(tmp_path / "journal.jsonl"),
+            "judge_timeout": 1.0,
+        }
         return JudgeFlags(**settings | others)
 
     return make
@@ -93,12 +100,17 @@ def campaign(flags, count: int, faults: int) -> None:
     assert len(journal.replies) == 2 * count  # none lost
     for key, replies in journal.replies.items():
         usable = [judge_reply(judge, r) for r in replies]
-        assert [u is not None for u in usable] == [False] * (len(replies) - 1) + [True]  # none twice
+        assert [u is not None for u in usable] == [False] * (len(replies) - 1) + [
+            True
+        ]  # none twice
 
 
 def judge_reply(api_judge, reply):
-    return None if reply["finish_reason"] in ("length", "content_filter") else \
-        judge.parse_conclusion(reply["text"], 4, reply["fence"])
+    return (
+        None
+        if reply["finish_reason"] in ("length", "content_filter")
+        else judge.parse_conclusion(reply["text"], 4, reply["fence"])
+    )
 
 
 def test_a_hundred_faults_lose_and_double_no_label(flags):
@@ -113,26 +125,43 @@ def test_a_thousand_faults_lose_and_double_no_label(flags):
 def kill_campaign(tmp_path, kills: int, count: int) -> None:
     """The rank command, killed (-9) `kills` times at random moments, against the unbroken run."""
     stories = tmp_path / "stories.jsonl"
-    stories.write_text("".join(json.dumps({"prompt": "", "text": s}) + "\n" for s in make_stories(4 * count)))
+    stories.write_text(
+        "".join(json.dumps({"prompt": "", "text": s}) + "\n" for s in make_stories(4 * count))
+    )
     rng = random.Random(1)
     environment = os.environ | {"OPENAI_API_KEY": KEY, "OMP_NUM_THREADS": "1"}
     journal = tmp_path / "journal.jsonl"
 
     def command(api, name):
-        return [sys.executable, os.path.join(ROOT, "tinystories_data.py"), "rank", f"--stories={stories}",
-                f"--out={tmp_path / name}", "--judge=fake", f"--base_url={api.url}", "--workers=4",
-                f"--journal={tmp_path / ('journal.jsonl' if name == 'ranked.jsonl' else 'other.jsonl')}"]
+        return [
+            sys.executable,
+            os.path.join(ROOT, "tinystories_data.py"),
+            "rank",
+            f"--stories={stories}",
+            f"--out={tmp_path / name}",
+            "--judge=fake",
+            f"--base_url={api.url}",
+            "--workers=4",
+            f"--journal={tmp_path / ('journal.jsonl' if name == 'ranked.jsonl' else 'other.jsonl')}",
+        ]
 
     def slow(story):  # so that there is time to be killed in
         time.sleep(0.002)
         return quality(story)
 
     held: set[str] = set()
-    faults = [rng.choice([*[""] * 36, "429", "reset after", "twice", "cut json"]) for _ in range(20 * count)]
+    faults = [
+        rng.choice([*[""] * 36, "429", "reset after", "twice", "cut json"])
+        for _ in range(20 * count)
+    ]
     with FakeApi(faults, score=slow) as api:
         for _ in range(kills):
-            process = subprocess.Popen(command(api, "ranked.jsonl"), env=environment, stdout=subprocess.DEVNULL,
-                                       stderr=subprocess.DEVNULL)
+            process = subprocess.Popen(
+                command(api, "ranked.jsonl"),
+                env=environment,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
             target = sum(api.asked.values()) + rng.randrange(1, 2 * count // (kills + 1))
             while sum(api.asked.values()) < target and process.poll() is None:
                 time.sleep(0.002)
@@ -145,11 +174,15 @@ def kill_campaign(tmp_path, kills: int, count: int) -> None:
             held = usable_in(journal)
             for question in held:
                 api.asked[question] = 0  # from here on nobody may ask for it
-        result = subprocess.run(command(api, "ranked.jsonl"), env=environment, capture_output=True, text=True)
+        result = subprocess.run(
+            command(api, "ranked.jsonl"), env=environment, capture_output=True, text=True
+        )
         assert result.returncode == 0, result.stderr
         assert [question for question in held if api.asked[question]] == []
     with FakeApi(score=quality) as api:
-        unbroken = subprocess.run(command(api, "unbroken.jsonl"), env=environment, capture_output=True, text=True)
+        unbroken = subprocess.run(
+            command(api, "unbroken.jsonl"), env=environment, capture_output=True, text=True
+        )
         assert unbroken.returncode == 0, unbroken.stderr
     assert (tmp_path / "ranked.jsonl").read_bytes() == (tmp_path / "unbroken.jsonl").read_bytes()
     for text in (result.stdout, result.stderr, journal.read_text()):
@@ -178,11 +211,18 @@ def test_twenty_kills_lose_nothing_and_nothing_is_bought_twice(tmp_path):
 # --- what stops ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fault,message", [
-    ("401", "answered 401: the key in OPENAI_API_KEY is missing, wrong, or not allowed"), ("403", "answered 403: the key"),
-    ("400", "answered 400: it does not accept this request"), ("402", "quota is used up"), ("quota", "quota is used up"),
-    ("404", "answered 404: is --base_url right"), ("302", "answered 302: is --base_url right"),
-])
+@pytest.mark.parametrize(
+    "fault,message",
+    [
+        ("401", "answered 401: the key in OPENAI_API_KEY is missing, wrong, or not allowed"),
+        ("403", "answered 403: the key"),
+        ("400", "answered 400: it does not accept this request"),
+        ("402", "quota is used up"),
+        ("quota", "quota is used up"),
+        ("404", "answered 404: is --base_url right"),
+        ("302", "answered 302: is --base_url right"),
+    ],
+)
 def test_what_asking_again_cannot_help_stops_at_once(flags, fault, message):
     with FakeApi([fault] * 100, score=quality) as api:
         with pytest.raises(Stopped, match=message) as error:
@@ -196,19 +236,25 @@ def test_an_unusable_reply_is_asked_for_once_more_and_then_is_invalid(flags):
     groups = make_groups(1)
     with FakeApi(["twice", "empty"] * 2, score=quality, patience=False) as api:
         judge = ApiJudge(flags(api, workers=1))
-        assert not rank_in_both_orders(judge, groups, None)[0].valid and sum(api.asked.values()) == 4
+        assert (
+            not rank_in_both_orders(judge, groups, None)[0].valid and sum(api.asked.values()) == 4
+        )
         close(judge)
         judge, found = rankings(api, flags(api), groups)  # the journal knows that they are invalid
         assert found == [None] and sum(api.asked.values()) == 4
         close(judge)
-        judge, found = rankings(api, flags(api, judge_attempts=3), groups)  # and can be told to ask once more
+        judge, found = rankings(
+            api, flags(api, judge_attempts=3), groups
+        )  # and can be told to ask once more
         assert found == [honest(groups[0])] and sum(api.asked.values()) == 6
 
 
 def test_a_server_that_never_recovers_ends_the_run_with_what_was_answered(flags):
     with FakeApi(["", "", *["503"] * 100], score=quality, patience=False) as api:
         judge = ApiJudge(flags(api, workers=1, judge_retries=3))
-        with pytest.raises(ConnectionError, match="4 failures one after the other, the last: it answered 503"):
+        with pytest.raises(
+            ConnectionError, match="4 failures one after the other, the last: it answered 503"
+        ):
             rank_in_both_orders(judge, make_groups(4), None)
         assert sum(api.asked.values()) == 6 and len(judge.chat.journal.replies) == 2
 
@@ -274,20 +320,41 @@ def test_a_dry_run_asks_nothing_and_needs_no_key(flags, monkeypatch, tmp_path, c
     monkeypatch.setitem(sys.modules, "tiktoken", None)  # as if its table could not be fetched
     stories = tmp_path / "s.jsonl"
     stories.write_text("".join(json.dumps({"text": s}) + "\n" for s in make_stories(8)))
-    data.main(["rank", f"--stories={stories}", "--judge=gpt-4o", "--dry_run", f"--journal={tmp_path / 'j.jsonl'}",
-               "--usd_per_million_in=2.5", "--usd_per_million_out=10"])
+    data.main(
+        [
+            "rank",
+            f"--stories={stories}",
+            "--judge=gpt-4o",
+            "--dry_run",
+            f"--journal={tmp_path / 'j.jsonl'}",
+            "--usd_per_million_in=2.5",
+            "--usd_per_million_out=10",
+        ]
+    )
     printed = capsys.readouterr().out
     tokens = int(re.search(r"([\d,]+) prompt tokens \(bytes/4", printed)[1].replace(",", ""))
     assert "4 requests to ask" in printed and 4 * 300 < tokens < 4 * 800
-    assert f"up to 8,192 reply tokens; ${tokens * 2.5e-6 + 8192 * 10e-6:.2f} if every reply" in printed
+    assert (
+        f"up to 8,192 reply tokens; ${tokens * 2.5e-6 + 8192 * 10e-6:.2f} if every reply" in printed
+    )
     with pytest.raises(ValueError, match="OPENAI_API_KEY is not set"):
-        data.main(["rank", f"--stories={stories}", "--judge=gpt-4o", f"--journal={tmp_path / 'k.jsonl'}"])
+        data.main(
+            ["rank", f"--stories={stories}", "--judge=gpt-4o", f"--journal={tmp_path / 'k.jsonl'}"]
+        )
 
 
-@pytest.mark.parametrize("usage", [
-    {"prompt_tokens": 1, "completion_tokens": float("nan")}, {"prompt_tokens": 10**400, "completion_tokens": 1}, "free",
-    {"prompt_tokens": -10**6, "completion_tokens": 1}, {"prompt_tokens": True, "completion_tokens": 1}, [5], {"total_tokens": 5},
-])
+@pytest.mark.parametrize(
+    "usage",
+    [
+        {"prompt_tokens": 1, "completion_tokens": float("nan")},
+        {"prompt_tokens": 10**400, "completion_tokens": 1},
+        "free",
+        {"prompt_tokens": -(10**6), "completion_tokens": 1},
+        {"prompt_tokens": True, "completion_tokens": 1},
+        [5],
+        {"total_tokens": 5},
+    ],
+)
 def test_a_usage_that_is_not_believable_costs_the_bound(flags, usage):
     with FakeApi(score=quality) as api:
         api.usage = usage
@@ -314,16 +381,27 @@ def test_a_longer_limit_asks_for_cut_replies_again(flags):
         assert rank_in_both_orders(judge, groups, None)[0].ranking == honest(groups[0])
 
 
-@pytest.mark.parametrize("wrong,message", [
-    ({"base_url": "http://localhost:99999/v1"}, "--base_url"), ({"base_url": "http://localhost:abc/v1"}, "--base_url"),
-    ({"base_url": "https://host/v1?api-key=x"}, "--base_url"), ({"judge_temperature": float("inf")}, "--judge_temperature=inf"),
-    ({"judge_timeout": float("inf")}, "--judge_timeout=inf"), ({"judge_max_tokens": 10**400}, "--judge_max_tokens=1"),
-    ({"max_usd": float("nan")}, "--max_usd=nan"),
-    ({"workers": 0}, "--workers=0"), ({"judge_timeout": 0}, "--judge_timeout=0"), ({"judge_retries": -1}, "--judge_retries"),
-    ({"max_usd": 1.0}, "--max_usd: needs --usd_per_million_in"), ({"base_url": "localhost:8000"}, "--base_url"),
-    ({"base_url": "http://me:secret@host/v1"}, "--base_url"), ({"judge_attempts": 0}, "--judge_attempts=0"),
-    ({"prompt": "none.txt"}, "none.txt"), ({"judge_max_tokens": 0}, "--judge_max_tokens=0"),
-])
+@pytest.mark.parametrize(
+    "wrong,message",
+    [
+        ({"base_url": "http://localhost:99999/v1"}, "--base_url"),
+        ({"base_url": "http://localhost:abc/v1"}, "--base_url"),
+        ({"base_url": "https://host/v1?api-key=x"}, "--base_url"),
+        ({"judge_temperature": float("inf")}, "--judge_temperature=inf"),
+        ({"judge_timeout": float("inf")}, "--judge_timeout=inf"),
+        ({"judge_max_tokens": 10**400}, "--judge_max_tokens=1"),
+        ({"max_usd": float("nan")}, "--max_usd=nan"),
+        ({"workers": 0}, "--workers=0"),
+        ({"judge_timeout": 0}, "--judge_timeout=0"),
+        ({"judge_retries": -1}, "--judge_retries"),
+        ({"max_usd": 1.0}, "--max_usd: needs --usd_per_million_in"),
+        ({"base_url": "localhost:8000"}, "--base_url"),
+        ({"base_url": "http://me:secret@host/v1"}, "--base_url"),
+        ({"judge_attempts": 0}, "--judge_attempts=0"),
+        ({"prompt": "none.txt"}, "none.txt"),
+        ({"judge_max_tokens": 0}, "--judge_max_tokens=0"),
+    ],
+)
 def test_flags_that_cannot_work_are_named(tmp_path, wrong, message):
     with pytest.raises((ValueError, OSError), match=message):
         ApiJudge(JudgeFlags(**{"judge": "fake", "journal": str(tmp_path / "j.jsonl")} | wrong))
@@ -337,7 +415,14 @@ def test_a_journal_cut_anywhere_is_read_up_to_there(tmp_path):
     journal = Journal(path)
     for i in range(3):
         number = journal.ask(f"key {i}", 0.5)
-        journal.append({"id": number, "key": f"key {i}", "usd": 0.1, "reply": REPLY | {"text": f"caf\u00e9 {i}"}})
+        journal.append(
+            {
+                "id": number,
+                "key": f"key {i}",
+                "usd": 0.1,
+                "reply": REPLY | {"text": f"caf\u00e9 {i}"},
+            }
+        )
     journal.file.close()
     whole = (tmp_path / "j.jsonl").read_bytes()
     for cut in range(len(whole) + 1):
@@ -352,10 +437,19 @@ def test_a_journal_cut_anywhere_is_read_up_to_there(tmp_path):
         assert all(map(json.loads, lines))
 
 
-@pytest.mark.parametrize("content", [
-    '{"my": "only copy"}', "text", '{"text": "a"}\n', '{"id": 1, "asked": "k", "usd": -1000}\n', '{"id": 1, "asked": "k", "usd": NaN}\n',
-    '{"id": Infinity, "asked": "k", "usd": 0}\n', '{"id": 1, "key": "k", "usd": 0, "reply": {}}\n', "[" * 10_000 + "\n",
-])
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"my": "only copy"}',
+        "text",
+        '{"text": "a"}\n',
+        '{"id": 1, "asked": "k", "usd": -1000}\n',
+        '{"id": 1, "asked": "k", "usd": NaN}\n',
+        '{"id": Infinity, "asked": "k", "usd": 0}\n',
+        '{"id": 1, "key": "k", "usd": 0, "reply": {}}\n',
+        "[" * 10_000 + "\n",
+    ],
+)
 def test_a_file_that_is_no_journal_stays_as_it_is(tmp_path, content):
     path = tmp_path / "j.jsonl"
     path.write_text(content)
@@ -389,7 +483,12 @@ def test_the_same_stories_in_two_groups_are_one_question(flags):
 
 
 def assert_no_key(text: str) -> None:
-    forms = (KEY, urllib.parse.quote(KEY, safe=""), base64.b64encode(KEY.encode()).decode().rstrip("="), KEY[:8])
+    forms = (
+        KEY,
+        urllib.parse.quote(KEY, safe=""),
+        base64.b64encode(KEY.encode()).decode().rstrip("="),
+        KEY[:8],
+    )
     assert not [form for form in forms if form in text]
 
 
@@ -398,8 +497,17 @@ def test_the_key_goes_into_one_header_and_nowhere_else(tmp_path, fault):
     stories = tmp_path / "s.jsonl"
     stories.write_text("".join(json.dumps({"text": s}) + "\n" for s in make_stories(4)))
     with FakeApi([fault] * 40, score=quality, patience=False) as api:
-        command = [sys.executable, os.path.join(ROOT, "judge.py"), str(stories), str(stories), "--judge=fake",
-                   f"--base_url={api.url}", f"--journal={tmp_path / 'j.jsonl'}", "--judge_retries=1", "--workers=2"]
+        command = [
+            sys.executable,
+            os.path.join(ROOT, "judge.py"),
+            str(stories),
+            str(stories),
+            "--judge=fake",
+            f"--base_url={api.url}",
+            f"--journal={tmp_path / 'j.jsonl'}",
+            "--judge_retries=1",
+            "--workers=2",
+        ]
         environment = os.environ | {"OPENAI_API_KEY": KEY, "SPO_DEBUG": "1"}  # the traceback, too
         result = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert f"Authorization: Bearer {KEY}" in api.headers[0]
@@ -408,13 +516,22 @@ def test_the_key_goes_into_one_header_and_nowhere_else(tmp_path, fault):
         assert_no_key(text)
 
 
-@pytest.mark.parametrize("spelled", [
-    json.dumps(KEY), json.dumps(KEY).replace("/", "\\/"), '"' + "".join(f"\\u{ord(c):04x}" for c in KEY) + '"',
-])
+@pytest.mark.parametrize(
+    "spelled",
+    [
+        json.dumps(KEY),
+        json.dumps(KEY).replace("/", "\\/"),
+        '"' + "".join(f"\\u{ord(c):04x}" for c in KEY) + '"',
+    ],
+)
 def test_a_reply_that_echoes_the_key_is_kept_without_it_however_it_is_spelled(flags, spelled):
     with FakeApi() as api:
         chat = ApiJudge(flags(api)).chat
-    body = '{"model": %s, "choices": [{"finish_reason": %s, "message": {"content": %s}}]}' % (spelled, spelled, spelled)
+    body = '{"model": %s, "choices": [{"finish_reason": %s, "message": {"content": %s}}]}' % (
+        spelled,
+        spelled,
+        spelled,
+    )
     assert_no_key(json.dumps(chat.read_reply(body)))
     assert chat.read_reply(body)["text"] == "[key]"
     with pytest.raises(Stopped) as error:
@@ -448,15 +565,31 @@ def test_ctrl_c_does_not_wait_for_a_slow_server(tmp_path):
     stories = tmp_path / "s.jsonl"
     stories.write_text("".join(json.dumps({"text": s}) + "\n" for s in make_stories(8)))
     with FakeApi(["", "", *["stall"] * 100], score=quality, stall=20.0, patience=False) as api:
-        command = [sys.executable, os.path.join(ROOT, "judge.py"), str(stories), str(stories), "--judge=fake",
-                   f"--base_url={api.url}", f"--journal={tmp_path / 'j.jsonl'}", "--workers=2"]
+        command = [
+            sys.executable,
+            os.path.join(ROOT, "judge.py"),
+            str(stories),
+            str(stories),
+            "--judge=fake",
+            f"--base_url={api.url}",
+            f"--journal={tmp_path / 'j.jsonl'}",
+            "--workers=2",
+        ]
         # a shell's background job ignores Ctrl-C, and so would its children
-        process = subprocess.Popen(command, env=os.environ | {"OPENAI_API_KEY": KEY}, stderr=subprocess.PIPE,
-                                   preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+        process = subprocess.Popen(
+            command,
+            env=os.environ | {"OPENAI_API_KEY": KEY},
+            stderr=subprocess.PIPE,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
         while sum(api.asked.values()) < 4:
             time.sleep(0.01)
         started = time.monotonic()
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=10)
-        assert time.monotonic() - started < 2 and process.returncode == 130 and b"stopped by Ctrl-C" in errors
+        assert (
+            time.monotonic() - started < 2
+            and process.returncode == 130
+            and b"stopped by Ctrl-C" in errors
+        )
     assert len(Journal(str(tmp_path / "j.jsonl")).replies) == 2

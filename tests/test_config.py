@@ -19,20 +19,25 @@ class Config:
 def test_values_are_typed_by_their_annotation():
     config = parse(Config, ["--beta=1", "--steps", "5", "--decay=false", "--data=a"], "prog")
     assert config == Config("out", 1.0, 5, False, "a") and isinstance(config.beta, float)
-    assert parse(Config, ["--decay"], "prog").decay is True and parse(Config, [], "prog") == Config()
+    assert (
+        parse(Config, ["--decay"], "prog").decay is True and parse(Config, [], "prog") == Config()
+    )
 
 
-@pytest.mark.parametrize("flags,message", [
-    (["--bata=1"], "prog: --bata: no such option; did you mean --beta?"),
-    (["--step=1"], "prog: --step: no such option; did you mean --steps?"),
-    (["--zzz"], "prog: --zzz: no such option; see --help"),
-    (["stray"], "prog: stray: no such option"),
-    (["--steps=1.5"], "invalid int value: '1.5'"),
-    (["--decay=maybe"], "'maybe' is neither true nor false"),
-    (["--data=c"], "invalid choice: 'c'"),
-    (["--steps"], "expected one argument"),
-    (["--beta=__import__('os').system('true')"], "invalid float value"),
-])
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        (["--bata=1"], "prog: --bata: no such option; did you mean --beta?"),
+        (["--step=1"], "prog: --step: no such option; did you mean --steps?"),
+        (["--zzz"], "prog: --zzz: no such option; see --help"),
+        (["stray"], "prog: stray: no such option"),
+        (["--steps=1.5"], "invalid int value: '1.5'"),
+        (["--decay=maybe"], "'maybe' is neither true nor false"),
+        (["--data=c"], "invalid choice: 'c'"),
+        (["--steps"], "expected one argument"),
+        (["--beta=__import__('os').system('true')"], "invalid float value"),
+    ],
+)
 def test_a_wrong_flag_is_one_line_and_exit_code_2(flags, message, capsys):
     with pytest.raises(SystemExit) as stop:
         parse(Config, flags, "prog")

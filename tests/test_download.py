@@ -38,7 +38,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         server, asked = self.server, self.headers.get("Range")
-        if not self.path.startswith("/bytes"):  # the hub redirects to where the bytes are, and announces the hash
+        if not self.path.startswith(
+            "/bytes"
+        ):  # the hub redirects to where the bytes are, and announces the hash
             fault = next(server.faults, "")
             server.asked.append((self.path, fault, asked))
             self.send_response(302)
@@ -56,17 +58,25 @@ class Handler(BaseHTTPRequestHandler):
             status = 206
             shift = 7 if server.ranges == "lies" else 0
             headers["Content-Range"] = f"bytes {start + shift}-{len(content) - 1}/{len(content)}"
-            content = content[start:] if server.ranges != "other bytes" else b"x" * (len(content) - start)
+            content = (
+                content[start:] if server.ranges != "other bytes" else b"x" * (len(content) - start)
+            )
         if fault.isdigit():
             return self.answer(int(fault), {}, b"")
         if fault == "web page":
-            return self.answer(200, {"Content-Type": "text/html; charset=utf-8"}, b"<html>Log in, please</html>")
+            return self.answer(
+                200, {"Content-Type": "text/html; charset=utf-8"}, b"<html>Log in, please</html>"
+            )
         if fault == "gzip":
             return self.answer(200, headers | {"Content-Encoding": "gzip"}, b"\x1f\x8b")
         if fault == "wrong bytes":
             content = content[:-1] + b"?"
         headers["Content-Length"] = str(len(content))
-        self.answer(status, headers, content[: len(content) // 2] if fault in ("truncate", "reset") else content)
+        self.answer(
+            status,
+            headers,
+            content[: len(content) // 2] if fault in ("truncate", "reset") else content,
+        )
 
     def answer(self, status: int, headers: dict, body: bytes) -> None:
         self.server.sent[status] += len(body)
@@ -108,7 +118,11 @@ def test_a_download_goes_on_where_it_stopped(tmp_path):
     with FakeHub() as hub:
         (tmp_path / "file.part").write_bytes(CONTENT[:150_000])
         download.fetch(f"{hub.url}/file", str(path), RIGHT)
-        assert path.read_bytes() == CONTENT and hub.sent == {206: 50_000} and hub.asked[0][2] == "bytes=150000-"
+        assert (
+            path.read_bytes() == CONTENT
+            and hub.sent == {206: 50_000}
+            and hub.asked[0][2] == "bytes=150000-"
+        )
 
 
 @pytest.mark.parametrize("ranges", ["ignored", "lies", "other bytes"])
@@ -122,7 +136,10 @@ def test_a_part_is_only_gone_on_with_where_it_fits(tmp_path, ranges, part):
 
 
 def test_a_server_that_is_gone_leaves_the_part_for_later(tmp_path):
-    with FakeHub(["truncate", *["503"] * 9]) as hub, pytest.raises(ConnectionError, match="6 attempts failed, the last: it "):
+    with (
+        FakeHub(["truncate", *["503"] * 9]) as hub,
+        pytest.raises(ConnectionError, match="6 attempts failed, the last: it "),
+    ):
         download.fetch(f"{hub.url}/file", str(tmp_path / "file"))
     part = (tmp_path / "file.part").read_bytes()
     assert len(part) >= 2**16 and CONTENT.startswith(part)
@@ -174,9 +191,13 @@ def campaign(tmp_path, runs: int) -> None:
     for run in range(runs):
         path = tmp_path / f"file{run}"
         if rng.random() < 0.3:
-            (tmp_path / f"file{run}.part").write_bytes(rng.choice([CONTENT[: rng.randrange(200_000)], b"other bytes"]))
+            (tmp_path / f"file{run}.part").write_bytes(
+                rng.choice([CONTENT[: rng.randrange(200_000)], b"other bytes"])
+            )
         faults = [rng.choice([*RECOVERS, *RECOVERS, *REFUSED, "", "", ""]) for _ in range(8)]
-        with FakeHub(faults, rng.choice(["honest", "honest", "ignored", "lies", "other bytes"])) as hub:
+        with FakeHub(
+            faults, rng.choice(["honest", "honest", "ignored", "lies", "other bytes"])
+        ) as hub:
             try:
                 download.fetch(f"{hub.url}/file", str(path))
                 right += 1
@@ -214,14 +235,19 @@ def member(name: str, kind=tarfile.REGTYPE, target: str = "", size: int = 0) -> 
     return info
 
 
-@pytest.mark.parametrize("bad,message", [
-    (member("../outside"), "unsafe"), (member("a/../../outside"), "unsafe"),
-    (member("link", tarfile.SYMTYPE, "/etc/passwd"), "neither a file nor a folder"),
-    (member("link", tarfile.SYMTYPE, ".."), "neither a file nor a folder"),
-    (member("link", tarfile.LNKTYPE, "../outside"), "neither a file nor a folder"),
-    (member("device", tarfile.CHRTYPE), "neither a file nor a folder"), (member("pipe", tarfile.FIFOTYPE), "neither"),
-    (member("big", size=2_000_000), "more than 1,000,000 bytes"),
-])
+@pytest.mark.parametrize(
+    "bad,message",
+    [
+        (member("../outside"), "unsafe"),
+        (member("a/../../outside"), "unsafe"),
+        (member("link", tarfile.SYMTYPE, "/etc/passwd"), "neither a file nor a folder"),
+        (member("link", tarfile.SYMTYPE, ".."), "neither a file nor a folder"),
+        (member("link", tarfile.LNKTYPE, "../outside"), "neither a file nor a folder"),
+        (member("device", tarfile.CHRTYPE), "neither a file nor a folder"),
+        (member("pipe", tarfile.FIFOTYPE), "neither"),
+        (member("big", size=2_000_000), "more than 1,000,000 bytes"),
+    ],
+)
 def test_an_archive_that_would_escape_or_burst_leaves_nothing(tmp_path, bad, message):
     inside = tmp_path / "here"
     inside.mkdir()
@@ -233,12 +259,16 @@ def test_an_archive_that_would_escape_or_burst_leaves_nothing(tmp_path, bad, mes
 
 
 def test_an_absolute_path_lands_inside(tmp_path):
-    download.unpack(archive(tmp_path / "a.tar.gz", member("/data00.json")), str(tmp_path / "text"), 1000)
+    download.unpack(
+        archive(tmp_path / "a.tar.gz", member("/data00.json")), str(tmp_path / "text"), 1000
+    )
     assert os.listdir(tmp_path / "text") == ["data00.json"]
 
 
 def test_a_damaged_archive_leaves_nothing_and_a_half_unpacked_folder_is_redone(tmp_path):
-    path = archive(tmp_path / "a.tar.gz", member("data00.json"), member("data01.json", size=100_000))
+    path = archive(
+        tmp_path / "a.tar.gz", member("data00.json"), member("data01.json", size=100_000)
+    )
     whole = (tmp_path / "a.tar.gz").read_bytes()
     os.makedirs(tmp_path / "text.tmp")
     (tmp_path / "text.tmp" / "half.json").write_text("[")
@@ -262,14 +292,20 @@ def test_the_command_fetches_the_text_by_way_of_its_archive(tmp_path, capsys):
         command = ["download", f"--hub_url={hub.url}", f"--data_dir={tmp_path / 'data'}"]
         data.main(command)
         data.main(command)  # it is there
-    assert hub.asked[0][0] == "/datasets/roneneldan/TinyStories/resolve/main/TinyStories_all_data.tar.gz"
+    assert (
+        hub.asked[0][0]
+        == "/datasets/roneneldan/TinyStories/resolve/main/TinyStories_all_data.tar.gz"
+    )
     assert len(hub.asked) == 2 and os.listdir(tmp_path / "data") == ["TinyStories_all_data"]
     assert "TinyStories_all_data: 2 shards" in capsys.readouterr().out
 
 
 def test_the_command_fetches_a_model_and_its_tokenizer(tmp_path, spo_data, capsys):
     """From a mirror that holds the real files; the hashes of this model and of its tokenizer are known beforehand."""
-    files = {name: open(f"{spo_data}/{name}", "rb").read() for name in ("stories260K.bin", "tok512.model", "tokenizer.model")}
+    files = {
+        name: open(f"{spo_data}/{name}", "rb").read()
+        for name in ("stories260K.bin", "tok512.model", "tokenizer.model")
+    }
 
     class Mirror(FakeHub):
         @property
@@ -281,20 +317,32 @@ def test_the_command_fetches_a_model_and_its_tokenizer(tmp_path, spo_data, capsy
             pass
 
     with Mirror() as hub:
-        common = [f"--hub_url={hub.url}", f"--data_dir={tmp_path}", f"--tokenizer_url={hub.url}/tokenizer.model"]
+        common = [
+            f"--hub_url={hub.url}",
+            f"--data_dir={tmp_path}",
+            f"--tokenizer_url={hub.url}/tokenizer.model",
+        ]
         data.main(["download", "--model=260K", *common])
-        assert sorted(os.listdir(tmp_path / "stories260K")) == ["stories260K.bin", "tokenizer.model"]
+        assert sorted(os.listdir(tmp_path / "stories260K")) == [
+            "stories260K.bin",
+            "tokenizer.model",
+        ]
         files["stories15M.pt"] = b"stands for a checkpoint; its hash is announced"
         data.main(["download", "--model=stories15M", *common])
         assert (tmp_path / "stories15M" / "stories15M.pt").read_bytes() == files["stories15M.pt"]
         assert [path for path, *_ in hub.asked] == [
             "/karpathy/tinyllamas/resolve/main/stories260K/stories260K.bin",
             "/karpathy/tinyllamas/resolve/main/stories260K/tok512.model",
-            "/karpathy/tinyllamas/resolve/main/stories15M.pt", "/tokenizer.model",
+            "/karpathy/tinyllamas/resolve/main/stories15M.pt",
+            "/tokenizer.model",
         ]
         files["stories260K.bin"] = b"damaged"
         with pytest.raises(ValueError, match="its SHA-256 is"):
-            data.main(["download", "--model=stories260K", *common[:1], f"--data_dir={tmp_path / 'b'}"])
-    with pytest.raises(ValueError, match="--model=1B: there are stories260K, stories15M, stories42M, stories110M"):
+            data.main(
+                ["download", "--model=stories260K", *common[:1], f"--data_dir={tmp_path / 'b'}"]
+            )
+    with pytest.raises(
+        ValueError, match="--model=1B: there are stories260K, stories15M, stories42M, stories110M"
+    ):
         data.main(["download", "--model=1B"])
     assert "sample.py --checkpoint=" in capsys.readouterr().out

@@ -33,14 +33,28 @@ def meta_folder(path, model: Transformer, parts: int = 1, llama3: bool = False) 
     """As Meta's model parallelism cuts it: wq, wk, wv, w1, w3, output by rows; wo, w2 by columns; norms repeated."""
     path.mkdir()
     args = model.args
-    params = {"dim": args.dim, "n_layers": args.n_layers, "n_heads": args.n_heads, "n_kv_heads": args.n_kv_heads,
-              "norm_eps": args.norm_eps, "rope_theta": args.rope_theta, "vocab_size": -1, "max_seq_len": args.max_seq_len}
+    params = {
+        "dim": args.dim,
+        "n_layers": args.n_layers,
+        "n_heads": args.n_heads,
+        "n_kv_heads": args.n_kv_heads,
+        "norm_eps": args.norm_eps,
+        "rope_theta": args.rope_theta,
+        "vocab_size": -1,
+        "max_seq_len": args.max_seq_len,
+    }
     (path / "params.json").write_text(json.dumps(params))
     for part in range(parts):
         tensors = {"rope.freqs": torch.zeros(4)}
         for name, weight in model.state_dict().items():
-            by_columns = name.endswith(("wo.weight", "w2.weight")) or (name == "tok_embeddings.weight" and not llama3)
-            tensors[name] = weight.clone() if weight.dim() == 1 else weight.chunk(parts, int(by_columns))[part].clone()
+            by_columns = name.endswith(("wo.weight", "w2.weight")) or (
+                name == "tok_embeddings.weight" and not llama3
+            )
+            tensors[name] = (
+                weight.clone()
+                if weight.dim() == 1
+                else weight.chunk(parts, int(by_columns))[part].clone()
+            )
         torch.save(tensors, path / f"consolidated.{part:02d}.pth")
     return str(path)
 
@@ -51,7 +65,11 @@ def hf_folder(path, model: Transformer, files: int = 1, kind: str = "safetensors
     args, tensors = model.args, {}
     for name, weight in model.named_parameters():
         layer = name.split(".")[1] if name.startswith("layers.") else None
-        rest = name.removesuffix(".weight") if layer is None else name.split(".", 2)[2].removesuffix(".weight")
+        rest = (
+            name.removesuffix(".weight")
+            if layer is None
+            else name.split(".", 2)[2].removesuffix(".weight")
+        )
         published = HF_NAMES[rest] if layer is None else f"model.layers.{layer}.{HF_NAMES[rest]}"
         weight = weight.detach().clone()
         if rest in ("attention.wq", "attention.wk"):  # per head: all even rows, then all odd ones
@@ -65,19 +83,35 @@ def hf_folder(path, model: Transformer, files: int = 1, kind: str = "safetensors
             save_file(part, path / f"model-{i + 1:05d}-of-{files:05d}.safetensors")
         else:
             torch.save(part, path / f"pytorch_model-{i + 1:05d}-of-{files:05d}.bin")
-    (path / "config.json").write_text(json.dumps({
-        "model_type": "llama", "hidden_size": args.dim, "intermediate_size": args.hidden_dim,
-        "num_hidden_layers": args.n_layers, "num_attention_heads": args.n_heads, "num_key_value_heads": args.n_kv_heads,
-        "vocab_size": args.vocab_size, "rms_norm_eps": args.norm_eps, "rope_theta": args.rope_theta,
-        "max_position_embeddings": args.max_seq_len, "tie_word_embeddings": model.tied, "eos_token_id": 2, "hidden_act": "silu",
-    } | config))
+    (path / "config.json").write_text(
+        json.dumps(
+            {
+                "model_type": "llama",
+                "hidden_size": args.dim,
+                "intermediate_size": args.hidden_dim,
+                "num_hidden_layers": args.n_layers,
+                "num_attention_heads": args.n_heads,
+                "num_key_value_heads": args.n_kv_heads,
+                "vocab_size": args.vocab_size,
+                "rms_norm_eps": args.norm_eps,
+                "rope_theta": args.rope_theta,
+                "max_position_embeddings": args.max_seq_len,
+                "tie_word_embeddings": model.tied,
+                "eos_token_id": 2,
+                "hidden_act": "silu",
+            }
+            | config
+        )
+    )
     return str(path)
 
 
 LAYOUTS = {
-    "meta": lambda path, model: meta_folder(path, model), "meta in 2": lambda path, model: meta_folder(path, model, 2),
+    "meta": lambda path, model: meta_folder(path, model),
+    "meta in 2": lambda path, model: meta_folder(path, model, 2),
     "llama 3 in 2": lambda path, model: meta_folder(path, model, 2, llama3=True),
-    "hf": lambda path, model: hf_folder(path, model), "hf in 3": lambda path, model: hf_folder(path, model, 3),
+    "hf": lambda path, model: hf_folder(path, model),
+    "hf in 3": lambda path, model: hf_folder(path, model, 3),
     "hf bin": lambda path, model: hf_folder(path, model, 2, "bin"),
 }
 
@@ -87,7 +121,10 @@ def test_a_folder_is_the_model(tmp_path, layout):
     model = untied()
     loaded = checkpoints.load(LAYOUTS[layout](tmp_path / "model", model))
     assert loaded.model.args == model.args and loaded.eos_id == 2
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.model.state_dict().values()))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(model.state_dict().values(), loaded.model.state_dict().values())
+    )
     assert torch.equal(loaded.model(TOKENS), model(TOKENS))
 
 
@@ -98,8 +135,14 @@ def test_every_shard_reads_its_rows_and_all_are_the_whole(tmp_path, layout, size
     folder = open_folder(LAYOUTS[layout](tmp_path / "model", model))
     for name, weight in model.named_parameters():
         rows = -(-len(weight) // size)
-        cut = [folder.rows(name, slice(min(r * rows, len(weight)), min((r + 1) * rows, len(weight))), tuple(weight.shape))
-               for r in range(size)]
+        cut = [
+            folder.rows(
+                name,
+                slice(min(r * rows, len(weight)), min((r + 1) * rows, len(weight))),
+                tuple(weight.shape),
+            )
+            for r in range(size)
+        ]
         assert torch.equal(torch.cat(cut), weight), name
 
 
@@ -121,13 +164,30 @@ def test_the_order_of_rows_is_turned_and_turned_back():
 def test_an_exported_folder_is_the_model_again(tmp_path, tied, tokenizer, capsys):  # noqa: F811
     model = tiny(tied=tied, vocab_size=512)
     checkpoints.save_pt(str(tmp_path / "m.pt"), Checkpoint(model, {"eos_id": 1}))
-    export.main([str(tmp_path / "hf"), f"--checkpoint={tmp_path / 'm.pt'}", f"--tokenizer={tokenizer.path}", "--version=-1"])
+    export.main(
+        [
+            str(tmp_path / "hf"),
+            f"--checkpoint={tmp_path / 'm.pt'}",
+            f"--tokenizer={tokenizer.path}",
+            "--version=-1",
+        ]
+    )
     loaded = checkpoints.load(str(tmp_path / "hf"))
-    assert loaded.model.tied == tied and loaded.eos_id == 1 and torch.equal(loaded.model(TOKENS), model(TOKENS))
-    export.main([str(tmp_path / "again.pt"), f"--hf={tmp_path / 'hf'}"])  # with the tokenizer that lies in it
+    assert (
+        loaded.model.tied == tied
+        and loaded.eos_id == 1
+        and torch.equal(loaded.model(TOKENS), model(TOKENS))
+    )
+    export.main(
+        [str(tmp_path / "again.pt"), f"--hf={tmp_path / 'hf'}"]
+    )  # with the tokenizer that lies in it
     assert torch.equal(checkpoints.load(str(tmp_path / "again.pt")).model(TOKENS), model(TOKENS))
-    export.main([str(tmp_path / "model.bin"), "--meta-llama", meta_folder(tmp_path / "meta", untied())])
-    assert torch.equal(checkpoints.load(str(tmp_path / "model.bin")).model.output.weight, untied().output.weight)
+    export.main(
+        [str(tmp_path / "model.bin"), "--meta-llama", meta_folder(tmp_path / "meta", untied())]
+    )
+    assert torch.equal(
+        checkpoints.load(str(tmp_path / "model.bin")).model.output.weight, untied().output.weight
+    )
     with pytest.raises(ValueError, match="one of --checkpoint, --meta-llama and --hf"):
         export.main(["x.bin", "--hf=a", "--checkpoint=b"])
 
@@ -139,18 +199,30 @@ def test_transformers_computes_the_same_logits(tmp_path, tied):
     model = tiny(tied=tied, vocab_size=512, rope_theta=500.0)
     checkpoints.save_pt(str(tmp_path / "m.pt"), Checkpoint(model, {"eos_id": 1}))
     export.main([str(tmp_path / "hf"), f"--checkpoint={tmp_path / 'm.pt'}", "--version=-1"])
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(str(tmp_path / "hf"), dtype=torch.float32).eval()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        str(tmp_path / "hf"), dtype=torch.float32
+    ).eval()
     with torch.no_grad():
         assert (theirs(TOKENS).logits - model(TOKENS)).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("config,message", [
-    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "no scaled rotary embedding"),
-    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "no scaled rotary embedding"),
-    ({"attention_bias": True}, "attention_bias: this model has no biases"), ({"model_type": "mistral"}, "only Llama is read"),
-    ({"head_dim": 16}, "head_dim 16"), ({"hidden_size": 40}, "is of shape"), ({"num_hidden_layers": 3}, "has no model.layers.2"),
-    ({"tie_word_embeddings": None, "vocab_size": "x"}, "vocab_size is 'x'"), ({"hidden_size": 33}, "does not split"),
-])
+@pytest.mark.parametrize(
+    "config,message",
+    [
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "no scaled rotary embedding"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}},
+            "no scaled rotary embedding",
+        ),
+        ({"attention_bias": True}, "attention_bias: this model has no biases"),
+        ({"model_type": "mistral"}, "only Llama is read"),
+        ({"head_dim": 16}, "head_dim 16"),
+        ({"hidden_size": 40}, "is of shape"),
+        ({"num_hidden_layers": 3}, "has no model.layers.2"),
+        ({"tie_word_embeddings": None, "vocab_size": "x"}, "vocab_size is 'x'"),
+        ({"hidden_size": 33}, "does not split"),
+    ],
+)
 def test_what_the_model_lacks_is_refused_in_words(tmp_path, config, message):
     with pytest.raises(ValueError, match=message):
         checkpoints.load(hf_folder(tmp_path / "model", untied(), **config))
@@ -183,30 +255,62 @@ def test_two_processes_train_from_a_folder_as_one_does(tmp_path, tokenizer, monk
     folder = hf_folder(tmp_path / "model", untied(), 2)
     checkpoints.copy_tokenizer(tokenizer, folder)
     texts = [[f"the owl sang {i} {j} times." for j in range(3)] for i in range(8)]
-    write(tmp_path / "ranked.jsonl", *({"prompt": "One day", "responses": t, "ranking": [2, 0, 1]} for t in texts))
-    flags = ["--init_from=model", "--data=ranked.jsonl", "--max_iters=3", "--batch_size=4", "--eval_interval=3",
-             "--eval_stories=2", "--max_new_tokens=12", "--log_interval=1", "--kl_batch_size=4"]
+    write(
+        tmp_path / "ranked.jsonl",
+        *({"prompt": "One day", "responses": t, "ranking": [2, 0, 1]} for t in texts),
+    )
+    flags = [
+        "--init_from=model",
+        "--data=ranked.jsonl",
+        "--max_iters=3",
+        "--batch_size=4",
+        "--eval_interval=3",
+        "--eval_stories=2",
+        "--max_new_tokens=12",
+        "--log_interval=1",
+        "--kl_batch_size=4",
+    ]
     run(1, [*flags, "--out_dir=one"])
     printed = run(2, [*flags, "--out_dir=two"])
     assert_close("one", "two", 2e-4)
-    assert checkpoints.load("two/ckpt.pt").eos_id == 2 and "best (step" in printed  # best.pt was read shard by shard
+    assert (
+        checkpoints.load("two/ckpt.pt").eos_id == 2 and "best (step" in printed
+    )  # best.pt was read shard by shard
     flags[0] = "--init_from=one/ckpt.pt"  # and so is a .pt to begin with
     run(1, [*flags, "--out_dir=three", "--report=false"])
     run(2, [*flags, "--out_dir=four", "--report=false"])
     assert_close("three", "four", 2e-4)
 
 
-def test_a_bfloat16_run_keeps_bfloat16_checkpoints_that_load_and_export(tmp_path, tokenizer, monkeypatch):  # noqa: F811
+def test_a_bfloat16_run_keeps_bfloat16_checkpoints_that_load_and_export(
+    tmp_path, tokenizer, monkeypatch
+):  # noqa: F811
     monkeypatch.chdir(tmp_path)
     folder = hf_folder(tmp_path / "model", untied())
     checkpoints.copy_tokenizer(tokenizer, folder)
     texts = [[f"the owl sang {i} {j} times." for j in range(3)] for i in range(8)]
     write(tmp_path / "ranked.jsonl", *({"responses": t, "ranking": [2, 0, 1]} for t in texts))
-    run(2, ["--init_from=model", "--data=ranked.jsonl", "--max_iters=1", "--batch_size=4", "--eval_stories=2", "--max_new_tokens=12",
-            "--kl_batch_size=4", "--learning_rate=0", "--dtype=bfloat16", "--out_dir=out"])
+    run(
+        2,
+        [
+            "--init_from=model",
+            "--data=ranked.jsonl",
+            "--max_iters=1",
+            "--batch_size=4",
+            "--eval_stories=2",
+            "--max_new_tokens=12",
+            "--kl_batch_size=4",
+            "--learning_rate=0",
+            "--dtype=bfloat16",
+            "--out_dir=out",
+        ],
+    )
     weights = torch.load("out/best.pt", weights_only=True)["model"]
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
-    loaded, exported = checkpoints.load("out/best.pt").model, checkpoints.load("out/model.bin").model
+    loaded, exported = (
+        checkpoints.load("out/best.pt").model,
+        checkpoints.load("out/model.bin").model,
+    )
     for name, weight in untied().state_dict().items():
         assert torch.equal(loaded.state_dict()[name], weight.bfloat16().float()), name
         assert torch.equal(exported.state_dict()[name], weight.bfloat16().float()), name
@@ -218,7 +322,15 @@ def test_a_bfloat16_run_keeps_bfloat16_checkpoints_that_load_and_export(tmp_path
 @pytest.fixture
 def llama3(tmp_path) -> str:
     """A tiktoken file of the bytes and a few merges, in the form of Llama 3's tokenizer.model."""
-    pieces = [bytes([i]) for i in range(256)] + [b"th", b"the", b" the", b"\xc3\xa9", b"in", b"ing", b"\n\n"]
+    pieces = [bytes([i]) for i in range(256)] + [
+        b"th",
+        b"the",
+        b" the",
+        b"\xc3\xa9",
+        b"in",
+        b"ing",
+        b"\n\n",
+    ]
     lines = [base64.b64encode(piece) + b" %d" % rank for rank, piece in enumerate(pieces)]
     (tmp_path / "tokenizer.model").write_bytes(b"\n".join(lines) + b"\n")
     return str(tmp_path / "tokenizer.model")
@@ -226,7 +338,12 @@ def llama3(tmp_path) -> str:
 
 def test_llama_3s_tokenizer(llama3, tmp_path):
     llama = Tokenizer(llama3)
-    assert (llama.kind, llama.vocab_size, llama.bos_id, llama.eos_id) == ("tiktoken", 263 + 256, 263, 264)
+    assert (llama.kind, llama.vocab_size, llama.bos_id, llama.eos_id) == (
+        "tiktoken",
+        263 + 256,
+        263,
+        264,
+    )
     assert llama.encode("the thing", bos=True, eos=True) == [263, 257, 32, 256, 261, 264]
     for text in ("the caf\u00e9\n\nsinging 12345 <|begin_of_text|>", "", " the"):
         assert llama.decode(llama.encode(text, bos=True, eos=True)) == text
@@ -238,7 +355,16 @@ def test_llama_3s_tokenizer(llama3, tmp_path):
 
 
 def test_a_llama_3_folder_tells_stories(llama3, tmp_path):
-    folder = meta_folder(tmp_path / "meta", tiny(tied=False, vocab_size=519, rope_theta=500_000.0), 2, llama3=True)
-    words = [sys.executable, os.path.join(ROOT, "sample.py"), f"--checkpoint={folder}", "--max_new_tokens=20"]
-    done = subprocess.run(words, capture_output=True, text=True, env=os.environ | ONE)  # its tokenizer is one level up
+    folder = meta_folder(
+        tmp_path / "meta", tiny(tied=False, vocab_size=519, rope_theta=500_000.0), 2, llama3=True
+    )
+    words = [
+        sys.executable,
+        os.path.join(ROOT, "sample.py"),
+        f"--checkpoint={folder}",
+        "--max_new_tokens=20",
+    ]
+    done = subprocess.run(
+        words, capture_output=True, text=True, env=os.environ | ONE
+    )  # its tokenizer is one level up
     assert done.returncode == 0, done.stderr

@@ -17,8 +17,15 @@ from test_tinystories_data import tokenizer  # noqa: F401 (a fixture)
 @pytest.fixture
 def flags(workshop, tokenizer, tmp_path):  # noqa: F811
     return [
-        "--data=ranked.jsonl", "--init_from=start.pt", f"--tokenizer={tokenizer.path}", "--max_iters=2", "--eval_interval=1",
-        "--eval_stories=4", "--max_new_tokens=12", "--batch_size=4", f"--figure={tmp_path / 'figure.png'}",
+        "--data=ranked.jsonl",
+        "--init_from=start.pt",
+        f"--tokenizer={tokenizer.path}",
+        "--max_iters=2",
+        "--eval_interval=1",
+        "--eval_stories=4",
+        "--max_new_tokens=12",
+        "--batch_size=4",
+        f"--figure={tmp_path / 'figure.png'}",
     ]
 
 
@@ -31,7 +38,9 @@ def test_a_sweep_ends_in_a_table_and_a_figure_and_is_not_run_twice(flags, tmp_pa
     assert {row["method"] for row in rows} == {"dpo_rank", "spo_basic+none"}
     assert all(row["report/low"] <= row["report/win_rate"] <= row["report/high"] for row in rows)
     with open("out/frontier/points.jsonl", encoding="utf-8") as f:
-        assert len([json.loads(line) for line in f]) == 4 * 3  # three betas and one run without, at steps 0, 1, 2
+        assert (
+            len([json.loads(line) for line in f]) == 4 * 3
+        )  # three betas and one run without, at steps 0, 1, 2
     assert (tmp_path / "figure.png").stat().st_size > 5000
     logs = [path.stat().st_mtime_ns for path in tmp_path.glob("out/frontier/*/log.jsonl")]
     frontier.main([*flags, "--methods=dpo_rank,spo_basic+none"])
@@ -39,7 +48,10 @@ def test_a_sweep_ends_in_a_table_and_a_figure_and_is_not_run_twice(flags, tmp_pa
 
 
 def test_a_run_that_fails_is_named_with_its_output_and_is_not_taken_for_done(flags, tmp_path):
-    with pytest.raises(ValueError, match="--loss=dpo_rank .* failed, see out/frontier/dpo_rank_beta=0.0001/output.txt"):
+    with pytest.raises(
+        ValueError,
+        match="--loss=dpo_rank .* failed, see out/frontier/dpo_rank_beta=0.0001/output.txt",
+    ):
         frontier.main([*flags, "--methods=dpo_rank", "--learning_rate=-1"])
     assert not list(tmp_path.glob("out/frontier/*/done"))
 
@@ -48,13 +60,20 @@ def test_every_objective_has_a_sweep_of_flags_that_it_takes():
     assert set(frontier.SWEEPS) == set(frontier.LOSSES)
     for loss, sweep in frontier.SWEEPS.items():
         takes = set(inspect.signature(frontier.LOSSES[loss]).parameters)
-        assert set(sweep) <= takes | ({"beta"} if frontier.LOSSES[loss].regularizer != "none" else set())
+        assert set(sweep) <= takes | (
+            {"beta"} if frontier.LOSSES[loss].regularizer != "none" else set()
+        )
 
 
-@pytest.mark.parametrize("flag,message", [
-    ("--methods=spoo", "'spoo' is no objective"), ("--budgets=1,x", "--budgets=1,x: expected numbers"),
-    ("--jobs=0", "--jobs=0"), ("--figure=nowhere/f.png", "there is no folder nowhere"),
-])
+@pytest.mark.parametrize(
+    "flag,message",
+    [
+        ("--methods=spoo", "'spoo' is no objective"),
+        ("--budgets=1,x", "--budgets=1,x: expected numbers"),
+        ("--jobs=0", "--jobs=0"),
+        ("--figure=nowhere/f.png", "there is no folder nowhere"),
+    ],
+)
 def test_bad_flags_are_refused_before_anything_runs(flags, flag, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         frontier.main([*flags, flag])
@@ -68,10 +87,17 @@ def test_the_table_scripts_call_what_is_there(table, scale, judge, tmp_path):
     """With a `python` that writes down its arguments: every flag and method is one that the scripts take."""
     (tmp_path / "bin").mkdir()
     stub = tmp_path / "bin" / "python"
-    stub.write_text('#!/bin/sh\nprintf "%s\\n" "$@" >"$(basename "$1")${2%%[!a-z]*}.args"\n', encoding="utf-8")
+    stub.write_text(
+        '#!/bin/sh\nprintf "%s\\n" "$@" >"$(basename "$1")${2%%[!a-z]*}.args"\n', encoding="utf-8"
+    )
     stub.chmod(0o755)
-    environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SCALE": scale,
-                                "JUDGE": judge, "CHECKPOINT": "model.pt", "TOKENIZER": "t.model"}
+    environment = os.environ | {
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        "SCALE": scale,
+        "JUDGE": judge,
+        "CHECKPOINT": "model.pt",
+        "TOKENIZER": "t.model",
+    }
     if judge != "offline":
         environment["JUDGE_FLAGS"] = "--usd_per_million_in=1 --usd_per_million_out=2 --max_usd=150"
     script = os.path.join(frontier.ROOT, "experiments", f"{table}.sh")
@@ -80,23 +106,39 @@ def test_the_table_scripts_call_what_is_there(table, scale, judge, tmp_path):
     config = parse(frontier.FrontierConfig, arguments, "frontier.py")
     assert frontier.methods_of(config) and frontier.budgets_of(config) == [float("inf")]
     run = scale if judge == "offline" else f"{scale}-org_model"
-    assert config.out_dir == f"out/{table}-{run}" and config.data == (f"data/{run}/ranked.jsonl" if run != "demo" else "")
+    assert config.out_dir == f"out/{table}-{run}" and config.data == (
+        f"data/{run}/ranked.jsonl" if run != "demo" else ""
+    )
     parse(TrainConfig, config.train_flags.split(), "spo_train.py")
     if run != "demo":
         steps = {"generate": data.GenerateConfig, "rank": data.RankConfig}
         for step, config_class in steps.items():
-            arguments = (tmp_path / f"tinystories_data.py{step}.args").read_text(encoding="utf-8").splitlines()[2:]
+            arguments = (
+                (tmp_path / f"tinystories_data.py{step}.args")
+                .read_text(encoding="utf-8")
+                .splitlines()[2:]
+            )
             steps[step] = parse(config_class, arguments, step)
         assert steps["generate"].out == steps["rank"].stories and steps["rank"].out == config.data
-        assert steps["rank"].judge == config.judge == judge and steps["rank"].max_usd == config.max_usd
+        assert (
+            steps["rank"].judge == config.judge == judge and steps["rank"].max_usd == config.max_usd
+        )
     if judge != "offline":  # every process has a journal of its own, and its part of the budget
         shares = [frontier.share_of(config, folder) for folder in ("a", "b")]
         assert shares[0].journal == "a/journal.jsonl" and shares[1].journal == "b/journal.jsonl"
-        runs = sum(len(frontier.settings_of(sweep)) for sweep in frontier.methods_of(config).values())
+        runs = sum(
+            len(frontier.settings_of(sweep)) for sweep in frontier.methods_of(config).values()
+        )
         assert shares[0].max_usd == pytest.approx(150 / (runs + 1))
 
 
 def test_an_unknown_scale_is_refused(tmp_path):
     script = os.path.join(frontier.ROOT, "experiments", "table2.sh")
-    done = subprocess.run(["bash", script], cwd=tmp_path, env=os.environ | {"SCALE": "7B"}, capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", script],
+        cwd=tmp_path,
+        env=os.environ | {"SCALE": "7B"},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2 and "SCALE=7B: choose demo, 260K or 110M" in done.stderr

@@ -26,7 +26,10 @@ from reference import with_reference_logps
 from train_config import TrainConfig
 
 DEVICE = os.environ.get("SPO_TEST_DEVICE", "cuda")
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="no CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="no CUDA device"),
+]
 
 
 def record(what: str, **values) -> None:
@@ -42,7 +45,9 @@ def step_on(device: str, loss: str) -> tuple[float, float, torch.Tensor]:
     reference.to(device)
     objective = objective_of(loss)
     groups = with_reference_logps(random_groups(8, size_for(loss)), reference, 3, world)
-    logged = steps.preference_backward(objective, policy, reference, micro_batches(groups, 3, policy.args, device), world)
+    logged = steps.preference_backward(
+        objective, policy, reference, micro_batches(groups, 3, policy.args, device), world
+    )
     if objective.online:
         samples = steps.online_of(TrainConfig(), random_groups(6, 1, seed=1), reference, world)
         logged |= steps.regularizer_backward(objective, policy, reference, samples, world)
@@ -75,7 +80,11 @@ def test_sampled_text_is_that_of_the_cpu_and_ends_alike():
 
 def test_the_errors_of_each_precision():
     for line in bench.gradient_errors("260K", "spo_rank"):
-        record(f"error of spo_rank in {line['what']}", loss=f"{line['error']:.1e}", gradient=f"{line['gradient_error']:.1e}")
+        record(
+            f"error of spo_rank in {line['what']}",
+            loss=f"{line['error']:.1e}",
+            gradient=f"{line['gradient_error']:.1e}",
+        )
         assert line["gradient_error"] < (0.1 if line["what"] == "bfloat16" else 0.01)
 
 
@@ -90,10 +99,27 @@ def trained(*flags: str) -> str:
         "weights = torch.load('out/ckpt.pt', weights_only=True)['model']\n"
         "print(hashlib.sha256(b''.join(weights[n].numpy().tobytes() for n in sorted(weights))).hexdigest())"
     )
-    flags = ("--init_from=start.pt", "--data=ranked.jsonl", "--max_iters=8", "--batch_size=4", "--eval_interval=4", "--eval_stories=4",
-             "--max_new_tokens=16", "--kl_interval=3", "--log_interval=1", f"--device={DEVICE}", "--dtype=float32", "--report=false", *flags)
-    done = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True,
-                          env=os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"})
+    flags = (
+        "--init_from=start.pt",
+        "--data=ranked.jsonl",
+        "--max_iters=8",
+        "--batch_size=4",
+        "--eval_interval=4",
+        "--eval_stories=4",
+        "--max_new_tokens=16",
+        "--kl_interval=3",
+        "--log_interval=1",
+        f"--device={DEVICE}",
+        "--dtype=float32",
+        "--report=false",
+        *flags,
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *flags],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"},
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout.splitlines()[-1]
 
@@ -124,5 +150,9 @@ def test_the_plan_is_the_peak_within_a_tenth():
     bench.SHAPES["1B"] = (2048, 16, 16, 16, 5632, 32000)
     for loss in ("spo", "dpo"):
         result = bench.our_step("1B", loss, 8, 2, dtype="bfloat16", fit=True, count=3)
-        record(f"peak of {loss}, {result['layers']} layers of 2,048", measured_mb=round(result["peak_mb"]), planned_mb=round(result["planned_mb"]))
+        record(
+            f"peak of {loss}, {result['layers']} layers of 2,048",
+            measured_mb=round(result["peak_mb"]),
+            planned_mb=round(result["planned_mb"]),
+        )
         assert result["planned_mb"] == pytest.approx(result["peak_mb"], rel=0.1)

@@ -26,32 +26,57 @@ def test_the_script_runs_to_its_end_at_tiny_shapes(tmp_path):
     assert "torch" in header["machine"]
     by_name = {row["part"]: row for row in rows}
     assert list(by_name) == ["tests", "W4", "generation", "7B", "demo", "stories260K", "head"]
-    assert by_name["stories260K"]["status"] == "skipped" and "SPO_DATA" in by_name["stories260K"]["reason"]
+    assert (
+        by_name["stories260K"]["status"] == "skipped"
+        and "SPO_DATA" in by_name["stories260K"]["reason"]
+    )
     for name in by_name.keys() - {"stories260K"}:
-        assert by_name[name]["status"] == "passed", (by_name[name], (tmp_path / "gpu" / "output.log").read_text())
+        assert by_name[name]["status"] == "passed", (
+            by_name[name],
+            (tmp_path / "gpu" / "output.log").read_text(),
+        )
     assert len(by_name["W4"]["figures"]) == 5 and len(by_name["generation"]["figures"]) == 4
-    assert not [figure for row in rows for figure in row.get("figures", []) if "error" in figure and "seconds" in figure]
+    assert not [
+        figure
+        for row in rows
+        for figure in row.get("figures", [])
+        if "error" in figure and "seconds" in figure
+    ]
     assert sorted(os.listdir(tmp_path / "gpu")) == ["output.log", "results.jsonl", "table.md"]
 
 
 def test_a_part_that_fails_or_hangs_is_a_row_and_the_next_one_runs(tmp_path, monkeypatch):
     listed = [
-        gpu.Part("tests", "echo some; exit 3", 60), gpu.Part("W4", "sleep 600 & sleep 600", 1),
-        gpu.Part("generation", "no_such_command", 60), gpu.Part("7B", "", 60, "it needs something that is not here"),
+        gpu.Part("tests", "echo some; exit 3", 60),
+        gpu.Part("W4", "sleep 600 & sleep 600", 1),
+        gpu.Part("generation", "no_such_command", 60),
+        gpu.Part("7B", "", 60, "it needs something that is not here"),
         gpu.Part("head", """echo '{"what": "figure", "error": "7"}'; echo the end""", 60),
     ]
     monkeypatch.setattr(gpu, "parts", lambda tiny: listed)
     gpu.main([f"--out={tmp_path}", "--tiny"])
     rows = results(tmp_path)[1:]
     assert [row["status"] for row in rows] == [
-        "failed with exit code 3", "stopped after 1 s", "failed with exit code 127", "skipped", "passed"]
-    assert rows[0]["last line"] == "some" and rows[4]["figures"] == [{"what": "figure", "error": "7"}]
+        "failed with exit code 3",
+        "stopped after 1 s",
+        "failed with exit code 127",
+        "skipped",
+        "passed",
+    ]
+    assert rows[0]["last line"] == "some" and rows[4]["figures"] == [
+        {"what": "figure", "error": "7"}
+    ]
     table = (tmp_path / "table.md").read_text()
-    assert "| 7B | skipped | it needs something that is not here |" in table and "|  | figure | 7 |" in table
+    assert (
+        "| 7B | skipped | it needs something that is not here |" in table
+        and "|  | figure | 7 |" in table
+    )
 
 
 def test_one_part_alone_and_no_time_left(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "parts", lambda tiny: [gpu.Part("W4", "true", 9), gpu.Part("head", "true", 9)])
+    monkeypatch.setattr(
+        gpu, "parts", lambda tiny: [gpu.Part("W4", "true", 9), gpu.Part("head", "true", 9)]
+    )
     gpu.main([f"--out={tmp_path}", "--tiny", "--only=head"])
     assert [row["part"] for row in results(tmp_path)[1:]] == ["head"]
     gpu.main([f"--out={tmp_path}", "--tiny", "--minutes=0"])

@@ -21,7 +21,9 @@ def problem(dtype, seed=0):
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape):
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+        return (
+            torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+        )
 
     tokens = torch.randint(0, V, (5, 60), generator=generator)
     mask = torch.zeros(5, 60, dtype=torch.bool)
@@ -43,42 +45,76 @@ def both(ours, formula, inputs):
 def assert_equal(results, dtype):
     for mine, expected in zip(*results):
         assert mine.dtype == expected.dtype
-        assert torch.allclose(mine, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * float(expected.abs().max()))
+        assert torch.allclose(
+            mine,
+            expected,
+            rtol=TOLERANCE[dtype],
+            atol=TOLERANCE[dtype] * float(expected.abs().max()),
+        )
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_sequence_logps_and_gradients_equal_those_of_the_logits(dtype, block):
     hidden, classifier, _, _, tokens, mask = problem(dtype)
-    assert_equal(both(
-        lambda: head.sequence_logps(hidden, classifier, tokens, mask),
-        lambda: losses.sequence_logps(hidden @ classifier.t(), tokens, mask), [hidden, classifier]), dtype)
+    assert_equal(
+        both(
+            lambda: head.sequence_logps(hidden, classifier, tokens, mask),
+            lambda: losses.sequence_logps(hidden @ classifier.t(), tokens, mask),
+            [hidden, classifier],
+        ),
+        dtype,
+    )
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_token_kl_and_gradients_equal_those_of_the_logits(dtype, block):
     hidden, classifier, other, other_classifier, _, mask = problem(dtype)
-    assert_equal(both(
-        lambda: head.token_kl(hidden, classifier, other, other_classifier, mask),
-        lambda: losses.token_kl(hidden @ classifier.t(), other @ other_classifier.t(), mask), [hidden, classifier]), dtype)
+    assert_equal(
+        both(
+            lambda: head.token_kl(hidden, classifier, other, other_classifier, mask),
+            lambda: losses.token_kl(hidden @ classifier.t(), other @ other_classifier.t(), mask),
+            [hidden, classifier],
+        ),
+        dtype,
+    )
     value = head.token_kl(hidden, classifier, other, other_classifier, mask)
-    assert torch.autograd.grad(value.sum(), [other, other_classifier], allow_unused=True) == (None, None)
+    assert torch.autograd.grad(value.sum(), [other, other_classifier], allow_unused=True) == (
+        None,
+        None,
+    )
 
 
 def test_gradients_equal_finite_differences(block):
     hidden, classifier, other, other_classifier, tokens, mask = problem(torch.float64)
-    hidden, classifier = hidden[:2, :6].detach().requires_grad_(), classifier[:7].detach().requires_grad_()
-    other, other_classifier, tokens, mask = other[:2, :6], other_classifier[:7], tokens[:2, :6] % 7, mask[:2, :6]
-    functions = (lambda h, c: head.sequence_logps(h, c, tokens, mask).sum(),
-                 lambda h, c: head.token_kl(h, c, other, other_classifier, mask).sum())
+    hidden, classifier = (
+        hidden[:2, :6].detach().requires_grad_(),
+        classifier[:7].detach().requires_grad_(),
+    )
+    other, other_classifier, tokens, mask = (
+        other[:2, :6],
+        other_classifier[:7],
+        tokens[:2, :6] % 7,
+        mask[:2, :6],
+    )
+    functions = (
+        lambda h, c: head.sequence_logps(h, c, tokens, mask).sum(),
+        lambda h, c: head.token_kl(h, c, other, other_classifier, mask).sum(),
+    )
     for function in functions:
-        for which, gradient in enumerate(torch.autograd.grad(function(hidden, classifier), [hidden, classifier])):
-            for index in torch.randint(0, gradient.numel(), (20,), generator=torch.Generator().manual_seed(1)).tolist():
+        for which, gradient in enumerate(
+            torch.autograd.grad(function(hidden, classifier), [hidden, classifier])
+        ):
+            for index in torch.randint(
+                0, gradient.numel(), (20,), generator=torch.Generator().manual_seed(1)
+            ).tolist():
                 values = []
                 for step in (1e-6, -1e-6):
                     moved = [hidden.detach().clone(), classifier.detach().clone()]
                     moved[which].view(-1)[index] += step
                     values.append(float(function(*moved)))
-                assert gradient.view(-1)[index] == pytest.approx((values[0] - values[1]) / 2e-6, abs=1e-7)
+                assert gradient.view(-1)[index] == pytest.approx(
+                    (values[0] - values[1]) / 2e-6, abs=1e-7
+                )
 
 
 def test_a_second_backward_pass_is_refused(block):
@@ -101,10 +137,14 @@ def test_without_gradients_nothing_is_kept_and_blocks_are_used_again(block):
         (blocks,) = head.spare.values()
         assert len(blocks) == 1
     again = head.sequence_logps(hidden, classifier, tokens, mask)
-    other = head.sequence_logps(hidden.detach() + 1, classifier, tokens, mask)  # a second graph before the first is used
+    other = head.sequence_logps(
+        hidden.detach() + 1, classifier, tokens, mask
+    )  # a second graph before the first is used
     other.sum().backward()
     assert torch.equal(again, value)
-    expected = torch.autograd.grad(losses.sequence_logps(hidden @ classifier.t(), tokens, mask).sum(), hidden)[0]
+    expected = torch.autograd.grad(
+        losses.sequence_logps(hidden @ classifier.t(), tokens, mask).sum(), hidden
+    )[0]
     assert torch.allclose(torch.autograd.grad(again.sum(), hidden)[0], expected, atol=1e-5)
     scored = int(mask[:, 1:].sum())
     assert sum(len(b) for b in blocks) >= scored  # all are back

@@ -38,7 +38,9 @@ def slow_spo_stages(rows, stages, alpha, gamma, eta):
             if alpha == 0:
                 term = sum(row[k:]) / len(row[k:]) - row[k]
             else:
-                term = -math.log(math.exp(alpha * row[k] - lse([alpha * x for x in row[k:]]))) / alpha
+                term = (
+                    -math.log(math.exp(alpha * row[k] - lse([alpha * x for x in row[k:]]))) / alpha
+                )
             total += eta ** (k + 1) * 2 * sigmoid(s[k] - means[k]) * term
         values.append(total)
     return values
@@ -46,13 +48,18 @@ def slow_spo_stages(rows, stages, alpha, gamma, eta):
 
 def slow_pairs(rows, references, lengths, function):
     """function(l_w, l_l, r_w, r_l, len_w, len_l) of each pair."""
-    return [function(*l, l[0] - q[0], l[1] - q[1], *n) for l, q, n in zip(rows, references, lengths)]
+    return [
+        function(*l, l[0] - q[0], l[1] - q[1], *n) for l, q, n in zip(rows, references, lengths)
+    ]
 
 
 def slow_kto(rows, references, beta, lambda_d, lambda_u):
     ratios = [(l[0] - q[0], l[1] - q[1]) for l, q in zip(rows, references)]
     z0 = max(0.0, sum(a + b for a, b in ratios) / (2 * len(ratios)))
-    return [(lambda_d * (1 - sigmoid(beta * (a - z0))) + lambda_u * (1 - sigmoid(beta * (z0 - b)))) / 2 for a, b in ratios]
+    return [
+        (lambda_d * (1 - sigmoid(beta * (a - z0))) + lambda_u * (1 - sigmoid(beta * (z0 - b)))) / 2
+        for a, b in ratios
+    ]
 
 
 def slow_plackett_luce(rows, references, beta):
@@ -70,34 +77,82 @@ SLOW = {  # name -> (n, settings, slow reference)
     "sft": (4, {}, lambda l, q, n: [-sum(a) / 4 / (sum(map(sum, n)) / (4 * len(n))) for a in l]),
     "best_sft": (4, {}, lambda l, q, n: [-a[0] / (sum(b[0] for b in n) / len(n)) for a in l]),
     "spo_basic": (2, {"alpha": 0.02}, lambda l, q, n: slow_spo_stages(l, 1, 0.02, 0.0, 1.0)),
-    "spo": (2, {"alpha": 0.02, "gamma": 0.01}, lambda l, q, n: slow_spo_stages(l, 1, 0.02, 0.01, 1.0)),
-    "spo_bon": (4, {"alpha": 0.02, "gamma": 0.01}, lambda l, q, n: slow_spo_stages(l, 1, 0.02, 0.01, 1.0)),
-    "spo_rank": (4, {"alpha": 0.02, "gamma": 0.01, "eta": 0.5}, lambda l, q, n: slow_spo_stages(l, 3, 0.02, 0.01, 0.5)),
-    "dpo": (2, {"beta": 0.05}, lambda l, q, n: slow_pairs(l, q, n, lambda w, x, rw, rl, a, b: softplus(-0.05 * (rw - rl)))),
-    "ipo": (2, {"tau": 0.02}, lambda l, q, n: slow_pairs(l, q, n, lambda w, x, rw, rl, a, b: (rw - rl - 25.0) ** 2)),
-    "kto": (2, {"beta": 0.03, "lambda_d": 1.3, "lambda_u": 0.7}, lambda l, q, n: slow_kto(l, q, 0.03, 1.3, 0.7)),
-    "cpo": (2, {"beta": 0.02, "alpha": 0.003},
-            lambda l, q, n: slow_pairs(l, q, n, lambda w, x, rw, rl, a, b: softplus(-0.02 * (w - x)) - 0.003 * w)),
-    "rdpo": (2, {"beta": 0.02, "alpha": 0.01},
-             lambda l, q, n: slow_pairs(l, q, n, lambda w, x, rw, rl, a, b: softplus(-0.02 * (rw - rl) - 0.01 * (a - b)))),
-    "simpo": (2, {"beta": 2.5, "gamma": 1.5},
-              lambda l, q, n: slow_pairs(l, q, n, lambda w, x, rw, rl, a, b: softplus(1.5 - 2.5 * (w / a - x / b)))),
+    "spo": (
+        2,
+        {"alpha": 0.02, "gamma": 0.01},
+        lambda l, q, n: slow_spo_stages(l, 1, 0.02, 0.01, 1.0),
+    ),
+    "spo_bon": (
+        4,
+        {"alpha": 0.02, "gamma": 0.01},
+        lambda l, q, n: slow_spo_stages(l, 1, 0.02, 0.01, 1.0),
+    ),
+    "spo_rank": (
+        4,
+        {"alpha": 0.02, "gamma": 0.01, "eta": 0.5},
+        lambda l, q, n: slow_spo_stages(l, 3, 0.02, 0.01, 0.5),
+    ),
+    "dpo": (
+        2,
+        {"beta": 0.05},
+        lambda l, q, n: slow_pairs(l, q, n, lambda w, x, rw, rl, a, b: softplus(-0.05 * (rw - rl))),
+    ),
+    "ipo": (
+        2,
+        {"tau": 0.02},
+        lambda l, q, n: slow_pairs(l, q, n, lambda w, x, rw, rl, a, b: (rw - rl - 25.0) ** 2),
+    ),
+    "kto": (
+        2,
+        {"beta": 0.03, "lambda_d": 1.3, "lambda_u": 0.7},
+        lambda l, q, n: slow_kto(l, q, 0.03, 1.3, 0.7),
+    ),
+    "cpo": (
+        2,
+        {"beta": 0.02, "alpha": 0.003},
+        lambda l, q, n: slow_pairs(
+            l, q, n, lambda w, x, rw, rl, a, b: softplus(-0.02 * (w - x)) - 0.003 * w
+        ),
+    ),
+    "rdpo": (
+        2,
+        {"beta": 0.02, "alpha": 0.01},
+        lambda l, q, n: slow_pairs(
+            l, q, n, lambda w, x, rw, rl, a, b: softplus(-0.02 * (rw - rl) - 0.01 * (a - b))
+        ),
+    ),
+    "simpo": (
+        2,
+        {"beta": 2.5, "gamma": 1.5},
+        lambda l, q, n: slow_pairs(
+            l, q, n, lambda w, x, rw, rl, a, b: softplus(1.5 - 2.5 * (w / a - x / b))
+        ),
+    ),
     "dpo_rank": (4, {"beta": 0.02}, lambda l, q, n: slow_plackett_luce(l, q, 0.02)[0]),
     "sdpo_bon": (4, {"beta": 0.02}, lambda l, q, n: slow_plackett_luce(l, q, 0.02)[1]),
-    "sdpo_rank": (4, {"beta": 0.02}, lambda l, q, n: [x / 3 for x in slow_plackett_luce(l, q, 0.02)[0]]),
+    "sdpo_rank": (
+        4,
+        {"beta": 0.02},
+        lambda l, q, n: [x / 3 for x in slow_plackett_luce(l, q, 0.02)[0]],
+    ),
 }
 
 
 def story_logps(groups: int, n: int, seed: int = 0) -> torch.Tensor:
     """Log-probs 50 nats and more apart: nearer ones would hide a missing weight."""
-    return torch.randn(groups, n, dtype=DOUBLE, generator=torch.Generator().manual_seed(seed)) * 60 - 220
+    return (
+        torch.randn(groups, n, dtype=DOUBLE, generator=torch.Generator().manual_seed(seed)) * 60
+        - 220
+    )
 
 
 def call(name, logps, reference=None, lengths=None, **settings):
     """LOSSES[name] with those of the tensors that it reads."""
     tensors = {"policy_logps": logps, "reference_logps": reference, "lengths": lengths}
     read = inspect.signature(LOSSES[name]).parameters
-    return LOSSES[name](**{k: v for k, v in tensors.items() if k in read and v is not None}, **settings)
+    return LOSSES[name](
+        **{k: v for k, v in tensors.items() if k in read and v is not None}, **settings
+    )
 
 
 def some_lengths(groups: int, n: int) -> torch.Tensor:
@@ -105,8 +160,14 @@ def some_lengths(groups: int, n: int) -> torch.Tensor:
 
 
 def test_every_loss_has_a_slow_reference():
-    assert set(SLOW) == set(LOSSES) == set("""sft best_sft spo_basic spo spo_bon spo_rank dpo ipo kto cpo rdpo simpo
-        dpo_rank sdpo_bon sdpo_rank""".split())
+    assert (
+        set(SLOW)
+        == set(LOSSES)
+        == set(
+            """sft best_sft spo_basic spo spo_bon spo_rank dpo ipo kto cpo rdpo simpo
+        dpo_rank sdpo_bon sdpo_rank""".split()
+        )
+    )
     assert set(REGULARIZERS) == {"global_kl", "logp", "tokenwise", "importance", "none"}
 
 
@@ -115,11 +176,15 @@ def test_values_equal_the_slow_reference(name):
     n, settings, slow = SLOW[name]
     logps, reference, lengths = story_logps(6, n), story_logps(6, n, seed=1), some_lengths(6, n)
     value = call(name, logps, reference, lengths, **settings)
-    expected = torch.tensor(slow(logps.tolist(), reference.tolist(), lengths.tolist()), dtype=DOUBLE)
+    expected = torch.tensor(
+        slow(logps.tolist(), reference.tolist(), lengths.tolist()), dtype=DOUBLE
+    )
     assert value.dtype == DOUBLE and value.shape == (6,)
     assert torch.allclose(value, expected, rtol=1e-10, atol=1e-12)
     low = call(name, logps.float(), reference.float(), lengths, **settings)
-    assert low.dtype == torch.float32 and torch.allclose(low.double(), expected, rtol=2e-4, atol=1e-4)
+    assert low.dtype == torch.float32 and torch.allclose(
+        low.double(), expected, rtol=2e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("name", list(SLOW))
@@ -127,21 +192,30 @@ def test_gradients_equal_finite_differences(name):
     """Central differences in float64, with the statistics of the batch (mu, z0) held fixed: they carry no gradient."""
     n, settings, _ = SLOW[name]
     scale = 1.0 if name == "kto" else 20.0  # small gaps, where every term of the gradient counts
-    logps, reference, lengths = story_logps(4, n) / scale, story_logps(4, n, seed=1) / scale, some_lengths(4, n)
+    logps, reference, lengths = (
+        story_logps(4, n) / scale,
+        story_logps(4, n, seed=1) / scale,
+        some_lengths(4, n),
+    )
     if "gamma" in settings and name != "simpo":
         settings = settings | {"gamma": 0.0}  # with mu: test_no_gradient_flows_through_the_weight
     if name == "kto":
         settings = settings | {"kl_estimate": (logps - reference).mean()}
     leaf = logps.clone().requires_grad_(True)
-    gradient, = torch.autograd.grad(call(name, leaf, reference, lengths, **settings).sum(), leaf)
+    (gradient,) = torch.autograd.grad(call(name, leaf, reference, lengths, **settings).sum(), leaf)
     for i, j in itertools.product(range(4), range(n)):
         step = torch.zeros_like(logps)
         step[i, j] = 1e-4
-        up, down = (call(name, logps + sign * step, reference, lengths, **settings).sum() for sign in (1, -1))
+        up, down = (
+            call(name, logps + sign * step, reference, lengths, **settings).sum()
+            for sign in (1, -1)
+        )
         assert gradient[i, j].item() == pytest.approx(((up - down) / 2e-4).item(), abs=1e-6)
 
 
-@pytest.mark.parametrize("alpha,gamma,eta", [(0.001, 0.01, 1.0), (0.1, 0.01, 0.5), (1.0, 0.0, 1.0), (0.0, 0.01, 1.0)])
+@pytest.mark.parametrize(
+    "alpha,gamma,eta", [(0.001, 0.01, 1.0), (0.1, 0.01, 0.5), (1.0, 0.0, 1.0), (0.0, 0.01, 1.0)]
+)
 def test_spo_rank_equals_the_slow_reference_over_its_range(alpha, gamma, eta):
     logps = story_logps(6, 4)
     expected = torch.tensor(slow_spo_stages(logps.tolist(), 3, alpha, gamma, eta), dtype=DOUBLE)
@@ -152,7 +226,9 @@ def test_spo_rank_equals_the_slow_reference_over_its_range(alpha, gamma, eta):
 def test_spo_basic_by_hand():
     """logps -1 and -3, alpha 0.5: d = 2, softplus(-1) / 0.5 = 2 log(1 + 1/e) = 0.626523; alpha 0: -1."""
     logps = torch.tensor([[-1.0, -3.0]], dtype=DOUBLE)
-    assert LOSSES["spo_basic"](logps, alpha=0.5).item() == pytest.approx(0.6265233750364456, abs=1e-12)
+    assert LOSSES["spo_basic"](logps, alpha=0.5).item() == pytest.approx(
+        0.6265233750364456, abs=1e-12
+    )
     assert LOSSES["spo_basic"](logps, alpha=0.0).item() == -1.0
 
 
@@ -160,13 +236,17 @@ def test_weight_by_hand():
     """Groups of log(p0 + p1) = 0 and log 4 with gamma 1/2: t = 1, 2, mean 1.5, mu = 2 sigmoid(-+0.5)."""
     logps = torch.log(torch.tensor([[0.5, 0.5], [2.0, 2.0]], dtype=DOUBLE))
     ratio = LOSSES["spo"](logps, alpha=0.1, gamma=0.5) / LOSSES["spo_basic"](logps, alpha=0.1)
-    assert torch.allclose(ratio, 2 * torch.sigmoid(torch.tensor([-0.5, 0.5], dtype=DOUBLE)), rtol=1e-12)
+    assert torch.allclose(
+        ratio, 2 * torch.sigmoid(torch.tensor([-0.5, 0.5], dtype=DOUBLE)), rtol=1e-12
+    )
 
 
 def test_weight_survives_story_log_probs_in_float32():
     """exp(-190) is 0 in float32, and a weight formed from it would be 1 in every row without a word."""
     logps = torch.tensor([[-210.0, -190.0], [-150.0, -160.0], [-305.0, -280.0]])
-    assert weight_statistic(logps, 0.01)[:, 0].tolist() == pytest.approx([0.150, 0.223, 0.061], abs=1e-3)
+    assert weight_statistic(logps, 0.01)[:, 0].tolist() == pytest.approx(
+        [0.150, 0.223, 0.061], abs=1e-3
+    )
     mu = LOSSES["spo"](logps) / LOSSES["spo_basic"](logps)
     assert mu.tolist() == pytest.approx([1.002, 1.039, 0.958], abs=1e-3)
 
@@ -216,15 +296,28 @@ def test_dpo_is_spo_basic_on_log_ratios():
     assert torch.allclose(LOSSES["dpo"](logps, reference, beta=0.05), 0.05 * spo, rtol=1e-12)
 
 
-@pytest.mark.parametrize("name,settings,n,start", [
-    ("dpo", {}, 2, math.log(2)), ("ipo", {"tau": 0.01}, 2, 2500.0), ("kto", {}, 2, 0.5),
-    ("kto", {"lambda_d": 1.0, "lambda_u": 3.0}, 2, 1.0),
-    ("dpo_rank", {}, 4, math.log(24)), ("sdpo_bon", {}, 4, math.log(4)), ("sdpo_rank", {}, 4, math.log(24) / 3),
-])
+@pytest.mark.parametrize(
+    "name,settings,n,start",
+    [
+        ("dpo", {}, 2, math.log(2)),
+        ("ipo", {"tau": 0.01}, 2, 2500.0),
+        ("kto", {}, 2, 0.5),
+        ("kto", {"lambda_d": 1.0, "lambda_u": 3.0}, 2, 1.0),
+        ("dpo_rank", {}, 4, math.log(24)),
+        ("sdpo_bon", {}, 4, math.log(4)),
+        ("sdpo_rank", {}, 4, math.log(24) / 3),
+    ],
+)
 def test_the_value_at_step_0_is_the_known_one(name, settings, n, start):
     logps = story_logps(5, n)
-    assert call(name, logps, logps, some_lengths(5, n), **settings).tolist() == pytest.approx([start] * 5)
-    defaults = {k: p.default for k, p in inspect.signature(LOSSES[name]).parameters.items()} | settings | {"n": n}
+    assert call(name, logps, logps, some_lengths(5, n), **settings).tolist() == pytest.approx(
+        [start] * 5
+    )
+    defaults = (
+        {k: p.default for k, p in inspect.signature(LOSSES[name]).parameters.items()}
+        | settings
+        | {"n": n}
+    )
     read = inspect.signature(LOSSES[name].start).parameters
     assert LOSSES[name].start(**{k: defaults[k] for k in read}) == pytest.approx(start)
 
@@ -248,19 +341,27 @@ def test_baselines_by_hand():
     rdpo  beta 0.5, alpha 1:      softplus(-(1 + 1))                           = 0.126928
     simpo beta 1, gamma 1:        softplus(1 - (-2 + 3)) = softplus(0)         = 0.693147
     """
-    logps, reference = torch.tensor([[-10.0, -12.0]], dtype=DOUBLE), torch.tensor([[-11.0, -11.0]], dtype=DOUBLE)
+    logps, reference = (
+        torch.tensor([[-10.0, -12.0]], dtype=DOUBLE),
+        torch.tensor([[-11.0, -11.0]], dtype=DOUBLE),
+    )
     lengths = torch.tensor([[5, 4]])
     cases = [
-        ("dpo", {"beta": 0.5}, 0.31326168751822286), ("ipo", {"tau": 0.25}, 0.0),
-        ("ipo", {"tau": 0.25, "norm": "mean"}, 2.4025), ("kto", {"beta": 1.0}, 0.2689414213699951),
+        ("dpo", {"beta": 0.5}, 0.31326168751822286),
+        ("ipo", {"tau": 0.25}, 0.0),
+        ("ipo", {"tau": 0.25, "norm": "mean"}, 2.4025),
+        ("kto", {"beta": 1.0}, 0.2689414213699951),
         ("kto", {"beta": 1.0, "kl_estimate": 1.0}, 0.30960146101105876),
         ("kto", {"beta": 1.0, "kl_estimate": -5.0}, 0.2689414213699951),
         ("cpo", {"beta": 0.5, "alpha": 0.1}, 1.3132616875182228),
         ("cpo", {"beta": 0.5, "alpha": 0.1, "nll": "mean"}, 0.5132616875182229),
-        ("rdpo", {"beta": 0.5, "alpha": 1.0}, 0.12692801104297263), ("simpo", {"beta": 1.0, "gamma": 1.0}, math.log(2)),
+        ("rdpo", {"beta": 0.5, "alpha": 1.0}, 0.12692801104297263),
+        ("simpo", {"beta": 1.0, "gamma": 1.0}, math.log(2)),
     ]
     for name, settings, expected in cases:
-        assert call(name, logps, reference, lengths, **settings).item() == pytest.approx(expected, abs=1e-12), name
+        assert call(name, logps, reference, lengths, **settings).item() == pytest.approx(
+            expected, abs=1e-12
+        ), name
 
 
 def test_rankings_by_hand():
@@ -270,10 +371,14 @@ def test_rankings_by_hand():
     first, second = -math.log(4 / 7), -math.log(2 / 3)
     assert LOSSES["dpo_rank"](logratios, zero, beta=1.0).item() == pytest.approx(first + second)
     assert LOSSES["sdpo_bon"](logratios, zero, beta=1.0).item() == pytest.approx(first)
-    assert LOSSES["sdpo_rank"](logratios, zero, beta=1.0).item() == pytest.approx((first + second) / 2)
+    assert LOSSES["sdpo_rank"](logratios, zero, beta=1.0).item() == pytest.approx(
+        (first + second) / 2
+    )
     # SPO at alpha 1 without weights is the same choice by probability; with eta 1/2, stages weigh 1/2 and 1/4
     assert LOSSES["spo_bon"](logratios, alpha=1.0, gamma=0.0).item() == pytest.approx(first)
-    assert LOSSES["spo_rank"](logratios, alpha=1.0, gamma=0.0, eta=0.5).item() == pytest.approx(first / 2 + second / 4)
+    assert LOSSES["spo_rank"](logratios, alpha=1.0, gamma=0.0, eta=0.5).item() == pytest.approx(
+        first / 2 + second / 4
+    )
 
 
 def test_reading_a_ranking_by_places_instead_of_indices_shows_in_the_loss():
@@ -281,7 +386,10 @@ def test_reading_a_ranking_by_places_instead_of_indices_shows_in_the_loss():
     by_response = torch.tensor([[-9.0, -1.0, -4.0]])  # a, b, c: the order of the ranking
     best_first = LOSSES["spo_rank"](by_response[:, [1, 2, 0]], alpha=1.0, gamma=0.0)
     assert best_first.item() == pytest.approx(lse([-1, -4, -9]) + 1 + lse([-4, -9]) + 4, abs=1e-5)
-    assert LOSSES["spo_rank"](by_response[:, [2, 0, 1]], alpha=1.0, gamma=0.0).item() > best_first.item() + 5
+    assert (
+        LOSSES["spo_rank"](by_response[:, [2, 0, 1]], alpha=1.0, gamma=0.0).item()
+        > best_first.item() + 5
+    )
 
 
 # --- identities ----------------------------------------------------------------------------------
@@ -314,7 +422,9 @@ def test_spo_rank_is_a_sum_of_spo_bon_over_its_stages():
 def test_sdpo_bon_is_spo_bon_on_log_ratios():
     logps, reference = story_logps(5, 4), story_logps(5, 4, seed=1)
     spo_bon = LOSSES["spo_bon"](logps - reference, alpha=0.05, gamma=0.0)
-    assert torch.allclose(LOSSES["sdpo_bon"](logps, reference, beta=0.05), 0.05 * spo_bon, rtol=1e-12)
+    assert torch.allclose(
+        LOSSES["sdpo_bon"](logps, reference, beta=0.05), 0.05 * spo_bon, rtol=1e-12
+    )
 
 
 def test_cpo_is_spo_basic_with_the_likelihood_as_regularizer():
@@ -348,7 +458,8 @@ def test_importance_stays_finite_pushes_back_and_counts_beyond_its_limit():
     value.sum().backward()
     slope = 21 * math.exp(20) / 2
     assert torch.isfinite(value).all() and logratios.grad.flatten().tolist() == pytest.approx(
-        [20.9 * math.exp(19.9) / 2, slope, slope, 0.0], rel=1e-5)
+        [20.9 * math.exp(19.9) / 2, slope, slope, 0.0], rel=1e-5
+    )
     assert clamped(logratios.detach(), torch.zeros(2, 2)).tolist() == [1, 1]
 
 
@@ -356,26 +467,34 @@ def test_the_other_regularizers_are_what_they_are_called():
     values = story_logps(3, 4)
     assert torch.equal(REGULARIZERS["logp"](values), -values[:, 0])
     assert torch.equal(REGULARIZERS["tokenwise"](values), values.mean(1))
-    assert torch.equal(REGULARIZERS["global_kl"](values[:, 0]), values[:, 0]) and REGULARIZERS["none"]().tolist() == [0.0]
+    assert torch.equal(REGULARIZERS["global_kl"](values[:, 0]), values[:, 0]) and REGULARIZERS[
+        "none"
+    ]().tolist() == [0.0]
 
 
 @pytest.mark.parametrize("name", [name for name in LOSSES if LOSSES[name].data == "best"])
 def test_best_of_n_ignores_the_order_of_the_rest(name):
     logps, reference, order = story_logps(5, 4), story_logps(5, 4, seed=1), [0, 3, 1, 2]
-    value, permuted = (call(name, x, q, some_lengths(5, 4)) for x, q in ((logps, reference), (logps[:, order], reference[:, order])))
+    value, permuted = (
+        call(name, x, q, some_lengths(5, 4))
+        for x, q in ((logps, reference), (logps[:, order], reference[:, order]))
+    )
     assert torch.allclose(value, permuted, rtol=1e-12)
 
 
 def test_sft_is_total_nll_over_total_tokens():
-    logps, lengths = torch.tensor([[-10.0, -20.0], [-30.0, -60.0]]), torch.tensor([[5, 10], [5, 20]])
+    logps, lengths = (
+        torch.tensor([[-10.0, -20.0], [-30.0, -60.0]]),
+        torch.tensor([[5, 10], [5, 20]]),
+    )
     assert LOSSES["sft"](logps, lengths).mean().item() == pytest.approx(120 / 40)
     assert LOSSES["best_sft"](logps, lengths).mean().item() == pytest.approx(40 / 10)
 
 
 def test_centering_changes_the_value_by_a_constant_and_not_the_gradient():
     leaf = story_logps(3, 4).requires_grad_(True)
-    plain, = torch.autograd.grad(LOSSES["spo_rank"](leaf).sum(), leaf)
-    centered, = torch.autograd.grad(LOSSES["spo_rank"](leaf, centered=True).sum(), leaf)
+    (plain,) = torch.autograd.grad(LOSSES["spo_rank"](leaf).sum(), leaf)
+    (centered,) = torch.autograd.grad(LOSSES["spo_rank"](leaf, centered=True).sum(), leaf)
     assert torch.equal(plain, centered)
     assert LOSSES["spo_rank"](torch.zeros(1, 4), centered=True).item() == pytest.approx(0, abs=1e-3)
 
@@ -383,12 +502,22 @@ def test_centering_changes_the_value_by_a_constant_and_not_the_gradient():
 @pytest.mark.parametrize("name", list(LOSSES))
 def test_gaps_of_ten_thousand_nats_leave_loss_and_gradient_finite(name):
     n = SLOW[name][0]
-    sharp = {"alpha": 1.0} if name.startswith("spo") else {"beta": 1.0} if "beta" in SLOW[name][1] else {}
+    sharp = (
+        {"alpha": 1.0}
+        if name.startswith("spo")
+        else {"beta": 1.0}
+        if "beta" in SLOW[name][1]
+        else {}
+    )
     for gap, settings in itertools.product((-1e4, -100.0, 0.0, 100.0, 1e4), ({}, sharp)):
-        logps = torch.tensor([[-200.0 + gap] + [-200.0] * (n - 2) + [-200.0 - gap]], requires_grad=True)
+        logps = torch.tensor(
+            [[-200.0 + gap] + [-200.0] * (n - 2) + [-200.0 - gap]], requires_grad=True
+        )
         value = call(name, logps, torch.full((1, n), -200.0), torch.full((1, n), 99), **settings)
         value.sum().backward()
-        assert value.shape == (1,) and torch.isfinite(value).all() and torch.isfinite(logps.grad).all()
+        assert (
+            value.shape == (1,) and torch.isfinite(value).all() and torch.isfinite(logps.grad).all()
+        )
 
 
 @pytest.mark.parametrize("name", [name for name in LOSSES if LOSSES[name].data == "pair"])
@@ -435,7 +564,9 @@ def test_sequence_logps_equal_a_loop_over_tokens():
             if mask[row, t]:
                 p = [math.exp(x) for x in logits[row, t - 1].tolist()]
                 expected += math.log(p[tokens[row, t]] / sum(p))
-        assert sequence_logps(logits, tokens, mask)[row].item() == pytest.approx(expected, abs=1e-12)
+        assert sequence_logps(logits, tokens, mask)[row].item() == pytest.approx(
+            expected, abs=1e-12
+        )
 
 
 def test_constant_logits_give_minus_length_log_vocabulary():
@@ -453,8 +584,10 @@ def test_one_logit_moves_only_its_own_sequence():
 
 def test_padding_changes_nothing():
     logits, tokens, mask = random_batch()
-    padded = [torch.nn.functional.pad(x, pad) for x, pad in
-              ((logits, (0, 0, 0, 9)), (tokens, (0, 9)), (mask, (0, 9)))]
+    padded = [
+        torch.nn.functional.pad(x, pad)
+        for x, pad in ((logits, (0, 0, 0, 9)), (tokens, (0, 9)), (mask, (0, 9)))
+    ]
     assert torch.allclose(sequence_logps(*padded), sequence_logps(logits, tokens, mask), atol=1e-12)
     kl = token_kl(logits, 0.5 * logits, mask)
     assert torch.allclose(token_kl(padded[0], 0.5 * padded[0], padded[2]), kl, atol=1e-12)
@@ -474,7 +607,10 @@ def test_token_kl_sums_the_full_distribution_over_scored_tokens():
     expected = [0.0, 0.0, 0.0]
     for row, t in itertools.product(range(3), range(1, 6)):
         if mask[row, t]:
-            p, q = torch.softmax(logits[row, t - 1], 0).tolist(), torch.softmax(other[row, t - 1], 0).tolist()
+            p, q = (
+                torch.softmax(logits[row, t - 1], 0).tolist(),
+                torch.softmax(other[row, t - 1], 0).tolist(),
+            )
             expected[row] += sum(a * math.log(a / b) for a, b in zip(p, q))
     assert token_kl(logits, other, mask).tolist() == pytest.approx(expected, abs=1e-12)
     assert token_kl(logits, logits, mask).tolist() == [0.0, 0.0, 0.0]
@@ -488,5 +624,7 @@ def test_token_kl_gradient_is_that_of_the_formula_and_spares_the_reference():
     token_kl(logits, other, mask).sum().backward()
     p, ratio = logits.softmax(-1), logits.log_softmax(-1) - other.log_softmax(-1)
     expected = p * (ratio - (p * ratio).sum(-1, keepdim=True))
-    expected = torch.cat([expected[:, :-1] * mask[:, 1:, None], torch.zeros(3, 1, 7, dtype=DOUBLE)], dim=1)
+    expected = torch.cat(
+        [expected[:, :-1] * mask[:, 1:, None], torch.zeros(3, 1, 7, dtype=DOUBLE)], dim=1
+    )
     assert torch.allclose(logits.grad, expected, atol=1e-12) and other.grad is None

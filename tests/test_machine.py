@@ -28,7 +28,10 @@ def test_what_rounds_is_not_chosen(monkeypatch):
         return errors[precision]
 
     monkeypatch.setattr(machine, "error_of_products", error)
-    assert machine.fast_products("cpu") == "float32 products: relative error 2.0e-07; oneDNN's 3.0e-03 was too much"
+    assert (
+        machine.fast_products("cpu")
+        == "float32 products: relative error 2.0e-07; oneDNN's 3.0e-03 was too much"
+    )
     assert torch.get_float32_matmul_precision() == "highest"
     errors["medium"] = 3e-7
     assert "oneDNN" in machine.fast_products("cpu")

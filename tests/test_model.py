@@ -10,7 +10,18 @@ import checkpoint as checkpoints
 import export
 import sample
 from checkpoint import Checkpoint
-from model import QUERIES, Decoder, KVCache, ModelArgs, Transformer, attend, generate, rope_tables, rotate, sample_token
+from model import (
+    QUERIES,
+    Decoder,
+    KVCache,
+    ModelArgs,
+    Transformer,
+    attend,
+    generate,
+    rope_tables,
+    rotate,
+    sample_token,
+)
 from tokenizer import Tokenizer
 
 GREEDY = (
@@ -20,7 +31,14 @@ GREEDY = (
 
 
 def tiny(tied: bool = True, n_kv_heads: int = 2, **changes) -> Transformer:
-    shape = {"dim": 32, "n_layers": 2, "n_heads": 4, "vocab_size": 64, "hidden_dim": 48, "max_seq_len": 64}
+    shape = {
+        "dim": 32,
+        "n_layers": 2,
+        "n_heads": 4,
+        "vocab_size": 64,
+        "hidden_dim": 48,
+        "max_seq_len": 64,
+    }
     model = Transformer(ModelArgs(**shape | {"n_kv_heads": n_kv_heads} | changes), tied)
     generator = torch.Generator().manual_seed(3)
     for weight in model.parameters():
@@ -42,8 +60,18 @@ def numpy_logits(path: str, tokens: list[int]) -> np.ndarray:
         return floats[offset - size : offset].reshape(shape).astype(np.float64)
 
     emb, att_norm = take(V, dim), take(L, dim)
-    wq, wk, wv, wo = take(L, dim, dim), take(L, KV * hd, dim), take(L, KV * hd, dim), take(L, dim, dim)
-    ffn_norm, w1, w2, w3 = take(L, dim), take(L, hidden, dim), take(L, dim, hidden), take(L, hidden, dim)
+    wq, wk, wv, wo = (
+        take(L, dim, dim),
+        take(L, KV * hd, dim),
+        take(L, KV * hd, dim),
+        take(L, dim, dim),
+    )
+    ffn_norm, w1, w2, w3 = (
+        take(L, dim),
+        take(L, hidden, dim),
+        take(L, dim, hidden),
+        take(L, hidden, dim),
+    )
     norm, cos, sin = take(dim), take(S, hd // 2), take(S, hd // 2)
     head = emb if shared else take(V, dim)
     assert offset == len(floats)
@@ -54,7 +82,9 @@ def numpy_logits(path: str, tokens: list[int]) -> np.ndarray:
     def turn(x, t):
         pairs = x.reshape(-1, hd // 2, 2)
         even, odd = pairs[..., 0].copy(), pairs[..., 1].copy()
-        return np.stack([even * cos[t] - odd * sin[t], even * sin[t] + odd * cos[t]], -1).reshape(-1, hd)
+        return np.stack([even * cos[t] - odd * sin[t], even * sin[t] + odd * cos[t]], -1).reshape(
+            -1, hd
+        )
 
     keys, values = [[] for _ in range(L)], [[] for _ in range(L)]
     for t, token in enumerate(tokens):
@@ -78,7 +108,9 @@ def numpy_logits(path: str, tokens: list[int]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("tied,n_kv_heads", [(True, 4), (True, 2), (False, 1)])
-def test_logits_equal_an_independent_numpy_forward_pass_of_the_exported_file(tmp_path, tied, n_kv_heads):
+def test_logits_equal_an_independent_numpy_forward_pass_of_the_exported_file(
+    tmp_path, tied, n_kv_heads
+):
     model, path = tiny(tied, n_kv_heads), str(tmp_path / "model.bin")
     checkpoints.save_llama2c(path, model)
     tokens = [1, 9, 33, 7, 60, 2]
@@ -93,19 +125,33 @@ def test_rope_turns_interleaved_pairs_by_position():
     cos, sin = rope_tables(args)
     turned = rotate(torch.tensor([1.0, 0.0, 1.0, 0.0]).expand(1, 3, 1, 4), cos, sin)[0, 2, 0]
     angles = np.array([2.0, 2.0 / 100.0])  # position 2; theta^(-0/4) and 10000^(-2/4)
-    assert turned.tolist() == pytest.approx([np.cos(angles[0]), np.sin(angles[0]), np.cos(angles[1]), np.sin(angles[1])])
+    assert turned.tolist() == pytest.approx(
+        [np.cos(angles[0]), np.sin(angles[0]), np.cos(angles[1]), np.sin(angles[1])]
+    )
 
 
 @pytest.mark.parametrize("length", [1 + QUERIES // 2, QUERIES, 2 * QUERIES + 5])
 @pytest.mark.parametrize("kv", [1, 2, 4])
 def test_attention_by_blocks_equals_the_formula(length, kv):
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(3, heads, length, 6, generator=generator, dtype=torch.float64, requires_grad=True) for heads in (4, kv, kv))
+    q, k, v = (
+        torch.randn(
+            3, heads, length, 6, generator=generator, dtype=torch.float64, requires_grad=True
+        )
+        for heads in (4, kv, kv)
+    )
     keys, values = (x.repeat_interleave(4 // kv, 1) for x in (k, v))
-    scores = (q @ keys.transpose(2, 3) / 6**0.5).masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), -torch.inf)
-    expected, weights = scores.softmax(-1) @ values, torch.randn(3, 4, length, 6, generator=generator, dtype=torch.float64)
+    scores = (q @ keys.transpose(2, 3) / 6**0.5).masked_fill(
+        torch.ones(length, length, dtype=torch.bool).triu(1), -torch.inf
+    )
+    expected, weights = (
+        scores.softmax(-1) @ values,
+        torch.randn(3, 4, length, 6, generator=generator, dtype=torch.float64),
+    )
     torch.testing.assert_close(attend(q, k, v), expected)
-    for ours, theirs in zip(*(torch.autograd.grad((y * weights).sum(), (q, k, v)) for y in (attend(q, k, v), expected))):
+    for ours, theirs in zip(
+        *(torch.autograd.grad((y * weights).sum(), (q, k, v)) for y in (attend(q, k, v), expected))
+    ):
         torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(attend(q[:, :, -1:], k, v), expected[:, :, -1:])
 
@@ -116,7 +162,10 @@ def test_the_decoder_equals_the_model(tied, n_kv_heads, dtype, tolerance):
     model = tiny(tied, n_kv_heads).to(dtype)
     tokens = torch.randint(64, (3, 12), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        cache, decoder = KVCache(model.args, 3, 12, "cpu", torch.float32), Decoder(model, 3, torch.float32)
+        cache, decoder = (
+            KVCache(model.args, 3, 12, "cpu", torch.float32),
+            Decoder(model, 3, torch.float32),
+        )
         model.next_logits(tokens[:, :5], cache)
         for t in range(5, 12):
             expected = model(tokens[:, : t + 1])[:, -1].float()
@@ -143,9 +192,13 @@ def test_a_rows_text_depends_on_neither_neighbours_nor_batch_size():
     prompts = [[1], [1, 5, 9], [1, 7], [1], [1, 2, 3, 4, 5]]
     together = generate(model, prompts, 40, stop_ids=[3], seed=11)
     for row, prompt in enumerate(prompts):
-        assert generate(model, [prompt], 40, stop_ids=[3], seed=11, first_row=row) == [together[row]]
+        assert generate(model, [prompt], 40, stop_ids=[3], seed=11, first_row=row) == [
+            together[row]
+        ]
     assert generate(model, prompts, 40, stop_ids=[3], seed=12) != together
-    assert generate(model, torch.tensor([[1], [1]]), 9, seed=5) == generate(model, [[1], [1]], 9, seed=5)
+    assert generate(model, torch.tensor([[1], [1]]), 9, seed=5) == generate(
+        model, [[1], [1]], 9, seed=5
+    )
 
 
 def test_a_sequence_ends_with_its_terminator_and_never_holds_it_before():
@@ -161,7 +214,10 @@ def test_sampling_follows_the_distribution():
     share = torch.bincount(sample_token(logits.clone(), uniforms, 1.0), minlength=4) / 20000
     assert torch.allclose(share, logits[0].softmax(0), atol=0.01)
     assert set(sample_token(logits.clone(), uniforms, 1.0, top_k=2).tolist()) == {0, 1}
-    assert set(sample_token(logits.clone(), uniforms, 1.0, top_p=0.7).tolist()) == {0, 1}  # 0.64 alone is less than 0.7
+    assert set(sample_token(logits.clone(), uniforms, 1.0, top_p=0.7).tolist()) == {
+        0,
+        1,
+    }  # 0.64 alone is less than 0.7
     assert set(sample_token(logits.clone(), uniforms, 1.0, top_p=0.6).tolist()) == {0}
 
 
@@ -197,7 +253,10 @@ def test_llama2c_checkpoints_load_with_their_prefix_and_entries(tmp_path):
     args = dataclasses.asdict(model.args)
     del args["rope_theta"]
     weights = {f"_orig_mod.{k}": v for k, v in model.state_dict().items()}
-    torch.save({"model": weights, "model_args": args, "iter_num": 5, "config": {"dataset": "tinystories"}}, path)
+    torch.save(
+        {"model": weights, "model_args": args, "iter_num": 5, "config": {"dataset": "tinystories"}},
+        path,
+    )
     assert same_weights(checkpoints.load(path).model, model) and checkpoints.load(path).eos_id == 1
 
 
@@ -205,7 +264,10 @@ def test_llama2c_checkpoints_load_with_their_prefix_and_entries(tmp_path):
 @pytest.mark.parametrize("tied", [True, False])
 def test_export_twice_gives_the_same_bytes_and_leaves_the_model_alone(tmp_path, version, tied):
     model = tiny(tied)
-    before, args = {k: v.clone() for k, v in model.state_dict().items()}, dataclasses.asdict(model.args)
+    before, args = (
+        {k: v.clone() for k, v in model.state_dict().items()},
+        dataclasses.asdict(model.args),
+    )
     for name in ("a.bin", "b.bin"):
         checkpoints.save_llama2c(str(tmp_path / name), model, version)
     assert (tmp_path / "a.bin").read_bytes() == (tmp_path / "b.bin").read_bytes()
@@ -230,8 +292,11 @@ def test_a_group_size_that_does_not_divide_a_row_is_refused(tmp_path):
 def test_damaged_files_are_refused_by_name(tmp_path):
     for name in ("model.pt", "model.bin"):
         path = str(tmp_path / name)
-        (checkpoints.save_pt(path, Checkpoint(tiny())) if name == "model.pt" else
-         checkpoints.save_llama2c(path, tiny()))
+        (
+            checkpoints.save_pt(path, Checkpoint(tiny()))
+            if name == "model.pt"
+            else checkpoints.save_llama2c(path, tiny())
+        )
         whole = open(path, "rb").read()
         for damaged in (b"", whole[:20], whole[: len(whole) // 2], b"<html>not found</html>" * 99):
             open(path, "wb").write(damaged)
@@ -243,9 +308,13 @@ def test_a_checkpoint_with_wrong_entries_is_refused_by_name(tmp_path):
     model, path = tiny(), str(tmp_path / "model.pt")
     args, weights = dataclasses.asdict(model.args), model.state_dict()
     wrong = [
-        {"model": weights, "model_args": None}, {"model": None, "model_args": args}, {"model": weights},
-        {"model": weights, "model_args": args | {"dim": "32"}}, {"model": weights, "model_args": args | {"n_heads": 0}},
-        {"model": weights | {"norm.weight": 3}, "model_args": args}, [1, 2],
+        {"model": weights, "model_args": None},
+        {"model": None, "model_args": args},
+        {"model": weights},
+        {"model": weights, "model_args": args | {"dim": "32"}},
+        {"model": weights, "model_args": args | {"n_heads": 0}},
+        {"model": weights | {"norm.weight": 3}, "model_args": args},
+        [1, 2],
         {"model": {k: v for k, v in weights.items() if k != "norm.weight"}, "model_args": args},
         {"model": weights, "model_args": args | {"rope_scaling": 2}},
     ]
@@ -260,7 +329,9 @@ def test_bit_flips_load_or_are_refused_by_name(tmp_path):
     model, random = tiny(), np.random.default_rng(0)
     for name in ("model.pt", "model.bin"):
         path = str(tmp_path / name)
-        checkpoints.save_pt(path, Checkpoint(model)) if name == "model.pt" else checkpoints.save_llama2c(path, model)
+        checkpoints.save_pt(
+            path, Checkpoint(model)
+        ) if name == "model.pt" else checkpoints.save_llama2c(path, model)
         with open(path, "rb") as f:
             whole = f.read()
         for _ in range(150):
@@ -278,7 +349,10 @@ def test_bit_flips_load_or_are_refused_by_name(tmp_path):
 def test_a_header_that_asks_for_too_much_is_refused_before_anything_is_built(tmp_path):
     path = str(tmp_path / "model.bin")
     with open(path, "wb") as f:
-        f.write(np.array([4096, 11008, 2**20, 32, 32, 32000, 2048], dtype=np.int32).tobytes() + b"\0" * 1000)
+        f.write(
+            np.array([4096, 11008, 2**20, 32, 32, 32000, 2048], dtype=np.int32).tobytes()
+            + b"\0" * 1000
+        )
     with pytest.raises(ValueError, match="model.bin: damaged: 1028 bytes, its header asks for"):
         checkpoints.load(path)
 
@@ -299,13 +373,21 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
 
 
 def test_stories260k_tells_its_known_story(spo_data, capsys):
-    sample.main([f"--checkpoint={spo_data}/stories260K.bin", f"--tokenizer={spo_data}/tok512.model", "--temperature=0"])
+    sample.main(
+        [
+            f"--checkpoint={spo_data}/stories260K.bin",
+            f"--tokenizer={spo_data}/tok512.model",
+            "--temperature=0",
+        ]
+    )
     assert " ".join(capsys.readouterr().out.split()).startswith(GREEDY)
 
 
 def test_stories260k_is_exported_to_the_identical_file(spo_data, tmp_path, capsys):
     path = str(tmp_path / "model.bin")
-    export.main([path, f"--checkpoint={spo_data}/stories260K.bin", f"--tokenizer={spo_data}/tok512.model"])
+    export.main(
+        [path, f"--checkpoint={spo_data}/stories260K.bin", f"--tokenizer={spo_data}/tok512.model"]
+    )
     assert open(path, "rb").read() == open(f"{spo_data}/stories260K.bin", "rb").read()
     assert (tmp_path / "tokenizer.bin").read_bytes() == open(f"{spo_data}/tok512.bin", "rb").read()
 

@@ -28,7 +28,7 @@ def win_rate(policy: list[str], baseline: list[str]) -> float:
 
 
 def run_on(text: str) -> str:
-    return text.replace(". ", " and then ").replace("," , "")
+    return text.replace(". ", " and then ").replace(",", "")
 
 
 def salad(text: str) -> str:
@@ -41,14 +41,23 @@ FAKES = {
     "a run-on sentence": run_on(RICH),
     "no full stops": RICH.replace(".", ""),
     "word salad": salad(RICH),
-    "a list of rich words": ". ".join(" ".join(RICH_LIST[i : i + 14]).capitalize() for i in range(0, 84, 14)) + ".",
-    "a list with commas": ". ".join(", ".join(RICH_LIST[i : i + 14]).capitalize() for i in range(0, 84, 14)) + ".",
-    "one sentence again and again": "Long ago there lived a thoughtful boy who dreamed of a distant island. " * 12,
+    "a list of rich words": ". ".join(
+        " ".join(RICH_LIST[i : i + 14]).capitalize() for i in range(0, 84, 14)
+    )
+    + ".",
+    "a list with commas": ". ".join(
+        ", ".join(RICH_LIST[i : i + 14]).capitalize() for i in range(0, 84, 14)
+    )
+    + ".",
+    "one sentence again and again": "Long ago there lived a thoughtful boy who dreamed of a distant island. "
+    * 12,
     "one phrase again and again": "The curious and precious treasure of the ancient valley shimmered in twilight. "
-                                  + "Mia discovered the ancient valley of the precious treasure in twilight. " * 8,
+    + "Mia discovered the ancient valley of the precious treasure in twilight. " * 8,
     "one word": "treasure " * 80,
     "rich words as a suffix": PLAIN[:60] + " " + " ".join(RICH_LIST[:60]) + ".",
-    "made-up long words": " ".join("Extravagantiously memorified bewilderments undulated." for _ in range(15)),
+    "made-up long words": " ".join(
+        "Extravagantiously memorified bewilderments undulated." for _ in range(15)
+    ),
     "glued words": RICH.replace(" ", ""),
     "letters": "a b c d e f g h i j k l m n o p q r s t u v w x y z. " * 5,
     "nothing": "",
@@ -75,7 +84,14 @@ def test_length_alone_does_not_win():
 
 
 def test_every_feature_is_bounded():
-    for text in [PLAIN, RICH, *FAKES.values(), "Extraordinarily " * 500 + ".", "A" * 5000, "\u4f60\u597d " * 50]:
+    for text in [
+        PLAIN,
+        RICH,
+        *FAKES.values(),
+        "Extraordinarily " * 500 + ".",
+        "A" * 5000,
+        "\u4f60\u597d " * 50,
+    ]:
         assert all(0 <= value <= 1 for value in judge.features(text).values())
         assert 0 <= judge.score(text) <= 10
 
@@ -89,11 +105,21 @@ def test_the_ranking_does_not_depend_on_the_order_of_the_stories():
 
 
 def test_compare_gives_a_tie_only_to_equals():
-    assert win_rate([RICH], [PLAIN]) == 1.0 and win_rate([PLAIN], [RICH]) == 0.0 and win_rate([RICH], [RICH]) == 0.5
+    assert (
+        win_rate([RICH], [PLAIN]) == 1.0
+        and win_rate([PLAIN], [RICH]) == 0.0
+        and win_rate([RICH], [RICH]) == 0.5
+    )
 
 
 def test_stem_finds_the_entry_a_word_is_a_form_of():
-    forms = {"whispered": "whisper", "hurried": "hurry", "glimmering": "glimmer", "village's": "village", "wisely": "wise"}
+    forms = {
+        "whispered": "whisper",
+        "hurried": "hurry",
+        "glimmering": "glimmer",
+        "village's": "village",
+        "wisely": "wise",
+    }
     assert {word: judge.stem(word) for word in forms} == forms and judge.stem("ball") is None
 
 

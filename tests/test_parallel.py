@@ -27,7 +27,15 @@ def command(processes: int, *flags: str) -> list[str]:
     script = os.path.join(ROOT, "spo_train.py")
     if processes == 1:
         return [sys.executable, script, *flags]
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", script, *flags]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={processes}",
+        script,
+        *flags,
+    ]
 
 
 @pytest.fixture
@@ -38,18 +46,38 @@ def flags(workshop, tokenizer, tmp_path):  # noqa: F811
     write(tmp_path / "ranked.jsonl", *(r | {"prompt": prompts[i % 4]} for i, r in enumerate(lines)))
 
     def make(loss: str, out_dir: str, *others: str) -> list[str]:
-        file = {"ranking": "ranked", "best": "best", "pair": "pair", "text": "best"}[LOSSES[loss].data]
+        file = {"ranking": "ranked", "best": "best", "pair": "pair", "text": "best"}[
+            LOSSES[loss].data
+        ]
         return [
-            f"--loss={loss}", "--init_from=start.pt", f"--tokenizer={tokenizer.path}", f"--data={file}.jsonl", "--max_iters=10",
-            "--batch_size=4", "--eval_interval=3", "--eval_stories=4", "--max_new_tokens=16", "--log_interval=1",
-            "--learning_rate=1e-3", "--warmup_iters=1", "--report=false", f"--out_dir={out_dir}", *others,
+            f"--loss={loss}",
+            "--init_from=start.pt",
+            f"--tokenizer={tokenizer.path}",
+            f"--data={file}.jsonl",
+            "--max_iters=10",
+            "--batch_size=4",
+            "--eval_interval=3",
+            "--eval_stories=4",
+            "--max_new_tokens=16",
+            "--log_interval=1",
+            "--learning_rate=1e-3",
+            "--warmup_iters=1",
+            "--report=false",
+            f"--out_dir={out_dir}",
+            *others,
         ]
 
     return make
 
 
 def run(processes: int, flags: list[str]) -> str:
-    done = subprocess.run(command(processes, *flags), capture_output=True, text=True, timeout=120, env=os.environ | ONE)
+    done = subprocess.run(
+        command(processes, *flags),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | ONE,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -96,14 +124,23 @@ def test_two_processes_equal_one(flags, loss):
     assert_close("one", "two", 2e-4)
     run(2, flags(loss, "small", "--max_iters=4", "--micro_batch_size=1", *extra))
     assert_close("two", "small", 2e-4)
-    one, two = ([json.loads(line)["text"] for line in open(f"{f}/stories/step_000000.jsonl")] for f in ("one", "two"))
+    one, two = (
+        [json.loads(line)["text"] for line in open(f"{f}/stories/step_000000.jsonl")]
+        for f in ("one", "two")
+    )
     assert one == two
 
 
 def test_every_objective_has_one_gradient_whatever_the_layout():
     """All losses and regularizers, SPO with its online samples: 2 processes x 1, 2 or 4 micro-batches against 1 x 8."""
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-             os.path.join(ROOT, "tests", "layouts.py")]
+    words = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        os.path.join(ROOT, "tests", "layouts.py"),
+    ]
     done = subprocess.run(words, capture_output=True, text=True, timeout=120, env=os.environ | ONE)
     assert done.returncode == 0, done.stderr[-3000:]
     errors = json.loads(done.stdout.splitlines()[-1])
@@ -129,7 +166,12 @@ def test_bfloat16_is_close_to_float32_and_its_kl_begins_at_0(flags, processes):
     assert first["step"] == 0 and first["kl"] == 0
     assert first["logps/chosen"] == pytest.approx(exact["logps/chosen"], rel=0.02)
     assert all(weight.dtype == torch.float32 for weight in weights_of("low").values())
-    killed_at(processes, flags("spo_rank", "again", "--max_iters=4", "--dtype=bfloat16"), 3, random.Random(0))
+    killed_at(
+        processes,
+        flags("spo_rank", "again", "--max_iters=4", "--dtype=bfloat16"),
+        3,
+        random.Random(0),
+    )
     run(processes, flags("spo_rank", "again", "--max_iters=4", "--dtype=bfloat16", "--resume=auto"))
     assert_same("low", "again")
 
@@ -141,8 +183,16 @@ def test_a_share_is_a_part_and_all_shares_are_the_whole():
 
 
 def test_what_does_not_divide_by_the_processes_is_one_line(flags):
-    done = subprocess.run(command(2, *flags("spo_rank", "out", "--batch_size=5")), capture_output=True, text=True, env=os.environ | ONE)
-    assert "--batch_size=5: must be a multiple of the number of processes, 2" in done.stderr and done.returncode != 0
+    done = subprocess.run(
+        command(2, *flags("spo_rank", "out", "--batch_size=5")),
+        capture_output=True,
+        text=True,
+        env=os.environ | ONE,
+    )
+    assert (
+        "--batch_size=5: must be a multiple of the number of processes, 2" in done.stderr
+        and done.returncode != 0
+    )
 
 
 # --- kill and resume -----------------------------------------------------------------------------
@@ -151,8 +201,13 @@ def test_what_does_not_divide_by_the_processes_is_one_line(flags):
 def killed_at(processes: int, flags: list[str], after_lines: int, rng: random.Random) -> None:
     """Starts the run and kills all of it (-9) when its log has so many lines, or a moment later."""
     folder = next(f.split("=")[1] for f in flags if f.startswith("--out_dir"))
-    process = subprocess.Popen(command(processes, *flags), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                               env=os.environ | ONE, start_new_session=True)
+    process = subprocess.Popen(
+        command(processes, *flags),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | ONE,
+        start_new_session=True,
+    )
     log, deadline = f"{folder}/log.jsonl", time.monotonic() + 60
     while process.poll() is None and time.monotonic() < deadline:
         if os.path.exists(log) and open(log, "rb").read().count(b"\n") >= after_lines:
@@ -170,8 +225,9 @@ def kill_campaign(flags, loss: str, processes: int, kills: int) -> None:
     lines = len(log_of("unbroken"))
     for _ in range(kills):
         killed_at(processes, flags(loss, "killed", "--resume=auto"), rng.randrange(1, lines), rng)
-        assert not os.path.exists("killed/state") or [parallel.damage(p) for p in parallel.states_in("killed/state")].count(None) \
-            == len(parallel.states_in("killed/state"))
+        assert not os.path.exists("killed/state") or [
+            parallel.damage(p) for p in parallel.states_in("killed/state")
+        ].count(None) == len(parallel.states_in("killed/state"))
     run(processes, flags(loss, "killed", "--resume=auto"))
     assert_same("unbroken", "killed")
 
@@ -201,8 +257,13 @@ def test_a_resumed_run_may_have_another_number_of_processes(flags):
 
 def test_sigterm_keeps_the_state_and_exits_0(flags):
     run(1, flags("spo_rank", "unbroken", "--max_iters=40", "--eval_interval=40"))
-    process = subprocess.Popen(command(1, *flags("spo_rank", "out", "--max_iters=40", "--eval_interval=40")), text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=os.environ | ONE)
+    process = subprocess.Popen(
+        command(1, *flags("spo_rank", "out", "--max_iters=40", "--eval_interval=40")),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | ONE,
+    )
     while not os.path.exists("out/log.jsonl") or len(log_of("out")) < 4:
         time.sleep(0.005)
     process.send_signal(signal.SIGTERM)
@@ -217,10 +278,14 @@ def test_torchrun_recovers_from_a_lost_worker(flags):
     run(2, flags("spo_rank", "unbroken"))
     words = command(2, *flags("spo_rank", "out", "--resume=auto"))
     words.insert(words.index("--standalone"), "--max-restarts=3")
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | ONE)
+    process = subprocess.Popen(
+        words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | ONE
+    )
     while not os.path.exists("out/log.jsonl") or len(log_of("out")) < 7:
         time.sleep(0.005)
-    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    workers = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
+    ).stdout.split()
     os.kill(int(workers[0]), signal.SIGKILL)
     _, errors = process.communicate(timeout=100)
     assert process.returncode == 0, errors[-2000:]
@@ -237,7 +302,7 @@ def spoil(path: str, how: str) -> None:
     if how == "flip":
         content[len(content) // 2] ^= 1
     elif how == "cut":
-        del content[len(content) // 2:]
+        del content[len(content) // 2 :]
     elif how == "zeros":
         content[:] = bytes(len(content))
     elif how == "gone":
@@ -255,7 +320,10 @@ def test_a_damaged_state_is_refused_by_name_and_the_one_before_it_offered(worksh
     with pytest.raises(ValueError, match=f"{newer}: damaged: .*; use --resume={older}"):
         workshop("dpo_rank", "--max_iters=8", "--resume")
     workshop("dpo_rank", "--max_iters=8", "--resume=auto")
-    assert f"{newer}: damaged" in (printed := capsys.readouterr().out) and f"resumed from {older}, step 4" in printed
+    assert (
+        f"{newer}: damaged" in (printed := capsys.readouterr().out)
+        and f"resumed from {older}, step 4" in printed
+    )
     assert all(torch.equal(weight, weights_of("out")[name]) for name, weight in unbroken.items())
 
 
@@ -263,9 +331,14 @@ def test_only_the_very_run_is_resumed(workshop, tmp_path):  # noqa: F811
     with pytest.raises(ValueError, match="--resume: there is no state of a run in out/state"):
         workshop("dpo_rank", "--resume")
     workshop("dpo_rank", "--resume=auto")  # nothing there: a new run
-    with pytest.raises(ValueError, match=r"--learning_rate=0.1: out/state/step_00000008 is of a run with 0.0003"):
+    with pytest.raises(
+        ValueError, match=r"--learning_rate=0.1: out/state/step_00000008 is of a run with 0.0003"
+    ):
         workshop("dpo_rank", "--learning_rate=0.1", "--resume")
-    with pytest.raises(ValueError, match="--resume=elsewhere: is no state of this run; there are out/state/step_00000004, "):
+    with pytest.raises(
+        ValueError,
+        match="--resume=elsewhere: is no state of this run; there are out/state/step_00000004, ",
+    ):
         workshop("dpo_rank", "--resume=elsewhere")
     workshop("dpo_rank", "--resume=out/state/step_00000004", "--micro_batch_size=1")
     text = (tmp_path / "ranked.jsonl").read_text()
@@ -277,7 +350,10 @@ def test_only_the_very_run_is_resumed(workshop, tmp_path):  # noqa: F811
 def test_a_new_run_leaves_no_state_of_the_former(workshop):  # noqa: F811
     workshop("dpo_rank")
     workshop("dpo_rank", "--max_iters=2")
-    assert [os.path.basename(p) for p in parallel.states_in("out/state")] == ["step_00000000", "step_00000002"]
+    assert [os.path.basename(p) for p in parallel.states_in("out/state")] == [
+        "step_00000000",
+        "step_00000002",
+    ]
 
 
 def test_a_state_holds_nothing_that_could_run_code(workshop):  # noqa: F811

@@ -14,19 +14,36 @@ from test_tinystories_data import tokenizer  # noqa: F401 (a fixture)
 from model import KVCache, ModelArgs, Transformer
 from plan import GIB, Load, memory, saved_by_layer
 
-LLAMA2 = ModelArgs(dim=4096, n_layers=32, n_heads=32, vocab_size=32000, hidden_dim=11008, max_seq_len=4096)
+LLAMA2 = ModelArgs(
+    dim=4096, n_layers=32, n_heads=32, vocab_size=32000, hidden_dim=11008, max_seq_len=4096
+)
 
 
 def load(**changes) -> Load:
-    return Load(**{"processes": 1, "device": "cpu", "dtype": "float32", "reference": True, "online": 32, "eval_stories": 128, "sequences": 4,
-                   "longest": 50, "new_tokens": 60, "activation_checkpointing": False} | changes)
+    return Load(
+        **{
+            "processes": 1,
+            "device": "cpu",
+            "dtype": "float32",
+            "reference": True,
+            "online": 32,
+            "eval_stories": 128,
+            "sequences": 4,
+            "longest": 50,
+            "new_tokens": 60,
+            "activation_checkpointing": False,
+        }
+        | changes
+    )
 
 
 @pytest.mark.parametrize("length", [50, 250])  # one block of attention, and three
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_activations_are_what_autograd_keeps(dtype, length):
     """Every storage that the backward pass of a stack of layers holds, weights and tables aside."""
-    args = ModelArgs(dim=128, n_layers=3, n_heads=4, n_kv_heads=2, vocab_size=64, hidden_dim=320, max_seq_len=256)
+    args = ModelArgs(
+        dim=128, n_layers=3, n_heads=4, n_kv_heads=2, vocab_size=64, hidden_dim=320, max_seq_len=256
+    )
     model = Transformer(args).to(dtype)
     own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
     kept = {}
@@ -48,9 +65,14 @@ def test_what_is_exact_is_exact():
     model = tiny()
     kinds = memory(model.args, True, load())
     numbers = sum(p.numel() for p in model.parameters())
-    assert kinds["weights"] == kinds["gradients"] == kinds["reference"] == 4 * numbers and kinds["AdamW's moments"] == 8 * numbers
+    assert (
+        kinds["weights"] == kinds["gradients"] == kinds["reference"] == 4 * numbers
+        and kinds["AdamW's moments"] == 8 * numbers
+    )
     cache = KVCache(model.args, 128, 64, "cpu", torch.float32)
-    assert kinds["key-value cache"] == cache.keys.nbytes + cache.values.nbytes  # 60 + 50 tokens are more than the context
+    assert (
+        kinds["key-value cache"] == cache.keys.nbytes + cache.values.nbytes
+    )  # 60 + 50 tokens are more than the context
     assert kinds["reference's states of the samples"] == 32 * 60 * model.args.dim * 4
 
 
@@ -58,7 +80,9 @@ def test_llama_2_7b_on_4_processes():
     """6,738,415,616 parameters: 25.1 GiB of weights, gradients and moments on each of 4, 100.4 on one."""
     for processes, wanted in ((4, 25.10), (1, 100.41)):
         kinds = memory(LLAMA2, False, load(processes=processes, dtype="bfloat16", longest=1024))
-        assert sum(kinds[k] for k in ("weights", "gradients", "AdamW's moments")) / GIB == pytest.approx(wanted, abs=0.01)
+        assert sum(
+            kinds[k] for k in ("weights", "gradients", "AdamW's moments")
+        ) / GIB == pytest.approx(wanted, abs=0.01)
         assert kinds["whole policy to generate"] / GIB == pytest.approx(12.55, abs=0.01)
 
 
@@ -74,7 +98,9 @@ def test_the_shards_of_a_7b_are_what_the_plan_says():
         "print(sum(4 * p.to_local().numel() for p in model.parameters()))"
     )
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{os.path.join(ROOT, 'tests')}"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout) == memory(LLAMA2, False, load(processes=4))["weights"]
 
@@ -82,8 +108,15 @@ def test_the_shards_of_a_7b_are_what_the_plan_says():
 def test_the_flag_prints_and_trains_nothing(workshop, tmp_path, capsys):  # noqa: F811
     workshop("spo_rank", "--plan=4", "--dtype=bfloat16")
     printed = capsys.readouterr().out
-    assert "memory of each of 4 processes, bfloat16, 4 sequences of up to" in printed and "fits: this machine has" in printed
+    assert (
+        "memory of each of 4 processes, bfloat16, 4 sequences of up to" in printed
+        and "fits: this machine has" in printed
+    )
     assert not (tmp_path / "out").exists()
     workshop("dpo_rank", "--plan", "--eval_stories=0")
     printed = capsys.readouterr().out
-    assert "memory of each of 1 processes" in printed and "whole policy" not in printed and "key-value" not in printed
+    assert (
+        "memory of each of 1 processes" in printed
+        and "whole policy" not in printed
+        and "key-value" not in printed
+    )

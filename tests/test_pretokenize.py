@@ -23,7 +23,10 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     os.makedirs("data/TinyStories_all_data")
     for shard in range(3):
-        records = [{"story": f"  {story}\n", "source": "x"} for story in STORIES[40 * shard : 40 * shard + 40]]
+        records = [
+            {"story": f"  {story}\n", "source": "x"}
+            for story in STORIES[40 * shard : 40 * shard + 40]
+        ]
         with open(f"data/TinyStories_all_data/data{shard:02d}.json", "w", encoding="utf-8") as f:
             json.dump(records, f)
     return tmp_path
@@ -33,27 +36,61 @@ def test_from_text_to_a_model_trained_on_it(folder, capsys):
     """The three commands of llama2.c's custom tokenizers, then --loss=sft on the result."""
     data.main(["train_vocab", "--vocab_size=400"])
     data.main(["pretokenize", "--vocab_size=400", "--workers=2"])
-    assert sorted(os.listdir("data/tok400")) == ["data00.bin", "data01.bin", "data02.bin", "tokenizer.bin", "tokenizer.model"]
+    assert sorted(os.listdir("data/tok400")) == [
+        "data00.bin",
+        "data01.bin",
+        "data02.bin",
+        "tokenizer.bin",
+        "tokenizer.model",
+    ]
     assert sorted(os.listdir("data")) == ["TinyStories_all_data", "tok400", "tok400.model"]
     tokenizer = Tokenizer("data/tok400/tokenizer.model")
     assert tokenizer.vocab_size == 400
     for shard in range(3):  # llama2.c's format: BOS before each story, uint16
         tokens = np.fromfile(f"data/tok400/data{shard:02d}.bin", np.uint16).tolist()
-        assert tokens == [i for s in STORIES[40 * shard : 40 * shard + 40] for i in tokenizer.encode(s, bos=True)]
-    assert "python spo_train.py --loss=sft --data=data/tok400 --init_from=scratch" in capsys.readouterr().out
-    spo_train.main(["--loss=sft", "--data=data/tok400", "--init_from=scratch", "--tokenizer=data/tok400/tokenizer.model",
-                    "--dim=48", "--n_layers=1", "--n_heads=3", "--max_seq_len=64", "--batch_size=8", "--max_iters=30",
-                    "--learning_rate=3e-3", "--log_interval=1"])
+        assert tokens == [
+            i for s in STORIES[40 * shard : 40 * shard + 40] for i in tokenizer.encode(s, bos=True)
+        ]
+    assert (
+        "python spo_train.py --loss=sft --data=data/tok400 --init_from=scratch"
+        in capsys.readouterr().out
+    )
+    spo_train.main(
+        [
+            "--loss=sft",
+            "--data=data/tok400",
+            "--init_from=scratch",
+            "--tokenizer=data/tok400/tokenizer.model",
+            "--dim=48",
+            "--n_layers=1",
+            "--n_heads=3",
+            "--max_seq_len=64",
+            "--batch_size=8",
+            "--max_iters=30",
+            "--learning_rate=3e-3",
+            "--log_interval=1",
+        ]
+    )
     with open("out/log.jsonl") as f:
         losses = [json.loads(line)["loss"] for line in f]
     assert losses[0] > 5.5 and losses[-1] < 5.0  # log(400) = 5.99
     assert load("out/ckpt.pt").step == 30
-    with pytest.raises(ValueError, match="token files are text for --loss=sft; spo_rank needs groups"):
-        spo_train.main(["--data=data/tok400", "--init_from=out/ckpt.pt", "--tokenizer=data/tok400/tokenizer.model"])
+    with pytest.raises(
+        ValueError, match="token files are text for --loss=sft; spo_rank needs groups"
+    ):
+        spo_train.main(
+            [
+                "--data=data/tok400",
+                "--init_from=out/ckpt.pt",
+                "--tokenizer=data/tok400/tokenizer.model",
+            ]
+        )
 
 
 def test_windows_score_every_token_but_the_first_once(tmp_path):
-    np.arange(100, 123, dtype=np.uint16).tofile(tmp_path / "a.bin")  # 23 tokens: 5 windows of 5, 2 tokens left
+    np.arange(100, 123, dtype=np.uint16).tofile(
+        tmp_path / "a.bin"
+    )  # 23 tokens: 5 windows of 5, 2 tokens left
     np.arange(200, 206, dtype=np.uint16).tofile(tmp_path / "b.bin")
     windows = TokenWindows(str(tmp_path), 5, vocab_size=300)
     assert len(windows) == 6
@@ -80,10 +117,16 @@ def test_text_in_our_own_format_is_read_too(folder):
     assert tokens == [i for s in STORIES for i in tokenizer.encode(s, bos=True)]
 
 
-@pytest.mark.parametrize("content,message", [
-    ('[{"story": "a"}, {"text": "b"}]', 'data01.json record 1: no "story"'), ('[{"story": "a"}', "data01.json: not JSON"),
-    ('[{"story": "\\ud800"}]', 'data01.json record 0: no "story"'), ('{"story": "a"}', 'data01.json record 0: no "story"'), ("[]", "data01.json: holds no stories"),
-])
+@pytest.mark.parametrize(
+    "content,message",
+    [
+        ('[{"story": "a"}, {"text": "b"}]', 'data01.json record 1: no "story"'),
+        ('[{"story": "a"}', "data01.json: not JSON"),
+        ('[{"story": "\\ud800"}]', 'data01.json record 0: no "story"'),
+        ('{"story": "a"}', 'data01.json record 0: no "story"'),
+        ("[]", "data01.json: holds no stories"),
+    ],
+)
 def test_an_error_in_a_worker_reaches_the_user_with_the_shards_name(folder, content, message):
     data.main(["train_vocab", "--vocab_size=400", "--num_shards=1"])
     with open("data/TinyStories_all_data/data01.json", "w") as f:
@@ -107,8 +150,12 @@ def test_shards_that_would_be_mixed_up_are_refused(folder):
 
 def test_a_worker_that_is_killed_ends_it_with_a_hint(folder, monkeypatch):
     data.main(["train_vocab", "--vocab_size=400", "--num_shards=1"])
-    monkeypatch.setattr("pretokenize.stories_of", lambda shard: os.kill(os.getpid(), 9))  # the workers are forks
-    with pytest.raises(ValueError, match="a worker was killed, for want of memory perhaps; try --workers=1"):
+    monkeypatch.setattr(
+        "pretokenize.stories_of", lambda shard: os.kill(os.getpid(), 9)
+    )  # the workers are forks
+    with pytest.raises(
+        ValueError, match="a worker was killed, for want of memory perhaps; try --workers=1"
+    ):
         data.main(["pretokenize", "--vocab_size=400", "--workers=2"])
 
 

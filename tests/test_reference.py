@@ -31,7 +31,9 @@ def asked(groups, wanted, model, cache):
     """(the numbers of the wanted groups, what was said)."""
     said = []
     done = complete(groups, set(wanted), model, cache, None, World(), said.append)
-    assert [g.reference_logps is not None for g in done] == [i in wanted for i in range(len(groups))]
+    assert [g.reference_logps is not None for g in done] == [
+        i in wanted for i in range(len(groups))
+    ]
     return [done[i].reference_logps for i in wanted], said
 
 
@@ -41,14 +43,22 @@ def test_only_what_is_wanted_is_computed_and_only_once(tmp_path):
     cache = ReferenceCache(data, groups, start, "float32")
     first, said = asked(groups, [1, 4], model, cache)
     assert said == ["the reference reads 2 groups, once"]
-    assert asked(groups, [1, 4], None, ReferenceCache(data, groups, start, "float32")) == (first, [])
+    assert asked(groups, [1, 4], None, ReferenceCache(data, groups, start, "float32")) == (
+        first,
+        [],
+    )
     both, said = asked(groups, [1, 2, 4], model, cache)
     assert said == ["the reference reads 1 groups, once"] and [both[0], both[2]] == first
 
 
 @pytest.mark.parametrize("what", ["data and tokenizer", "weights", "dtype", "damaged", "folder"])
 def test_what_is_of_something_else_is_computed_anew_and_said(tmp_path, what):
-    model, groups, data, dtype = tiny(), random_groups(6, 2), str(tmp_path / "data.jsonl"), "float32"
+    model, groups, data, dtype = (
+        tiny(),
+        random_groups(6, 2),
+        str(tmp_path / "data.jsonl"),
+        "float32",
+    )
     checkpoints.save_pt(start := str(tmp_path / "start.pt"), Checkpoint(model, {"eos_id": 1}))
     cache = ReferenceCache(data, groups, start, dtype)
     asked(groups, range(6), model, cache)
@@ -74,5 +84,10 @@ def test_a_run_reads_the_reference_once_and_a_second_run_not_at_all(workshop, ca
         folder = workshop("dpo", "--eval_stories=0", "--max_iters=4")
         assert ("the reference reads" in capsys.readouterr().out) is said
         with open(os.path.join(folder, "log.jsonl"), encoding="utf-8") as f:
-            logs.append([{k: v for k, v in json.loads(line).items() if k != "tokens_per_second"} for line in f])
+            logs.append(
+                [
+                    {k: v for k, v in json.loads(line).items() if k != "tokens_per_second"}
+                    for line in f
+                ]
+            )
     assert logs[0] == logs[1] and "margin" in logs[0][0]

@@ -24,8 +24,14 @@ def common(tmp_path) -> list[str]:
     (tmp_path / "lines.txt").write_text("\n".join(story(random.Random(i)) for i in range(300)))
     train_tokenizer(str(tmp_path / "lines.txt"), 512, str(tmp_path / "tokenizer"))
     save_pt(str(tmp_path / "m.pt"), Checkpoint(tiny(vocab_size=512), {"eos_id": 1}))
-    return ["generate", f"--checkpoint={tmp_path / 'm.pt'}", "--num_stories=23", "--batch_size=4", "--max_new_tokens=20",
-            f"--out={tmp_path / 's.jsonl'}"]
+    return [
+        "generate",
+        f"--checkpoint={tmp_path / 'm.pt'}",
+        "--num_stories=23",
+        "--batch_size=4",
+        "--max_new_tokens=20",
+        f"--out={tmp_path / 's.jsonl'}",
+    ]
 
 
 def generate(tmp_path, command: list[str]) -> bytes:
@@ -46,7 +52,9 @@ def interrupted_at(call: int, calls: list):
     return generate
 
 
-def test_an_interrupted_run_goes_on_and_equals_an_unbroken_one(tmp_path, common, monkeypatch, capsys):
+def test_an_interrupted_run_goes_on_and_equals_an_unbroken_one(
+    tmp_path, common, monkeypatch, capsys
+):
     unbroken = generate(tmp_path, common)
     for stop in range(1, 7):
         os.remove(tmp_path / "s.jsonl")
@@ -60,7 +68,10 @@ def test_an_interrupted_run_goes_on_and_equals_an_unbroken_one(tmp_path, common,
             assert generate(tmp_path, common) == unbroken
         assert len(calls) == 6 - (stop - 1)  # only what was missing
     assert "the first 20 from an interrupted run" in capsys.readouterr().out
-    assert sorted(os.listdir(tmp_path))[-2:] == ["tokenizer.model", "tokenizer.vocab"]  # nothing is left over
+    assert sorted(os.listdir(tmp_path))[-2:] == [
+        "tokenizer.model",
+        "tokenizer.vocab",
+    ]  # nothing is left over
 
 
 def test_a_part_cut_anywhere_is_gone_on_with(tmp_path, common, monkeypatch):
@@ -70,7 +81,14 @@ def test_a_part_cut_anywhere_is_gone_on_with(tmp_path, common, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             data.main(common)
     part = (tmp_path / "s.jsonl.part").read_bytes()
-    for cut in [0, 1, 100, *range(len(part) // 2, len(part), len(part) // 7), len(part) - 1, len(part)]:
+    for cut in [
+        0,
+        1,
+        100,
+        *range(len(part) // 2, len(part), len(part) // 7),
+        len(part) - 1,
+        len(part),
+    ]:
         (tmp_path / "s.jsonl.part").write_bytes(part[:cut])
         assert generate(tmp_path, common) == unbroken
 
@@ -83,14 +101,23 @@ def test_another_command_does_not_go_on_with_it(tmp_path, common, monkeypatch):
     part = (tmp_path / "s.jsonl.part").read_bytes()
     for changed in (["--seed=1"], ["--temperature=0.5"], ["--num_stories=24"]):
         name = changed[0].split("=")[0]
-        with pytest.raises(ValueError, match=f"s.jsonl.part: was begun with another {name}; remove it"):
+        with pytest.raises(
+            ValueError, match=f"s.jsonl.part: was begun with another {name}; remove it"
+        ):
             data.main(common + changed)
-    save_pt(str(tmp_path / "m.pt"), Checkpoint(tiny(vocab_size=512, n_kv_heads=4), {"eos_id": 1}))  # the same name, other weights
+    save_pt(
+        str(tmp_path / "m.pt"), Checkpoint(tiny(vocab_size=512, n_kv_heads=4), {"eos_id": 1})
+    )  # the same name, other weights
     with pytest.raises(ValueError, match="another --checkpoint"):
         data.main(common)
     assert (tmp_path / "s.jsonl.part").read_bytes() == part
     header = part.split(b"\n")[0]
-    for damaged in (b"[]\n[]\n", header + b"\n5\n", header + b"\n" + b"[" * 9999 + b"\n", header + b'\n{"text": "a"}\n'):
+    for damaged in (
+        b"[]\n[]\n",
+        header + b"\n5\n",
+        header + b"\n" + b"[" * 9999 + b"\n",
+        header + b'\n{"text": "a"}\n',
+    ):
         (tmp_path / "s.jsonl.part").write_bytes(damaged)
         with pytest.raises(ValueError, match="s.jsonl.part: damaged"):
             data.main([*common, f"--checkpoint={tmp_path / 'm.pt'}"])
@@ -101,29 +128,48 @@ def test_another_command_does_not_go_on_with_it(tmp_path, common, monkeypatch):
 def test_what_no_model_can_be_asked_is_refused(tmp_path, common):
     prompts = tmp_path / "p.jsonl"
     prompts.write_text('{"prompt": "\\ud800"}\n')
-    for flag, message in ((f"--prompts={prompts}", 'p.jsonl line 1: no "prompt"'), ("--temperature=nan", "temperature >= 0")):
+    for flag, message in (
+        (f"--prompts={prompts}", 'p.jsonl line 1: no "prompt"'),
+        ("--temperature=nan", "temperature >= 0"),
+    ):
         with pytest.raises(ValueError, match=message):
             data.main([*common, flag])
     assert not (tmp_path / "s.jsonl").exists()
-    data.main([*common, "--max_new_tokens=1" + "0" * 30, "--num_stories=1"])  # as long as the context
+    data.main(
+        [*common, "--max_new_tokens=1" + "0" * 30, "--num_stories=1"]
+    )  # as long as the context
 
 
 def test_stories_of_a_prompts_file_continue_their_prompts(tmp_path, common):
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text(json.dumps({"prompt": "Once upon a time"}) + "\n" + json.dumps({"prompt": "One day, Mia"}) + "\n")
+    prompts.write_text(
+        json.dumps({"prompt": "Once upon a time"})
+        + "\n"
+        + json.dumps({"prompt": "One day, Mia"})
+        + "\n"
+    )
     generate(tmp_path, [*common, f"--prompts={prompts}"])
     records = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
     assert [r["prompt"] for r in records] == ["Once upon a time"] * 12 + ["One day, Mia"] * 11
-    assert [r["index"] for r in records] == list(range(23)) and not all(r["finished"] for r in records)
+    assert [r["index"] for r in records] == list(range(23)) and not all(
+        r["finished"] for r in records
+    )
 
 
 def test_a_killed_process_goes_on(tmp_path, common):
     """kill -9, as soon as there is something to lose."""
-    command = [sys.executable, os.path.join(ROOT, "tinystories_data.py"), *common, "--num_stories=1000"]
+    command = [
+        sys.executable,
+        os.path.join(ROOT, "tinystories_data.py"),
+        *common,
+        "--num_stories=1000",
+    ]
     part = tmp_path / "s.jsonl.part"
     for lines in (2, 60):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and (not part.exists() or part.read_bytes().count(b"\n") < lines):
+        while process.poll() is None and (
+            not part.exists() or part.read_bytes().count(b"\n") < lines
+        ):
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
         process.wait()

@@ -12,7 +12,16 @@ import torch
 import demo_stories
 import tinystories_data as data
 from checkpoint import Checkpoint, save_pt
-from groups import EncodedGroup, RankedGroup, cut, encode_groups, make_batch, micro_batches, read_groups, require
+from groups import (
+    EncodedGroup,
+    RankedGroup,
+    cut,
+    encode_groups,
+    make_batch,
+    micro_batches,
+    read_groups,
+    require,
+)
 from judge import BothOrders
 from model import ModelArgs
 from sampling import spread
@@ -22,13 +31,18 @@ from tokenizer import Tokenizer
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
-    (folder / "lines.txt").write_text("\n".join(demo_stories.story(random.Random(i)) for i in range(300)))
+    (folder / "lines.txt").write_text(
+        "\n".join(demo_stories.story(random.Random(i)) for i in range(300))
+    )
     data.train_tokenizer(str(folder / "lines.txt"), 512, str(folder / "tokenizer"))
     return Tokenizer(str(folder / "tokenizer.model"))
 
 
 def write(path, *lines) -> str:
-    path.write_text("".join((x if isinstance(x, str) else json.dumps(x)) + "\n" for x in lines), encoding="utf-8")
+    path.write_text(
+        "".join((x if isinstance(x, str) else json.dumps(x)) + "\n" for x in lines),
+        encoding="utf-8",
+    )
     return str(path)
 
 
@@ -53,22 +67,25 @@ def test_every_format_is_read_best_first(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("line,message", [
-    ("{not json", "not a line of JSON"),
-    ("[" * 100_000, "not a line of JSON"),
-    ("[1]", "not a JSON object"),
-    ({"prompt": 3, "text": "a"}, "prompt is not a text"),
-    ({"responses": []}, "needs"),
-    ({"chosen": "a"}, "a response is missing"),
-    ({"responses": ["a", 2]}, "not a text"),
-    ('{"text": "half \\ud800 a pair"}', "not a text"),
-    ({"responses": ["a", "b"], "ranking": [1, 1]}, "no permutation of 0..1"),
-    ({"responses": ["a", "b"], "ranking": [True, False]}, "no permutation"),
-    ({"responses": ["a", "b"], "ranking": [1, 2]}, "no permutation"),
-    ({"responses": ["a", "b"], "best": 2}, '"best" 2 is not an index below 2'),
-    ({"responses": ["a", "b"], "best": "0"}, "not an index"),
-    ({"responses": ["a", "b"], "finished": [True]}, '"finished" is not a list of 2'),
-])
+@pytest.mark.parametrize(
+    "line,message",
+    [
+        ("{not json", "not a line of JSON"),
+        ("[" * 100_000, "not a line of JSON"),
+        ("[1]", "not a JSON object"),
+        ({"prompt": 3, "text": "a"}, "prompt is not a text"),
+        ({"responses": []}, "needs"),
+        ({"chosen": "a"}, "a response is missing"),
+        ({"responses": ["a", 2]}, "not a text"),
+        ('{"text": "half \\ud800 a pair"}', "not a text"),
+        ({"responses": ["a", "b"], "ranking": [1, 1]}, "no permutation of 0..1"),
+        ({"responses": ["a", "b"], "ranking": [True, False]}, "no permutation"),
+        ({"responses": ["a", "b"], "ranking": [1, 2]}, "no permutation"),
+        ({"responses": ["a", "b"], "best": 2}, '"best" 2 is not an index below 2'),
+        ({"responses": ["a", "b"], "best": "0"}, "not an index"),
+        ({"responses": ["a", "b"], "finished": [True]}, '"finished" is not a list of 2'),
+    ],
+)
 def test_a_malformed_line_is_named(tmp_path, line, message):
     path = write(tmp_path / "d.jsonl", {"text": "fine"}, line)
     with pytest.raises(ValueError, match="d.jsonl line 2: ") as error:
@@ -86,12 +103,23 @@ def test_no_file_no_groups_and_other_encodings_are_refused(tmp_path):
         read_groups(str(tmp_path / "d.jsonl"))
 
 
-@pytest.mark.parametrize("need,record,message", [
-    ("pair", {"responses": ["a", "b", "c"], "ranking": [0, 1, 2]}, "compares pairs, the group has 3"),
-    ("pair", {"responses": ["a", "b"]}, "needs a full ranking, the group tells only texts"),
-    ("ranking", {"responses": ["a", "b", "c"], "best": 0}, "needs a full ranking, the group tells only its best"),
-    ("best", {"responses": ["a", "b", "c"]}, "needs the best response named"),
-])
+@pytest.mark.parametrize(
+    "need,record,message",
+    [
+        (
+            "pair",
+            {"responses": ["a", "b", "c"], "ranking": [0, 1, 2]},
+            "compares pairs, the group has 3",
+        ),
+        ("pair", {"responses": ["a", "b"]}, "needs a full ranking, the group tells only texts"),
+        (
+            "ranking",
+            {"responses": ["a", "b", "c"], "best": 0},
+            "needs a full ranking, the group tells only its best",
+        ),
+        ("best", {"responses": ["a", "b", "c"]}, "needs the best response named"),
+    ],
+)
 def test_a_dataset_that_does_not_fit_the_loss_is_refused_by_line(tmp_path, need, record, message):
     path = write(tmp_path / "d.jsonl", record)
     with pytest.raises(ValueError, match=f"d.jsonl line 1: .*{message}"):
@@ -99,7 +127,11 @@ def test_a_dataset_that_does_not_fit_the_loss_is_refused_by_line(tmp_path, need,
 
 
 def test_groups_of_different_sizes_are_refused(tmp_path):
-    path = write(tmp_path / "d.jsonl", {"responses": ["a", "b"], "best": 0}, {"responses": ["a", "b", "c"], "best": 0})
+    path = write(
+        tmp_path / "d.jsonl",
+        {"responses": ["a", "b"], "best": 0},
+        {"responses": ["a", "b", "c"], "best": 0},
+    )
     with pytest.raises(ValueError, match="line 2: group has 3 responses, expected 2 as in line 1"):
         require(read_groups(path), "best", path, "spo_bon")
 
@@ -107,7 +139,11 @@ def test_groups_of_different_sizes_are_refused(tmp_path):
 def test_terminator_is_scored_and_kept_and_none_is_invented(tokenizer):
     groups = [RankedGroup("Once upon", (" a time.", " a day"), (True, False), "ranking", 1)]
     (group,), drops = encode_groups(groups, tokenizer, eos_id=1, max_seq_len=64)
-    assert group.prompt == tokenizer.encode("Once upon", bos=True) and group.prompt[0] == 1 and not drops
+    assert (
+        group.prompt == tokenizer.encode("Once upon", bos=True)
+        and group.prompt[0] == 1
+        and not drops
+    )
     assert group.responses == [tokenizer.encode("a time.") + [1], tokenizer.encode("a day")]
     batch = make_batch([group])
     scored = [row[mask].tolist() for row, mask in zip(batch.tokens, batch.mask)]
@@ -117,9 +153,17 @@ def test_terminator_is_scored_and_kept_and_none_is_invented(tokenizer):
 
 def test_a_response_is_what_follows_the_prompt_to_the_letter(tokenizer):
     """A text that begins gets sentencepiece's space; one that goes on has its own, or none."""
-    for prompt, text in [("Once upon a time", ", there was"), ("Once upon a time", " there"), ("Lil", "y ran."), ("", "Once")]:
+    for prompt, text in [
+        ("Once upon a time", ", there was"),
+        ("Once upon a time", " there"),
+        ("Lil", "y ran."),
+        ("", "Once"),
+    ]:
         start, ids = tokenizer.encode(prompt, bos=True), tokenizer.encode_after(prompt, text)
-        assert tokenizer.decode(start + ids) == prompt + text and tokenizer.decode_after(start, ids) == text
+        assert (
+            tokenizer.decode(start + ids) == prompt + text
+            and tokenizer.decode_after(start, ids) == text
+        )
         groups = [RankedGroup(prompt, (text, " x"), (True, True), "ranking", 1)]
         assert encode_groups(groups, tokenizer, 1, 64)[0][0].responses[0] == ids + [1]
 
@@ -127,17 +171,30 @@ def test_a_response_is_what_follows_the_prompt_to_the_letter(tokenizer):
 def test_the_mask_goes_by_length_not_by_token_value():
     """BOS, terminator and padding may share an id, and a response may hold it."""
     batch = make_batch([EncodedGroup([0], [[0, 5, 0, 0], [0]], 1)])
-    assert batch.mask.tolist() == [[False, True, True, True, True], [False, True, False, False, False]]
+    assert batch.mask.tolist() == [
+        [False, True, True, True, True],
+        [False, True, False, False, False],
+    ]
 
 
 def test_empty_identical_and_overlong_responses_are_dropped_and_counted(tokenizer):
     def group(line, *responses):
         return RankedGroup("", responses, (True,) * len(responses), "ranking", line)
 
-    groups = [group(1, "a", "b"), group(2, "a", " \n"), group(3, "a", "a"), group(4, "a", "b " * 99), group(5, "", "b")]
+    groups = [
+        group(1, "a", "b"),
+        group(2, "a", " \n"),
+        group(3, "a", "a"),
+        group(4, "a", "b " * 99),
+        group(5, "", "b"),
+    ]
     encoded, drops = encode_groups(groups, tokenizer, 1, max_seq_len=32)
     assert [g.line for g in encoded] == [1]
-    assert drops == {"an empty response": [2, 5], "identical responses": [3], "longer than 32 tokens": [4]}
+    assert drops == {
+        "an empty response": [2, 5],
+        "identical responses": [3],
+        "longer than 32 tokens": [4],
+    }
 
 
 def test_a_ranking_is_indices_best_first_all_the_way_down(tmp_path):
@@ -157,7 +214,11 @@ def test_a_ranking_is_indices_best_first_all_the_way_down(tmp_path):
 def test_groups_never_mix_prompts():
     stories = [{"prompt": p, "text": f"{p}{i}"} for p in "xyz" for i in range(3)]
     groups, left_out = data.group_stories(stories, 2)
-    assert [[m["text"] for m in g] for g in groups] == [["x0", "x1"], ["y0", "y1"], ["z0", "z1"]] and not left_out
+    assert [[m["text"] for m in g] for g in groups] == [
+        ["x0", "x1"],
+        ["y0", "y1"],
+        ["z0", "z1"],
+    ] and not left_out
     assert spread(["x", "y"], 6) == ["x", "x", "x", "y", "y", "y"]
 
 
@@ -173,14 +234,25 @@ def test_from_generate_to_check(tmp_path, tokenizer, capsys):
 
     model, file = tiny(vocab_size=512), lambda name: str(tmp_path / name)
     save_pt(file("m.pt"), Checkpoint(model, {"eos_id": 1}))
-    common = [f"--checkpoint={file('m.pt')}", f"--tokenizer={tokenizer.path}", "--max_new_tokens=40", "--num_stories=60"]
+    common = [
+        f"--checkpoint={file('m.pt')}",
+        f"--tokenizer={tokenizer.path}",
+        "--max_new_tokens=40",
+        "--num_stories=60",
+    ]
     data.main(["generate", *common, f"--out={file('s.jsonl')}", "--batch_size=3"])
     data.main(["generate", *common, f"--out={file('t.jsonl')}"])
-    assert (tmp_path / "s.jsonl").read_bytes() == (tmp_path / "t.jsonl").read_bytes()  # whatever the batch size
-    data.main(["rank", f"--stories={file('s.jsonl')}", f"--out={file('r.jsonl')}", "--group_size=5"])
+    assert (tmp_path / "s.jsonl").read_bytes() == (
+        tmp_path / "t.jsonl"
+    ).read_bytes()  # whatever the batch size
+    data.main(
+        ["rank", f"--stories={file('s.jsonl')}", f"--out={file('r.jsonl')}", "--group_size=5"]
+    )
     data.main(["best_of_n", f"--data={file('r.jsonl')}", f"--out={file('b.jsonl')}"])
     data.main(["pairs", f"--data={file('r.jsonl')}", f"--out={file('p.jsonl')}", "--pairs=all"])
-    kept = int(re.search(r"kept (\d+)", capsys.readouterr().out)[1])  # some of these stories are alike to the judge
+    kept = int(
+        re.search(r"kept (\d+)", capsys.readouterr().out)[1]
+    )  # some of these stories are alike to the judge
     data.main(["check", f"--data={file('b.jsonl')}", f"--tokenizer={tokenizer.path}"])
     assert f"{kept} of 5 responses, known of their order: best" in capsys.readouterr().out
     assert 0 < kept and len(read_groups(file("p.jsonl"))) == 10 * kept
@@ -224,11 +296,17 @@ def test_groups_are_cut_where_padding_and_passes_cost_least():
 
         def cost(ends):
             parts = [tokens[a:b] for a, b in zip(ends, ends[1:])]
-            allowed = all(part and (len(part) * part[-1] <= most or len(part) == 1) for part in parts)
+            allowed = all(
+                part and (len(part) * part[-1] <= most or len(part) == 1) for part in parts
+            )
             return sum(len(part) * part[-1] + overhead for part in parts) if allowed else math.inf
 
         inner = range(1, len(tokens))
-        every_way = ([0, *some, len(tokens)] for k in range(len(tokens)) for some in itertools.combinations(inner, k))
+        every_way = (
+            [0, *some, len(tokens)]
+            for k in range(len(tokens))
+            for some in itertools.combinations(inner, k)
+        )
         assert cost(cut(tokens, most, overhead)) == min(map(cost, every_way))
 
 
@@ -240,4 +318,6 @@ def test_micro_batches_hold_every_group_once_and_agree_on_their_number():
         assert not agreed or len(batches) == agreed
         firsts = [int(row[2]) for batch in batches for row in batch.tokens[::2]]
         assert sorted(firsts) == list(range(1, 32))
-        assert all(batch.tokens.shape[1] % 32 == 0 or batch.tokens.shape[1] == 250 for batch in batches)
+        assert all(
+            batch.tokens.shape[1] % 32 == 0 or batch.tokens.shape[1] == 250 for batch in batches
+        )
