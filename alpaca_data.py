@@ -14,10 +14,9 @@ import os
 from collections import Counter
 from dataclasses import dataclass
 
-import download
-from checkpoint import write_jsonl
-from config import flag, parse, run
-from groups import is_unicode
+from spo import download
+from spo.config import flag, parse, run
+from spo.files import is_unicode, write_jsonl
 
 WITH_INPUT = """\
 Below is an instruction that describes a task, paired with an input that provides further context. Write a response that \

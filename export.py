@@ -10,11 +10,11 @@ python export.py model.bin --hf=llama-2-7b-hf                         # or --met
 import os
 from dataclasses import dataclass
 
-import checkpoint as checkpoints
-from checkpoint import largest_group_size
-from config import flag, parse, run
-from folders import save_hf
-from tokenizer import load_tokenizer, tokenizer_path
+from spo import checkpoint as checkpoints
+from spo.checkpoint import largest_group_size
+from spo.config import flag, parse, run
+from spo.folders import save_hf
+from spo.tokenizer import load_tokenizer, tokenizer_path
 
 
 @dataclass

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-import offline_judge
-from chat import Chat, ChatFlags, as_done
-from config import flag, parse, run
-from win_rate import MAX_INVALID, WinRate, win_rate
+from spo import offline_judge
+from spo.chat import Chat, ChatFlags, as_done
+from spo.config import flag, parse, run
+from spo.win_rate import MAX_INVALID, WinRate, win_rate
 
 # --- what a language model is asked, and what it concludes ---------------------------------------
 

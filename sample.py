@@ -9,12 +9,13 @@ import json
 import textwrap
 from dataclasses import dataclass
 
-import checkpoint as checkpoints
-import machine
-from config import flag, parse, run
-from groups import parse_prompt, read_records
-from sampling import sample_batches, story_records
-from tokenizer import load_tokenizer
+from spo import checkpoint as checkpoints
+from spo import machine
+from spo.config import flag, parse, run
+from spo.files import read_jsonl, write_jsonl, write_text
+from spo.groups import parse_prompt
+from spo.sampling import sample_batches, story_records
+from spo.tokenizer import load_tokenizer
 
 
 @dataclass
@@ -63,7 +64,7 @@ def main(argv: list[str]) -> None:
     if config.prompts:
         asked = [
             record | {"prompt": parse_prompt(record, f"{config.prompts} line {i}")}
-            for i, record in read_records(config.prompts)
+            for i, record in read_jsonl(config.prompts)
         ]
     asked = [record for record in asked for _ in range(config.num_samples)]
     samples = sample_batches(
@@ -100,9 +101,9 @@ def main(argv: list[str]) -> None:
             }
             for record, story in zip(asked, stories)
         ]
-        checkpoints.write_text(config.out, json.dumps(outputs, ensure_ascii=False, indent=1))
+        write_text(config.out, json.dumps(outputs, ensure_ascii=False, indent=1))
     elif config.out:
-        checkpoints.write_jsonl(config.out, stories)
+        write_jsonl(config.out, stories)
     if config.out:
         print(
             f"{config.out}: {len(stories)} {'answers' if config.prompts else 'stories'}, "

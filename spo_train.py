@@ -27,16 +27,18 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-import checkpoint as checkpoints
-import machine
-import parallel
-import plan
 import tinystories_data as data
-from checkpoint import Checkpoint, PtFile
-from config import parse, run
-from evaluation import Evaluation, Verdict, report
-from folders import fill, on_meta, open_folder
-from groups import (
+from judge import OfflineJudge, make_judge
+from losses import LOSSES
+from model import ModelArgs, Transformer, rope_tables
+from spo import checkpoint as checkpoints
+from spo import machine, parallel, plan
+from spo.checkpoint import Checkpoint, PtFile
+from spo.config import parse, run
+from spo.evaluation import Evaluation, Verdict, report
+from spo.files import write_jsonl, write_text
+from spo.folders import fill, on_meta, open_folder
+from spo.groups import (
     EncodedGroup,
     encode_groups,
     longest_sequence,
@@ -44,12 +46,10 @@ from groups import (
     read_groups,
     require,
 )
-from judge import OfflineJudge, make_judge
-from losses import LOSSES
-from model import ModelArgs, Transformer, rope_tables
-from parallel import World, full
-from pretokenize import TokenWindows
-from reference import ReferenceCache, complete
+from spo.parallel import World, full
+from spo.pretokenize import TokenWindows
+from spo.reference import ReferenceCache, complete
+from spo.tokenizer import Tokenizer, load_tokenizer
 from step import (
     OnlineSamples,
     draw_online,
@@ -59,7 +59,6 @@ from step import (
     numbers_of_step,
     online_of,
 )
-from tokenizer import Tokenizer, load_tokenizer
 from train_config import SHAPE_FLAGS, Objective, TrainConfig, check_config, identity, objective_of
 
 # --- what a run begins with ----------------------------------------------------------------------
@@ -245,7 +244,7 @@ def new_run(config: TrainConfig, policy: Checkpoint, tokenizer: Tokenizer) -> No
     shutil.rmtree(in_run(config, "state"), ignore_errors=True)
     for folder in ("stories", "state"):
         os.makedirs(in_run(config, folder), exist_ok=True)
-    checkpoints.write_text(in_run(config, "config.json"), json.dumps(policy.config, indent=1))
+    write_text(in_run(config, "config.json"), json.dumps(policy.config, indent=1))
     checkpoints.copy_tokenizer(tokenizer, config.out_dir)
 
 
@@ -349,9 +348,7 @@ def save(
         if config.keep_checkpoints:
             checkpoints.save_pt(in_run(config, f"step_{policy.step:06d}.pt"), policy)
         if verdict is not None:
-            checkpoints.write_jsonl(
-                in_run(config, f"stories/step_{policy.step:06d}.jsonl"), verdict.stories
-            )
+            write_jsonl(in_run(config, f"stories/step_{policy.step:06d}.jsonl"), verdict.stories)
         if verdict is not None and improved:
             checkpoints.save_pt(in_run(config, "best.pt"), policy, win_rate=verdict.rate)
         if improved:

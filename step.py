@@ -14,14 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-import head
-from checkpoint import Checkpoint
-from evaluation import ONLINE
-from groups import Batch, EncodedGroup, micro_batches
 from losses import clamped, importance
 from model import Transformer
-from parallel import World, full, whole
-from sampling import sample
+from spo import head
+from spo.checkpoint import Checkpoint
+from spo.evaluation import ONLINE
+from spo.groups import Batch, EncodedGroup, micro_batches
+from spo.parallel import World, full, whole
+from spo.sampling import sample
 from train_config import Objective, TrainConfig, call, reads
 
 

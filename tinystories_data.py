@@ -22,14 +22,6 @@ import time
 from collections import Counter
 from dataclasses import asdict, dataclass
 
-import checkpoint as checkpoints
-import demo_stories
-import download
-import machine
-import pretokenize
-from checkpoint import Checkpoint, write_jsonl, write_text
-from config import flag, parse, run
-from groups import encode_groups, parse_group, parse_prompt, read_groups, read_records
 from judge import (
     BothOrders,
     Judge,
@@ -40,9 +32,15 @@ from judge import (
     position_bias,
     rank_in_both_orders,
 )
-from pretokenize import train_tokenizer
-from sampling import StoriesOnTheWay, sample, sample_batches, spread, story_records
-from tokenizer import Tokenizer, load_tokenizer
+from spo import checkpoint as checkpoints
+from spo import demo_stories, download, machine, pretokenize
+from spo.checkpoint import Checkpoint
+from spo.config import flag, parse, run
+from spo.files import file_sha256, read_jsonl, write_jsonl, write_text
+from spo.groups import encode_groups, parse_group, parse_prompt, read_groups
+from spo.pretokenize import train_tokenizer
+from spo.sampling import StoriesOnTheWay, sample, sample_batches, spread, story_records
+from spo.tokenizer import Tokenizer, load_tokenizer
 
 TEXT = "TinyStories_all_data"  # the archive of the hub, and the folder of its shards
 MAX_UNPACKED = 20 * 10**9  # bytes; the archive's shards are about a third of that
@@ -151,7 +149,7 @@ def to_pairs(record: dict, which: str) -> list[dict]:
 
 def ranked_records(path: str) -> list[dict]:
     """The records of a file of full rankings; ValueError naming the first line that is something else."""
-    records = read_records(path)
+    records = read_jsonl(path)
     for number, record in records:
         group = parse_group(record, f"{path} line {number}", number)
         if group.order != "ranking" or record.get("ranking") is None:
@@ -200,7 +198,7 @@ def demo_text() -> None:
         write_jsonl(stories, ({"text": demo_stories.story(rng)} for _ in range(DEMO_STORIES)))
     if not os.path.isfile(tokenizer):
         lines, prefix = os.path.join(DEMO_DIR, "lines.tmp"), os.path.join(DEMO_DIR, "tokenizer.tmp")
-        write_text(lines, "\n".join(record["text"] for _, record in read_records(stories)))
+        write_text(lines, "\n".join(record["text"] for _, record in read_jsonl(stories)))
         train_tokenizer(lines, DEMO_VOCAB, prefix)
         os.replace(prefix + ".model", tokenizer)
         for leftover in (lines, prefix + ".vocab"):
@@ -400,7 +398,7 @@ def generate_command(config: GenerateConfig) -> None:
     prompts = [""]
     if config.prompts:
         prompts = [
-            parse_prompt(r, f"{config.prompts} line {i}") for i, r in read_records(config.prompts)
+            parse_prompt(r, f"{config.prompts} line {i}") for i, r in read_jsonl(config.prompts)
         ]
     if config.num_stories < 1 or config.batch_size < 1 or not prompts:
         raise ValueError("--num_stories, --batch_size and the number of prompts must be 1 or more")
@@ -416,7 +414,7 @@ def generate_command(config: GenerateConfig) -> None:
         "prompts",
     ):  # a file is what it holds, not what it is called
         path = tokenizer.path if name == "tokenizer" else settings[name]
-        settings[name] = checkpoints.sha256_of(path) if path else ""
+        settings[name] = file_sha256(path) if path else ""
     stories = StoriesOnTheWay(config.out, settings)
     first, started = stories.go_on(config.batch_size), time.monotonic()
     batches = sample_batches(
@@ -455,7 +453,7 @@ def generate_command(config: GenerateConfig) -> None:
 
 def rank_command(config: RankConfig) -> None:
     stories = []
-    for number, record in read_records(config.stories):
+    for number, record in read_jsonl(config.stories):
         parse_group(record, f"{config.stories} line {number}", number)
         if "text" not in record:
             raise ValueError(

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from checkpoint import sha256_of
-from config import flag
 from judge import JudgeFlags
 from losses import LOSSES, REGULARIZERS
-from parallel import World
+from spo.config import flag
+from spo.files import file_sha256
+from spo.parallel import World
 
 SHAPE_FLAGS = ("dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len")
 ONLINE_FLAGS = ("kl_interval", "kl_batch_size")
@@ -285,4 +285,4 @@ def identity(config: TrainConfig) -> dict:
     files = [
         path for path in (config.data, config.init_from, config.baseline) if os.path.isfile(path)
     ]
-    return {"flags": flags, "files": {path: sha256_of(path) for path in files}}
+    return {"flags": flags, "files": {path: file_sha256(path) for path in files}}

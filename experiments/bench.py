@@ -34,18 +34,20 @@ import torch.nn.functional as F
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-import head  # noqa: E402
-import losses  # noqa: E402
-import machine  # noqa: E402
-import parallel  # noqa: E402
-import plan  # noqa: E402
-import step as steps  # noqa: E402
-from checkpoint import Checkpoint  # noqa: E402
-from config import flag, parse, run  # noqa: E402
-from groups import EncodedGroup, micro_batches  # noqa: E402
-from model import ModelArgs, Transformer, generate  # noqa: E402
-from reference import with_reference_logps  # noqa: E402
-from train_config import TrainConfig, objective_of  # noqa: E402
+import losses
+import step as steps
+from model import ModelArgs, Transformer, generate
+from spo import (
+    head,
+    machine,
+    parallel,
+    plan,
+)
+from spo.checkpoint import Checkpoint
+from spo.config import flag, parse, run
+from spo.groups import EncodedGroup, micro_batches
+from spo.reference import with_reference_logps
+from train_config import TrainConfig, objective_of
 
 SHAPES = {  # dim, layers, heads, key-value heads, hidden, vocabulary
     "tiny": (32, 2, 4, 2, 48, 512),

@@ -24,15 +24,15 @@ from tqdm import tqdm
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-import checkpoint as checkpoints  # noqa: E402
-import tinystories_data as data  # noqa: E402
-from checkpoint import write_jsonl, write_text  # noqa: E402
-from config import flag, parse, run  # noqa: E402
-from evaluation import Evaluation  # noqa: E402
-from groups import read_groups  # noqa: E402
-from judge import JudgeFlags, given, make_judge  # noqa: E402
-from losses import LOSSES  # noqa: E402
-from tokenizer import load_tokenizer  # noqa: E402
+import tinystories_data as data
+from judge import JudgeFlags, given, make_judge
+from losses import LOSSES
+from spo import checkpoint as checkpoints
+from spo.config import flag, parse, run
+from spo.evaluation import Evaluation
+from spo.files import write_jsonl, write_text
+from spo.groups import read_groups
+from spo.tokenizer import load_tokenizer
 
 # The paper's sweeps: AlpacaFarm's for the pairwise losses (beta of SPO is not printed there: that of TinyStories),
 # TinyStories' for the others (alpha 0.001).

@@ -18,8 +18,8 @@ import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-import bench  # noqa: E402
-from config import flag, parse, run  # noqa: E402
+
+from spo.config import flag, parse, run
 
 BENCH = f"{sys.executable} {ROOT}/experiments/bench.py"
 TRAIN = f"{sys.executable} {ROOT}/spo_train.py"

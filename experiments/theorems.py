@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from config import flag, parse, run  # noqa: E402
-from losses import LOSSES, token_kl, weight_statistic  # noqa: E402
+from losses import LOSSES, token_kl, weight_statistic
+from spo.config import flag, parse, run
 
 REWARDS = torch.tensor([1.0, 0.4, 0.0, -0.5, -1.2], dtype=torch.float64)
 REFERENCE = torch.log_softmax(torch.tensor([0.0, 0.8, 0.3, 1.0, 0.5], dtype=torch.float64), 0)

@@ -19,8 +19,8 @@ from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import offline_judge  # noqa: E402
-from judge import digest, ordinal  # noqa: E402
+from judge import digest, ordinal
+from spo import offline_judge
 
 REFUSED = ["429", "429 seconds", "429 date", "503", "408", "409"]
 LOST = [

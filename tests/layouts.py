@@ -14,15 +14,16 @@ sys.path[:0] = [
     os.path.dirname(os.path.dirname(os.path.abspath(__file__))),
     os.path.dirname(os.path.abspath(__file__)),
 ]
-import parallel  # noqa: E402
-from groups import micro_batches  # noqa: E402
-from losses import LOSSES, REGULARIZERS  # noqa: E402
-from parallel import World, full  # noqa: E402
-from reference import with_reference_logps  # noqa: E402
-from step import online_of, preference_backward, regularizer_backward  # noqa: E402
-from train_config import TrainConfig, objective_of, settings_of  # noqa: E402
-from test_model import tiny  # noqa: E402
-from test_spo_train import perturbed, random_groups, size_for  # noqa: E402
+from test_model import tiny
+from test_spo_train import perturbed, random_groups, size_for
+
+from losses import LOSSES, REGULARIZERS
+from spo import parallel
+from spo.groups import micro_batches
+from spo.parallel import World, full
+from spo.reference import with_reference_logps
+from step import online_of, preference_backward, regularizer_backward
+from train_config import TrainConfig, objective_of, settings_of
 
 
 def gradients(world, objective, policy, reference, groups, samples, micro_batch_size):

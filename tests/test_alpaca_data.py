@@ -9,8 +9,8 @@ from test_tinystories_data import tokenizer, write  # noqa: F401 (a fixture)
 
 import alpaca_data
 import sample
-from checkpoint import Checkpoint, save_pt
-from groups import encode_groups, read_groups, require
+from spo.checkpoint import Checkpoint, save_pt
+from spo.groups import encode_groups, read_groups, require
 
 HEAD = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
 

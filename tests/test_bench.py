@@ -10,8 +10,9 @@ import torch
 from test_spo_train import ROOT
 
 sys.path.insert(0, os.path.join(ROOT, "experiments"))
-import bench  # noqa: E402
-from model import Transformer  # noqa: E402
+import bench
+
+from model import Transformer
 
 
 def test_the_products_of_a_token_are_the_matrices_of_the_model():

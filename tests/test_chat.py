@@ -18,8 +18,8 @@ from fake_api import FINE, LOST, REFUSED, UNUSABLE, FakeApi
 
 import judge
 import tinystories_data as data
-from chat import BudgetSpent, Journal, Stopped, as_done
 from judge import ApiJudge, JudgeFlags, rank_in_both_orders
+from spo.chat import BudgetSpent, Journal, Stopped, as_done
 
 KEY = "sk-sentinel+/4711-abcdefgh"
 
@@ -51,7 +51,7 @@ def flags(tmp_path, monkeypatch):
     """Flags for a fake API, quick to try again; the journal is in tmp_path."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setattr(
-        "chat.random.uniform", lambda low, high: 0.01
+        "spo.chat.random.uniform", lambda low, high: 0.01
     )  # the back-off's jitter: hundredths of it
 
     def make(api, **others) -> JudgeFlags:

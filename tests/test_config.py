@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from config import flag, parse
+from spo.config import flag, parse
 
 
 @dataclass

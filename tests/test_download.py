@@ -11,8 +11,8 @@ from http.server import BaseHTTPRequestHandler
 import pytest
 from fake_api import LocalServer
 
-import download
 import tinystories_data as data
+from spo import download
 
 CONTENT = random.Random(0).randbytes(200_000)
 RIGHT = hashlib.sha256(CONTENT).hexdigest()
@@ -89,7 +89,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch):
-    monkeypatch.setattr("download.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("spo.download.time.sleep", lambda seconds: None)
 
 
 def assert_nothing_half(path) -> None:

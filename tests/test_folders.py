@@ -14,12 +14,12 @@ from test_model import tiny
 from test_parallel import ONE, assert_close, run
 from test_tinystories_data import tokenizer, write  # noqa: F401 (a fixture)
 
-import checkpoint as checkpoints
 import export
-from checkpoint import Checkpoint
-from folders import HF_NAMES, fill, halve, interleave, on_meta, open_folder
 from model import Transformer
-from tokenizer import Tokenizer
+from spo import checkpoint as checkpoints
+from spo.checkpoint import Checkpoint
+from spo.folders import HF_NAMES, fill, halve, interleave, on_meta, open_folder
+from spo.tokenizer import Tokenizer
 
 TOKENS = torch.randint(0, 512, (2, 20), generator=torch.Generator().manual_seed(0))
 

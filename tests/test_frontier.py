@@ -7,11 +7,12 @@ import subprocess
 
 import frontier
 import pytest
-import tinystories_data as data
-from config import parse
-from train_config import TrainConfig
 from test_spo_train import workshop  # noqa: F401 (a fixture)
 from test_tinystories_data import tokenizer  # noqa: F401 (a fixture)
+
+import tinystories_data as data
+from spo.config import parse
+from train_config import TrainConfig
 
 
 @pytest.fixture

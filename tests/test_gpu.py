@@ -16,13 +16,13 @@ from test_model import tiny
 from test_spo_train import log_of, objective_of, perturbed, random_groups, size_for, workshop  # noqa: F401 (a fixture)
 from test_tinystories_data import tokenizer  # noqa: F401 (a fixture)
 
-import parallel
 import step as steps
-from groups import micro_batches
 from losses import LOSSES
 from model import generate
-from parallel import World
-from reference import with_reference_logps
+from spo import parallel
+from spo.groups import micro_batches
+from spo.parallel import World
+from spo.reference import with_reference_logps
 from train_config import TrainConfig
 
 DEVICE = os.environ.get("SPO_TEST_DEVICE", "cuda")

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-import head
 import losses
+from spo import head
 
 D, V = 16, 300
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}

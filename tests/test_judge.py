@@ -11,8 +11,6 @@ from fake_api import FakeApi, conclusion, stories_of
 from test_offline_judge import PLAIN, RICH
 
 import judge
-import win_rate
-from chat import Journal
 from judge import (
     PROMPT,
     BothOrders,
@@ -23,6 +21,8 @@ from judge import (
     parse_conclusion,
     rank_in_both_orders,
 )
+from spo import win_rate
+from spo.chat import Journal
 
 FENCE = "0a1b2c3d"
 

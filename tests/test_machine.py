@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import machine
+from spo import machine
 
 
 @pytest.fixture(autouse=True)

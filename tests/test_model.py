@@ -6,10 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint as checkpoints
 import export
 import sample
-from checkpoint import Checkpoint
 from model import (
     QUERIES,
     Decoder,
@@ -22,7 +20,9 @@ from model import (
     rotate,
     sample_token,
 )
-from tokenizer import Tokenizer
+from spo import checkpoint as checkpoints
+from spo.checkpoint import Checkpoint
+from spo.tokenizer import Tokenizer
 
 GREEDY = (
     "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. "

@@ -5,9 +5,9 @@ import random
 
 import pytest
 
-import demo_stories
-import offline_judge as judge
 from judge import OfflineJudge, compare_all
+from spo import demo_stories
+from spo import offline_judge as judge
 
 PLAIN = (
     "Once upon a time, there was a girl named Mia. Mia had a red ball. One day, the ball fell into the water. "

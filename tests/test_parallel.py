@@ -15,10 +15,10 @@ from conftest import ROOT
 from test_spo_train import workshop  # noqa: F401 (a fixture)
 from test_tinystories_data import tokenizer, write  # noqa: F401 (a fixture)
 
-import checkpoint as checkpoints
-import parallel
 from losses import LOSSES, REGULARIZERS
-from parallel import World
+from spo import checkpoint as checkpoints
+from spo import parallel
+from spo.parallel import World
 
 ONE = {"OMP_NUM_THREADS": "1"}
 

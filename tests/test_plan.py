@@ -12,7 +12,7 @@ from test_spo_train import workshop  # noqa: F401 (a fixture)
 from test_tinystories_data import tokenizer  # noqa: F401 (a fixture)
 
 from model import KVCache, ModelArgs, Transformer
-from plan import GIB, Load, memory, saved_by_layer
+from spo.plan import GIB, Load, memory, saved_by_layer
 
 LLAMA2 = ModelArgs(
     dim=4096, n_layers=32, n_heads=32, vocab_size=32000, hidden_dim=11008, max_seq_len=4096
@@ -91,7 +91,7 @@ def test_the_shards_of_a_7b_are_what_the_plan_says():
     code = (
         "import torch, torch.distributed as dist\n"
         "from torch.testing._internal.distributed.fake_pg import FakeStore\n"
-        "import parallel\nfrom model import Transformer\nfrom test_plan import LLAMA2\n"
+        "from spo import parallel\nfrom model import Transformer\nfrom test_plan import LLAMA2\n"
         "dist.init_process_group('fake', store=FakeStore(), rank=0, world_size=4)\n"
         "with torch.device('meta'):\n    model = Transformer(LLAMA2, tied=False)\n"
         "parallel.shard(model, parallel.World(0, 4))\n"

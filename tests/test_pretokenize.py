@@ -7,12 +7,12 @@ import random
 import numpy as np
 import pytest
 
-import demo_stories
 import spo_train
 import tinystories_data as data
-from checkpoint import load
-from pretokenize import TokenWindows
-from tokenizer import Tokenizer
+from spo import demo_stories
+from spo.checkpoint import load
+from spo.pretokenize import TokenWindows
+from spo.tokenizer import Tokenizer
 
 STORIES = [demo_stories.story(random.Random(seed)) for seed in range(120)]
 
@@ -151,7 +151,7 @@ def test_shards_that_would_be_mixed_up_are_refused(folder):
 def test_a_worker_that_is_killed_ends_it_with_a_hint(folder, monkeypatch):
     data.main(["train_vocab", "--vocab_size=400", "--num_shards=1"])
     monkeypatch.setattr(
-        "pretokenize.stories_of", lambda shard: os.kill(os.getpid(), 9)
+        "spo.pretokenize.stories_of", lambda shard: os.kill(os.getpid(), 9)
     )  # the workers are forks
     with pytest.raises(
         ValueError, match="a worker was killed, for want of memory perhaps; try --workers=1"

@@ -5,16 +5,19 @@ import os
 
 import pytest
 from test_model import tiny
-from test_spo_train import perturbed, random_groups
-from test_spo_train import workshop  # noqa: F401 (a fixture)
+from test_spo_train import (
+    perturbed,
+    random_groups,
+    workshop,  # noqa: F401 (a fixture)
+)
 from test_tinystories_data import tokenizer  # noqa: F401 (a fixture)
 
-import checkpoint as checkpoints
-from checkpoint import Checkpoint
-from groups import make_batch
 from losses import sequence_logps
-from parallel import World
-from reference import ReferenceCache, complete, with_reference_logps
+from spo import checkpoint as checkpoints
+from spo.checkpoint import Checkpoint
+from spo.groups import make_batch
+from spo.parallel import World
+from spo.reference import ReferenceCache, complete, with_reference_logps
 
 
 def test_the_numbers_are_those_of_the_groups_in_their_order():

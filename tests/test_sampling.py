@@ -12,11 +12,11 @@ import pytest
 from conftest import ROOT
 from test_model import tiny
 
-import sampling
 import tinystories_data as data
-from checkpoint import Checkpoint, save_pt
-from demo_stories import story
-from pretokenize import train_tokenizer
+from spo import sampling
+from spo.checkpoint import Checkpoint, save_pt
+from spo.demo_stories import story
+from spo.pretokenize import train_tokenizer
 
 
 @pytest.fixture

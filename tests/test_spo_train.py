@@ -13,20 +13,20 @@ import torch
 from test_model import numpy_logits, tiny
 from test_tinystories_data import tokenizer, write  # noqa: F401 (a fixture)
 
-import checkpoint as checkpoints
-import sampling
 import spo_train
 import step as steps
 import tinystories_data as data
 import train_config
-from checkpoint import Checkpoint
-from evaluation import Evaluation
-from groups import EncodedGroup, make_batch, micro_batches
 from judge import OfflineJudge
 from losses import LOSSES, REGULARIZERS, sequence_logps, token_kl
 from model import generate
-from parallel import World
-from reference import with_reference_logps
+from spo import checkpoint as checkpoints
+from spo import sampling
+from spo.checkpoint import Checkpoint
+from spo.evaluation import Evaluation
+from spo.groups import EncodedGroup, make_batch, micro_batches
+from spo.parallel import World
+from spo.reference import with_reference_logps
 from train_config import TrainConfig
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

@@ -9,10 +9,12 @@ import re
 import pytest
 import torch
 
-import demo_stories
 import tinystories_data as data
-from checkpoint import Checkpoint, save_pt
-from groups import (
+from judge import BothOrders
+from model import ModelArgs
+from spo import demo_stories
+from spo.checkpoint import Checkpoint, save_pt
+from spo.groups import (
     EncodedGroup,
     RankedGroup,
     cut,
@@ -22,10 +24,8 @@ from groups import (
     read_groups,
     require,
 )
-from judge import BothOrders
-from model import ModelArgs
-from sampling import spread
-from tokenizer import Tokenizer
+from spo.sampling import spread
+from spo.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="session")

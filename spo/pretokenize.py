@@ -16,9 +16,10 @@ import numpy as np
 import sentencepiece
 from tqdm import tqdm
 
-from checkpoint import atomic_write, copy_tokenizer
-from groups import EncodedGroup, is_unicode, parse_group, read_records
-from tokenizer import Tokenizer
+from spo.checkpoint import copy_tokenizer
+from spo.files import atomic_write, is_unicode, read_jsonl
+from spo.groups import EncodedGroup, parse_group
+from spo.tokenizer import Tokenizer
 
 
 def train_tokenizer(text_file: str, vocab_size: int, prefix: str) -> None:
@@ -60,7 +61,7 @@ def shards_of(path: str) -> list[str]:
 def stories_of(shard: str) -> Iterator[str]:
     """The texts of a shard: our JSONL of {"text"}, or a .json of the TinyStories archive, a list of {"story"}."""
     if shard.endswith(".jsonl"):
-        for number, record in read_records(shard):
+        for number, record in read_jsonl(shard):
             yield parse_group(record, f"{shard} line {number}", number).responses[0].strip()
         return
     try:

@@ -8,10 +8,7 @@ can hold tensors, numbers and strings, never code. Every file is written to a te
 the disk and renamed: a reader finds the old file or the new one, never half of one.
 """
 
-import contextlib
 import dataclasses
-import hashlib
-import json
 import math
 import os
 import struct
@@ -22,8 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from folders import load_folder
 from model import ModelArgs, Transformer
+from spo.files import atomic_write
+from spo.folders import load_folder
 
 MAGIC = 0x616B3432  # "ak42", the first four bytes of llama2.c's versions 1 and 2
 HEADER_FIELDS = (
@@ -54,36 +52,6 @@ class Checkpoint:
     @property
     def eos_id(self) -> int:
         return self.config.get("eos_id", TINYSTORIES_EOS_ID)
-
-
-@contextlib.contextmanager
-def atomic_write(path: str):
-    """A binary file that appears under its name only when all of it is on the disk."""
-    temporary = f"{path}.tmp{os.getpid()}"
-    try:
-        with open(temporary, "wb") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(temporary)
-        raise
-
-
-def sha256_of(path: str) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def write_text(path: str, text: str) -> None:
-    with atomic_write(path) as f:
-        f.write(text.encode("utf-8"))
-
-
-def write_jsonl(path: str, records) -> None:
-    write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
 
 
 def copy_tokenizer(tokenizer, folder: str) -> None:

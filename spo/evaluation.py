@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 import torch
 
-import offline_judge
-from chat import BudgetSpent, Stopped
-from checkpoint import Checkpoint
-from groups import micro_batches, read_groups
-from head import token_kl
 from judge import Judge, compare_all
-from parallel import World, whole
-from sampling import sample, spread, story_records
-from tokenizer import Tokenizer
-from win_rate import WinRate
+from spo import offline_judge
+from spo.chat import BudgetSpent, Stopped
+from spo.checkpoint import Checkpoint
+from spo.groups import micro_batches, read_groups
+from spo.head import token_kl
+from spo.parallel import World, whole
+from spo.sampling import sample, spread, story_records
+from spo.tokenizer import Tokenizer
+from spo.win_rate import WinRate
 
 # What stories are drawn for: the second number of their seed, so that no two uses share a stream.
 ONLINE, SELECT, SELECT_BASELINE, REPORT, REPORT_BASELINE = range(5)

@@ -11,11 +11,11 @@ import safetensors
 import safetensors.torch
 import torch
 
-import head
-from checkpoint import atomic_write, sha256_of
-from groups import EncodedGroup, longest_sequence, micro_batches
 from model import Transformer
-from parallel import World
+from spo import head
+from spo.files import atomic_write, file_sha256
+from spo.groups import EncodedGroup, longest_sequence, micro_batches
+from spo.parallel import World
 
 
 @torch.no_grad()
@@ -94,12 +94,12 @@ class ReferenceCache:
 def digest_of_weights(init_from: str) -> str:
     """Of a file, or of the files of a folder."""
     if os.path.isfile(init_from):
-        return sha256_of(init_from)
+        return file_sha256(init_from)
     names = sorted(
         name for name in os.listdir(init_from) if os.path.isfile(os.path.join(init_from, name))
     )
     return hashlib.sha256(
-        "".join(sha256_of(os.path.join(init_from, name)) for name in names).encode()
+        "".join(file_sha256(os.path.join(init_from, name)) for name in names).encode()
     ).hexdigest()
 
 

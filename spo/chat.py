@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import requests
 import urllib3
 
-from config import flag
+from spo.config import flag
 
 try:
     import fcntl

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 
 from tqdm import tqdm
 
-from checkpoint import Checkpoint, write_jsonl
-from groups import EncodedGroup
 from model import generate
-from tokenizer import Tokenizer
+from spo.checkpoint import Checkpoint
+from spo.files import write_jsonl
+from spo.groups import EncodedGroup
+from spo.tokenizer import Tokenizer
 
 
 def sample_batches(

@@ -11,9 +11,7 @@ A dataset is JSON Lines, one group a line, in any of these forms (unknown keys a
 all): the others were cut at a length limit and get no terminator. Knows the tokenizer, and of a model its shape.
 """
 
-import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,7 +19,8 @@ import torch
 from torch import Tensor
 
 from model import ModelArgs
-from tokenizer import Tokenizer
+from spo.files import is_unicode, read_jsonl
+from spo.tokenizer import Tokenizer
 
 # --- groups --------------------------------------------------------------------------------------
 
@@ -38,11 +37,6 @@ class RankedGroup:
     finished: tuple[bool, ...]
     order: str
     line: int
-
-
-def is_unicode(text: str) -> bool:
-    """False for a text with half a surrogate pair, which JSON can spell and UTF-8 cannot."""
-    return not any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def parse_group(record, where: str, line: int) -> RankedGroup:
@@ -141,29 +135,10 @@ def parse_prompt(record, where: str) -> str:
     return prompt
 
 
-def read_records(path: str) -> list[tuple[int, dict]]:
-    """(line number, object) of every line of a JSONL file; blank lines are passed over."""
-    if not os.path.isfile(path):
-        raise ValueError(f"{path}: no such file")
-    records = []
-    with open(path, "rb") as f:
-        for number, line in enumerate(f, start=1):
-            if line.strip():
-                try:
-                    records.append((number, json.loads(line.decode("utf-8"))))
-                except (
-                    ValueError,
-                    RecursionError,
-                ):  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-                    raise ValueError(f"{path} line {number}: not a line of JSON in UTF-8") from None
-    return records
-
-
 def read_groups(path: str) -> list[RankedGroup]:
     """A dataset file -> its groups. ValueError naming file and line for the first malformed one."""
     groups = [
-        parse_group(record, f"{path} line {number}", number)
-        for number, record in read_records(path)
+        parse_group(record, f"{path} line {number}", number) for number, record in read_jsonl(path)
     ]
     if not groups:
         raise ValueError(f"{path}: holds no groups")

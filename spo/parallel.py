@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from checkpoint import sha256_of
+from spo.files import file_sha256, flush
 
 KEPT = 2  # states of a run on disk
 PATIENCE = datetime.timedelta(
@@ -239,7 +239,7 @@ def save_state(
         with open(os.path.join(temporary, "state.json"), "w", encoding="utf-8") as f:
             json.dump(facts | {"step": step}, f)
         names = sorted(os.listdir(temporary))
-        sums = "".join(f"{sha256_of(os.path.join(temporary, name))}  {name}\n" for name in names)
+        sums = "".join(f"{file_sha256(os.path.join(temporary, name))}  {name}\n" for name in names)
         with open(os.path.join(temporary, "SHA256SUMS"), "w", encoding="utf-8") as f:
             f.write(sums)
         for name in [*names, "SHA256SUMS", "."]:
@@ -298,7 +298,7 @@ def damage(path: str) -> str | None:
     if "state.json" not in expected or set(expected) | {"SHA256SUMS"} != set(os.listdir(path)):
         return "damaged: its files are not those of SHA256SUMS"
     for name, digest in expected.items():
-        if sha256_of(os.path.join(path, name)) != digest:
+        if file_sha256(os.path.join(path, name)) != digest:
             return f"damaged: {name} has another SHA-256 than when it was written"
     return None
 
@@ -314,15 +314,6 @@ def load_state(path: str, tensors: dict[str, Tensor], world: World) -> None:
         dcp.load(
             tensors, storage_reader=dcp.HuggingFaceStorageReader(path), no_dist=world.size == 1
         )
-
-
-def flush(path: str) -> None:
-    """Onto the disk; a folder: the names in it."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model import ModelArgs, Transformer, rope_tables
+from spo.files import read_json_object
 
 HF_NAMES = {
     "tok_embeddings": "model.embed_tokens",
@@ -57,7 +58,7 @@ class MetaFolder:
 
     def __init__(self, path: str):
         self.path = path
-        params = read_json(os.path.join(path, "params.json"))
+        params = read_json_object(os.path.join(path, "params.json"))
         if params.get("use_scaled_rope"):
             raise ValueError(
                 f"{path}: use_scaled_rope: this model has no scaled rotary embedding (Llama 3.1 and later)"
@@ -117,7 +118,7 @@ class HuggingFaceFolder:
     """config.json and model*.safetensors or pytorch_model*.bin, in one file or several with an index."""
 
     def __init__(self, path: str):
-        self.path, config = path, read_json(os.path.join(path, "config.json"))
+        self.path, config = path, read_json_object(os.path.join(path, "config.json"))
         scaling = config.get("rope_scaling") or {}
         parameters = config.get("rope_parameters") or {}
         if scaling or parameters.get("rope_type", "default") != "default":
@@ -193,17 +194,6 @@ def open_folder(path: str) -> MetaFolder | HuggingFaceFolder:
     raise ValueError(
         f"{path}: neither Meta's folder (params.json) nor Hugging Face's (config.json)"
     )
-
-
-def read_json(path: str) -> dict:
-    try:
-        with open(path, encoding="utf-8") as f:
-            content = json.load(f)
-    except (ValueError, RecursionError):
-        raise ValueError(f"{path}: not JSON") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: not a JSON object")
-    return content
 
 
 def map_pt(path: str) -> dict[str, Tensor]:

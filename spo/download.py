@@ -11,7 +11,7 @@ import zlib
 import requests
 from tqdm import tqdm
 
-from checkpoint import sha256_of
+from spo.files import file_sha256
 
 ATTEMPTS = 6
 SECONDS = (10, 60)  # to connect, and of silence
@@ -32,7 +32,7 @@ def fetch(url: str, path: str, sha256: str = "") -> None:
     sha256 = sha256.lower()
     if not re.fullmatch("[0-9a-f]{64}|unchecked|", sha256):
         raise ValueError(f"--sha256={sha256}: expected 64 hexadecimal digits, or `unchecked`")
-    if sha256 not in ("", "unchecked") and os.path.isfile(path) and sha256_of(path) == sha256:
+    if sha256 not in ("", "unchecked") and os.path.isfile(path) and file_sha256(path) == sha256:
         print(f"{path}: there already")
         return
     if os.path.dirname(path):
@@ -67,7 +67,7 @@ def fetch_once(url: str, path: str, sha256: str) -> None:
                 "--sha256=unchecked to take what comes"
             )
         if os.path.isfile(path):
-            if expected in ("unchecked", sha256_of(path)):
+            if expected in ("unchecked", file_sha256(path)):
                 print(f"{path}: there already")
                 return
             raise ValueError(
@@ -92,7 +92,7 @@ def fetch_once(url: str, path: str, sha256: str) -> None:
         if size > length:
             os.remove(part)
         raise Interrupted(f"{size} of {length} bytes")
-    if expected not in ("unchecked", found := sha256_of(part)):
+    if expected not in ("unchecked", found := file_sha256(part)):
         os.remove(part)
         if resumed:  # the part may have been of another version of the file
             raise Interrupted("the pieces do not fit together")

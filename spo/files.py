@@ -1,0 +1,100 @@
+"""Files on disk: written whole or not at all; JSON and JSON Lines read with the place of what is wrong."""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from typing import IO
+
+
+@contextlib.contextmanager
+def atomic_write(path: str) -> Iterator[IO[bytes]]:
+    """Open a binary file that appears under its name only when all of it is on the disk.
+
+    It is written under a temporary name, flushed, and renamed, so a reader finds the old file or the
+    new one and never half of one.
+    """
+    temporary = f"{path}.tmp{os.getpid()}"
+    try:
+        with open(temporary, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)
+        raise
+
+
+def write_text(path: str, text: str) -> None:
+    """Write a text in UTF-8, atomically."""
+    with atomic_write(path) as f:
+        f.write(text.encode("utf-8"))
+
+
+def write_jsonl(path: str, records: Iterable[dict]) -> None:
+    """Write one record a line, atomically."""
+    write_text(path, "".join(jsonl_line(record) for record in records))
+
+
+def jsonl_line(record: dict) -> str:
+    """{"text": "é"} -> '{"text": "é"}\\n'"""
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def read_jsonl(path: str) -> list[tuple[int, dict]]:
+    """Return (line number, object) of every line; blank lines are passed over.
+
+    ValueError, naming file and line, for what is not JSON in UTF-8.
+    """
+    if not os.path.isfile(path):
+        raise ValueError(f"{path}: no such file")
+    records = []
+    with open(path, "rb") as f:
+        for number, line in enumerate(f, start=1):
+            if line.strip():
+                try:
+                    records.append((number, json.loads(line.decode("utf-8"))))
+                except (ValueError, RecursionError):  # JSON's and UTF-8's errors are ValueErrors
+                    reason = "not a line of JSON in UTF-8"
+                    raise ValueError(f"{path} line {number}: {reason}") from None
+    return records
+
+
+def read_json(path: str):
+    """Return the content of a JSON file. ValueError, naming the file, if it is none."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            return json.load(f)
+    except (ValueError, RecursionError):
+        raise ValueError(f"{path}: not JSON in UTF-8") from None
+
+
+def read_json_object(path: str) -> dict:
+    """Return the object of a JSON file. ValueError, naming the file, if it holds something else."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return content
+
+
+def is_unicode(text: str) -> bool:
+    """Tell whether UTF-8 can hold a text: JSON can spell half a surrogate pair, which it cannot."""
+    return not any("\ud800" <= c <= "\udfff" for c in text)
+
+
+def file_sha256(path: str) -> str:
+    """Return the SHA-256 of a file in hexadecimal digits."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def flush(path: str) -> None:
+    """Wait until a file is on the disk; for a folder, until the names in it are."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
