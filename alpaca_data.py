@@ -9,14 +9,13 @@ A prompt is Alpaca's template around an instruction; a response follows it to th
 responses are scored.
 """
 
-import json
 import os
 from collections import Counter
 from dataclasses import dataclass
 
-from spo import download
-from spo.config import flag, parse, run
-from spo.files import is_unicode, write_jsonl
+from spo.config import Commands, flag, main_program
+from spo.download import fetch
+from spo.files import is_unicode, read_json, write_jsonl
 
 WITH_INPUT = """\
 Below is an instruction that describes a task, paired with an input that provides further context. Write a response that \
@@ -53,12 +52,8 @@ def prompt_of(instruction: str, given: str) -> str:
 
 
 def read_json_list(path: str, texts: tuple[str, ...]) -> list[dict]:
-    """The records of a JSON file, each with these texts. ValueError naming file and record."""
-    try:
-        with open(path, encoding="utf-8") as f:
-            records = json.load(f)
-    except (ValueError, RecursionError):
-        raise ValueError(f"{path}: not JSON in UTF-8") from None
+    """Return the records of a JSON file, each with these texts. ValueError naming file and record."""
+    records = read_json(path)
     if not isinstance(records, list) or not records:
         raise ValueError(f"{path}: not a list of records, as AlpacaFarm publishes them")
     for index, record in enumerate(records):
@@ -122,6 +117,11 @@ def instruction_records(path: str) -> list[dict]:
     ]
 
 
+# --- commands ------------------------------------------------------------------------------------
+
+commands = Commands("alpaca_data.py", __doc__)
+
+
 @dataclass
 class DownloadConfig:
     data_dir: str = flag("data/alpaca", "where the files go")
@@ -129,42 +129,42 @@ class DownloadConfig:
     sha256: str = flag("", "`unchecked`: take what comes, where the server announces no hash")
 
 
+@commands.add
+def download(config: DownloadConfig) -> None:
+    for name, place in FILES.items():
+        url = f"{config.hub_url.rstrip('/')}/datasets/{place}"
+        fetch(url, os.path.join(config.data_dir, name), config.sha256)
+
+
 @dataclass
 class ConvertConfig:
-    data: str = flag("", "the published JSON")
-    out: str = flag("", "the JSONL to write")
+    data: str = flag("", "the published JSON", required=True)
+    out: str = flag("", "the JSONL to write", required=True)
 
 
-def main(argv: list[str]) -> None:
-    commands = ("download", "sft", "preferences", "instructions")
-    if not argv or argv[0] in ("-h", "--help"):
-        print(f"{__doc__}\ncommands: {', '.join(commands)}; `COMMAND --help` lists its flags")
-        return
-    if argv[0] not in commands:
-        raise ValueError(f"{argv[0]}: no such command; there are {', '.join(commands)}")
-    if argv[0] == "download":
-        config = parse(DownloadConfig, argv[1:], "alpaca_data.py download")
-        for name, place in FILES.items():
-            url = f"{config.hub_url.rstrip('/')}/datasets/{place}"
-            download.fetch(url, os.path.join(config.data_dir, name), config.sha256)
-        return
-    config = parse(ConvertConfig, argv[1:], f"alpaca_data.py {argv[0]}")
-    for name in ("data", "out"):
-        if not getattr(config, name):
-            raise ValueError(f"--{name} is missing")
-    left_out: Counter = Counter()
-    if argv[0] == "sft":
-        records = sft_records(config.data)
-    elif argv[0] == "preferences":
-        records, left_out = preference_records(config.data)
-    else:
-        records = instruction_records(config.data)
+@commands.add
+def sft(config: ConvertConfig) -> None:
+    write(config, sft_records(config.data))
+
+
+@commands.add
+def preferences(config: ConvertConfig) -> None:
+    records, left_out = preference_records(config.data)
+    write(config, records, left_out)
+
+
+@commands.add
+def instructions(config: ConvertConfig) -> None:
+    write(config, instruction_records(config.data))
+
+
+def write(config: ConvertConfig, records: list[dict], left_out: Counter | None = None) -> None:
     write_jsonl(config.out, records)
-    print(
-        f"{config.out}: {len(records)} records"
-        + "".join(f", {count} left out: {reason}" for reason, count in left_out.items())
-    )
+    reasons = [f", {count} left out: {reason}" for reason, count in (left_out or {}).items()]
+    print(f"{config.out}: {len(records)} records{''.join(reasons)}")
 
+
+main = commands.run
 
 if __name__ == "__main__":
-    run(main)
+    main_program(main)

@@ -7,14 +7,136 @@ python export.py stories.pt --checkpoint=stories260K.bin              # a name t
 python export.py model.bin --hf=llama-2-7b-hf                         # or --meta-llama=llama-2-7b
 """
 
+import json
+import math
 import os
+import struct
 from dataclasses import dataclass
 
-from spo import checkpoint as checkpoints
-from spo.checkpoint import largest_group_size
-from spo.config import flag, parse, run
-from spo.folders import save_hf
-from spo.tokenizer import load_tokenizer, tokenizer_path
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from model import ModelArgs, Transformer
+from spo import checkpoint
+from spo.checkpoint import HEADER_FIELDS, MAGIC, has_rotated_heads, hf_name, llama2c_layout
+from spo.config import flag, main_program, parse
+from spo.files import atomic_path, atomic_write, write_text
+from spo.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer, tokenizer_path
+
+LARGEST_GROUP = 64  # weights that share a scale in version 2
+
+# --- llama2.c ------------------------------------------------------------------------------------
+
+
+def save_llama2c(
+    path: str, model: Transformer, version: int = 0, group_size: int | None = None
+) -> None:
+    """Write llama2.c's binary, one tensor at a time, atomically; the model is left as it is.
+
+    version     0: what run.c reads; 1: the same after a proper header; 2: int8, what runq.c reads
+    group_size  of version 2; None: the largest that fits. ValueError if it does not divide every row
+    """
+    args = model.args
+    if version == 2:
+        group_size = group_size or largest_group_size(args)
+        check_group_size(args, group_size)
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    with atomic_write(path) as f:
+        f.write(llama2c_header(args, model.tied, version, group_size))
+        for name, shape in llama2c_layout(args, model.tied, version):
+            if version == 2 and len(shape) == 2:
+                values, scales = quantize(tensors[name], group_size)
+                values.tofile(f)
+                scales.tofile(f)
+            else:
+                as_numpy(tensors[name]).tofile(f)
+
+
+def llama2c_header(args: ModelArgs, tied: bool, version: int, group_size: int | None) -> bytes:
+    numbers = [getattr(args, name) for name in HEADER_FIELDS]
+    if version == 0:
+        vocab_size = args.vocab_size if tied else -args.vocab_size
+        return struct.pack("<7i", *numbers[:5], vocab_size, args.max_seq_len)
+    header = struct.pack("<Ii7iB", MAGIC, version, *numbers, tied)
+    if version == 2:
+        header += struct.pack("<i", group_size)
+    return header.ljust(256, b"\0")
+
+
+def as_numpy(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().to("cpu", torch.float32).contiguous().numpy()
+
+
+def largest_group_size(args: ModelArgs) -> int:
+    """Return the largest power of two up to 64 that divides every input dimension: runq.c walks rows in whole groups."""
+    return math.gcd(LARGEST_GROUP, math.gcd(args.dim, args.hidden_dim))
+
+
+def check_group_size(args: ModelArgs, group_size: int) -> None:
+    for name in ("dim", "hidden_dim"):
+        if group_size < 1 or getattr(args, name) % group_size:
+            does_not = f"does not divide {name} {getattr(args, name)}"
+            fits = largest_group_size(args)
+            raise ValueError(f"--group_size={group_size} {does_not}; {fits} fits")
+
+
+def quantize(weight: Tensor, group_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Round symmetrically to int8: (values (numel,) int8, scales (numel / group_size,) float32); error <= scale / 2.
+
+    A group [-1, 0.5] has the scale 1/127 and the values [-127, 64].
+    """
+    groups = as_numpy(weight).reshape(-1, group_size)
+    scales = np.abs(groups).max(axis=1) / np.float32(127)
+    divisors = np.where(scales == 0, 1, scales)[:, None]
+    values = np.rint(groups / divisors).astype(np.int8)
+    return values.reshape(-1), scales.astype(np.float32)
+
+
+# --- Hugging Face --------------------------------------------------------------------------------
+
+
+def halve(weight: Tensor, head_dim: int) -> Tensor:
+    """Reorder rows of whole heads to Hugging Face's order: the inverse of checkpoint.interleave."""
+    heads = weight.view(-1, head_dim // 2, 2, weight.shape[1])
+    return heads.transpose(1, 2).reshape(weight.shape)
+
+
+def save_hf(path: str, model: Transformer, bos_id: int) -> None:
+    """Write a folder that transformers loads: config.json and model.safetensors."""
+    args = model.args
+    os.makedirs(path, exist_ok=True)
+    tensors = {}
+    for name, weight in model.named_parameters():
+        weight = weight.detach().cpu()
+        if has_rotated_heads(name):
+            weight = halve(weight, args.head_dim)
+        tensors[hf_name(name)] = weight.contiguous()
+    with atomic_path(os.path.join(path, "model.safetensors")) as temporary:
+        save_file(tensors, temporary, {"format": "pt"})
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "hidden_size": args.dim,
+        "intermediate_size": args.hidden_dim,
+        "num_hidden_layers": args.n_layers,
+        "num_attention_heads": args.n_heads,
+        "num_key_value_heads": args.n_kv_heads,
+        "vocab_size": args.vocab_size,
+        "rms_norm_eps": args.norm_eps,
+        "rope_theta": args.rope_theta,
+        "max_position_embeddings": args.max_seq_len,
+        "tie_word_embeddings": model.tied,
+        "bos_token_id": bos_id,
+        "eos_token_id": model.eos_id,
+        "torch_dtype": "float32",
+    }
+    write_text(os.path.join(path, "config.json"), json.dumps(config, indent=1))
+
+
+# --- the command ---------------------------------------------------------------------------------
 
 
 @dataclass
@@ -29,59 +151,57 @@ class ExportConfig:
         choices=[0, 1, 2, -1],
     )
     group_size: int | None = flag(
-        None, "version 2: weights per scale; none: 64, or what divides dim and hidden_dim"
+        None, "version 2: weights per scale; default: 64, or what divides dim and hidden_dim"
     )
     tokenizer: str = flag(
-        "", "sentencepiece model; none: tokenizer.model beside the checkpoint, if there is one"
+        "", "sentencepiece model; default: tokenizer.model beside the checkpoint, if there is one"
     )
 
 
 def main(argv: list[str]) -> None:
     config = parse(ExportConfig, argv, "export.py", "Write a checkpoint in llama2.c's formats.")
     if config.group_size is not None and config.version != 2:
-        raise ValueError(
-            f"--group_size: version {config.version} has no groups; it goes with --version=2"
-        )
+        no_groups = f"version {config.version} has no groups; it goes with --version=2"
+        raise ValueError(f"--group_size: {no_groups}")
     sources = [path for path in (config.checkpoint, config.meta_llama, config.hf) if path]
     if len(sources) != 1:
         raise ValueError("give the model to write: one of --checkpoint, --meta-llama and --hf")
-    checkpoint = checkpoints.load(sources[0])
-    args, model = checkpoint.model.args, checkpoint.model
-    folder = config.filepath if config.version == -1 else os.path.dirname(config.filepath)
-    above = os.path.dirname(folder.rstrip("/")) if config.version == -1 else folder
+    weights = checkpoint.open_weights(sources[0])
+    is_folder = config.version == -1 and not config.filepath.endswith(".pt")
+    folder = config.filepath if is_folder else os.path.dirname(config.filepath)
+    above = os.path.dirname(folder.rstrip("/")) if is_folder else folder
     if above and not os.path.isdir(above):
         raise ValueError(f"{config.filepath}: no such folder as {above}; make it first")
     tokenizer = None
     if config.tokenizer or os.path.isfile(tokenizer_path(sources[0])):
-        tokenizer = load_tokenizer(config.tokenizer, sources[0], args.vocab_size)
-
-    if config.filepath.endswith(".pt"):
-        checkpoints.save_pt(config.filepath, checkpoint)
-        print(f"{config.filepath}: {os.path.getsize(config.filepath):,} bytes")
-    elif config.version == -1:
-        save_hf(config.filepath, model, tokenizer.bos_id if tokenizer else 1, checkpoint.eos_id)
-        print(f"{config.filepath}: config.json, model.safetensors")
-    else:
-        checkpoints.save_llama2c(config.filepath, model, config.version, config.group_size)
-        print(
-            f"{config.filepath}: version {config.version}, {os.path.getsize(config.filepath):,} bytes"
-        )
-    if config.version == 2 and config.group_size is None and largest_group_size(args) < 64:
-        print(
-            f"  groups of {largest_group_size(args)}: 64 does not divide dim {args.dim} and "
-            f"hidden_dim {args.hidden_dim}"
-        )
+        tokenizer = load_tokenizer(config.tokenizer, sources[0], weights.args.vocab_size)
+    write_model(config, weights, tokenizer)
     if tokenizer is None:
         print("  no tokenizer beside the checkpoint; give --tokenizer to have it written as well")
         return
-    checkpoints.copy_tokenizer(
-        tokenizer, os.path.dirname(config.filepath) if config.filepath.endswith(".pt") else folder
-    )
-    print(
-        "  beside it: tokenizer.model, which our own scripts read"
-        + ("" if tokenizer.kind == "tiktoken" else ", and tokenizer.bin, which run.c reads")
-    )
+    copy_tokenizer(tokenizer, folder)
+    for_run_c = "" if tokenizer.kind == "tiktoken" else ", and tokenizer.bin, which run.c reads"
+    print(f"  beside it: tokenizer.model, which our own scripts read{for_run_c}")
+
+
+def write_model(config: ExportConfig, weights, tokenizer: Tokenizer | None) -> None:
+    path = config.filepath
+    model = checkpoint.load(weights.path)
+    if path.endswith(".pt"):
+        checkpoint.save_pt(path, model, weights.step, weights.config)
+        print(f"{path}: {os.path.getsize(path):,} bytes")
+        return
+    if config.version == -1:
+        save_hf(path, model, tokenizer.bos_id if tokenizer else 1)
+        print(f"{path}: config.json, model.safetensors")
+        return
+    save_llama2c(path, model, config.version, config.group_size)
+    print(f"{path}: version {config.version}, {os.path.getsize(path):,} bytes")
+    args = model.args
+    if config.version == 2 and config.group_size is None and largest_group_size(args) < 64:
+        shape = f"dim {args.dim} and hidden_dim {args.hidden_dim}"
+        print(f"  groups of {largest_group_size(args)}: 64 does not divide {shape}")
 
 
 if __name__ == "__main__":
-    run(main)
+    main_program(main)

@@ -8,7 +8,7 @@ A judge may favour what it reads first. So everything is asked twice, the second
 the two answers agree. Knows no tokens and no tensors.
 """
 
-import dataclasses
+import abc
 import hashlib
 import json
 import math
@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from spo import offline_judge
 from spo.chat import Chat, ChatFlags, as_done
-from spo.config import flag, parse, run
+from spo.config import flag, main_program, non_default, parse
+from spo.records import read_stories
 from spo.win_rate import MAX_INVALID, WinRate, win_rate
 
 # --- what a language model is asked, and what it concludes ---------------------------------------
@@ -56,11 +57,15 @@ LETTERS = string.ascii_uppercase
 
 
 def ordinal(k: int) -> str:
-    return f"{k}{({1: 'st', 2: 'nd', 3: 'rd'}.get(k % 10, 'th')) if k % 100 not in (11, 12, 13) else 'th'}"
+    """1 -> "1st", 12 -> "12th", 22 -> "22nd" """
+    if k % 100 in (11, 12, 13):
+        return f"{k}th"
+    endings = {1: "st", 2: "nd", 3: "rd"}
+    return f"{k}{endings.get(k % 10, 'th')}"
 
 
 def make_fence(stories: list[str]) -> str:
-    """Eight random hexadecimal digits that none of the stories holds: what is inside a story cannot end it."""
+    """Return eight random hexadecimal digits that none of the stories holds: no story can end itself."""
     while True:
         fence = secrets.token_hex(4)
         if not any(fence in story for story in stories):
@@ -68,25 +73,31 @@ def make_fence(stories: list[str]) -> str:
 
 
 def fill(template: str, stories: list[str], fence: str) -> str:
-    """The prompt for some stories; the template says {count}, {stories} and {conclusion}."""
-    marked = "\n\n".join(
-        f"<story {letter} {fence}>\n{story.strip()}\n</story {letter} {fence}>"
-        for letter, story in zip(LETTERS, stories)
-    )
+    """Return the prompt for some stories; the template says {count}, {stories} and {conclusion}."""
+    marked = []
+    for letter, story in zip(LETTERS, stories, strict=False):
+        mark = f"story {letter} {fence}"
+        marked.append(f"<{mark}>\n{story.strip()}\n</{mark}>")
     places = "\n".join(f"{ordinal(k)}: ?" for k in range(1, len(stories) + 1))
     parts = {
         "{count}": str(len(stories)),
-        "{stories}": marked,
+        "{stories}": "\n\n".join(marked),
         "{conclusion}": CONCLUSION.replace("{fence}", fence).replace("{places}", places),
     }
-    # one pass, so that a story that says {conclusion} stays as it is
+    # One pass, so that a story that says {conclusion} stays as it is.
     return re.sub(r"\{(?:count|stories|conclusion)\}", lambda match: parts[match[0]], template)
 
 
 def parse_conclusion(reply: str | None, n: int, fence: str) -> list[int] | None:
-    """The ranking in the final conclusion of a reply: indices, best first. None unless it is a whole permutation.
+    """Read the ranking in the final conclusion of a reply: indices, best first. None unless it is a whole permutation.
 
-    Only the last block with this request's fence is read: what a story says, or the reply quotes of it, has not got it.
+    Only the last block that carries this request's random fence is read, so a story (or a quote from one) cannot forge
+    a conclusion.
+
+        <conclusion 0a1b2c3d>
+        1st: B
+        2nd: A
+        </conclusion 0a1b2c3d>          -> [1, 0]
     """
     blocks = (reply or "").split(f"<conclusion {fence}>")
     block, closing, _ = blocks[-1].partition(f"</conclusion {fence}>")
@@ -104,7 +115,7 @@ def parse_conclusion(reply: str | None, n: int, fence: str) -> list[int] | None:
 
 
 def read_template(path: str) -> str:
-    """PROMPT, or the file of --prompt. ValueError if it lacks a place for the stories or the conclusion."""
+    """Return PROMPT, or the file of --prompt. ValueError if it lacks a place for the stories or the conclusion."""
     if not path:
         return PROMPT
     try:
@@ -116,194 +127,6 @@ def read_template(path: str) -> str:
         if template.count(place) != 1:
             raise ValueError(f"--prompt={path}: has to say {place} once, where that is to stand")
     return template
-
-
-# --- judges --------------------------------------------------------------------------------------
-
-
-@dataclass
-class JudgeFlags(ChatFlags):
-    judge: str = flag(
-        "offline", "who judges: offline, a fixed formula, or the name of a model behind --base_url"
-    )
-    prompt: str = flag(
-        "", "another prompt for the API judge: a file that says {stories} and {conclusion}"
-    )
-    judge_attempts: int = flag(
-        2, "how often the API judge is asked for one usable reply before it counts as invalid"
-    )
-
-
-class OfflineJudge:
-    """The formula of offline_judge.py: at once, for nothing."""
-
-    name, status, note = "the offline judge", "", ""
-
-    def rank_all(
-        self, groups: list[list[str]], on_wait: Callable
-    ) -> Iterator[tuple[int, list[int] | None]]:
-        return ((index, offline_judge.rank(stories)) for index, stories in enumerate(groups))
-
-
-class ApiJudge:
-    """A language model behind an API; replies are kept in a journal, and what it holds is not asked again."""
-
-    def __init__(self, flags: JudgeFlags):
-        self.flags, self.template = flags, read_template(flags.prompt)
-        if flags.judge_attempts < 1:
-            raise ValueError(f"--judge_attempts={flags.judge_attempts}: must be 1 or more")
-        self.prompt_hash = digest(self.template, CONCLUSION)
-        self.name = (
-            f"{flags.judge}, prompt {self.prompt_hash}, temperature {flags.judge_temperature:g}"
-        )
-        self.chat = Chat(flags.judge, flags)
-        self.asked_again: set[str] = set()  # keys whose first reply was unusable
-
-    @property
-    def status(self) -> str:
-        return self.chat.status
-
-    @property
-    def note(self) -> str:
-        """What is to be said at the end: cost, second attempts, requests that were lost on the way."""
-        journal = self.chat.journal
-        return (
-            f"{len(self.asked_again)} asked again, {self.chat.lost} requests lost; {journal.path}: ${journal.spent:.4f}, "
-            f"of which ${sum(journal.open_asks.values()):.4f} uncertain (asked, no answer came)"
-        )
-
-    def key(self, stories: list[str]) -> str:
-        """What a reply is kept under: judge, prompt and stories, in the order that they are shown."""
-        return f"{self.flags.judge} {self.flags.judge_temperature:g} {self.prompt_hash} {digest(*stories)}"
-
-    def known(self, key: str, n: int) -> tuple[list[int] | None, int]:
-        """(the ranking that the journal holds, if it does; how many replies were unusable) of n stories.
-
-        A reply that was cut at a lower limit than today's does not count.
-        """
-        unusable = 0
-        for reply in self.chat.journal.replies.get(key, []):
-            reason = reply["finish_reason"]
-            if reason not in ("length", "content_filter"):
-                ranking = parse_conclusion(reply["text"], n, reply["fence"])
-                if ranking is not None:
-                    return ranking, unusable
-            unusable += not (
-                reason == "length" and reply.get("max_tokens", 0) < self.flags.judge_max_tokens
-            )
-        return None, unusable
-
-    def rank(self, stories: list[str]) -> list[int] | None:
-        """The model's ranking: indices, best first. None if judge_attempts replies, the journal's included, were unusable."""
-        key = self.key(stories)
-        ranking, unusable = self.known(key, len(stories))
-        while ranking is None and unusable < self.flags.judge_attempts:
-            fence = make_fence(stories)
-            self.chat.complete(key, fill(self.template, stories, fence), fence=fence)
-            ranking, unusable = self.known(key, len(stories))
-        if unusable:
-            self.asked_again.add(key)
-        return ranking
-
-    def rank_all(
-        self, groups: list[list[str]], on_wait: Callable
-    ) -> Iterator[tuple[int, list[int] | None]]:
-        check_sizes(groups)
-        first_asked: dict[str, int] = {}  # the same stories twice are one question
-        twins = [
-            first_asked.setdefault(self.key(stories), index) for index, stories in enumerate(groups)
-        ]
-        questions = sorted(set(twins))
-        answers = {}
-        done = as_done(
-            self.rank,
-            [groups[q] for q in questions],
-            self.flags.workers,
-            self.chat.stop,
-            on_wait,
-            patience=self.flags.judge_timeout,
-        )
-        for i, ranking in done:
-            answers[questions[i]] = ranking
-            yield questions[i], ranking
-        yield from ((index, answers[twin]) for index, twin in enumerate(twins) if index != twin)
-
-    def estimate(self, groups: list[list[str]]) -> str:
-        """What judging these would still ask and cost; asks nothing."""
-        check_sizes(groups)
-        missing = {}
-        for stories in groups:
-            ranking, unusable = self.known(self.key(stories), len(stories))
-            if ranking is None and unusable < self.flags.judge_attempts:
-                missing[self.key(stories)] = stories
-        count, how = token_counter(self.flags.judge)
-        tokens_in = sum(
-            count(fill(self.template, stories, "0" * 8)) for stories in missing.values()
-        )
-        tokens_out = len(missing) * self.flags.judge_max_tokens
-        cost = f"${self.chat.price(tokens_in, tokens_out):.2f} if every reply is usable and as long as allowed"
-        if not self.chat.price(1, 1):
-            cost = "for the cost give --usd_per_million_in and --usd_per_million_out"
-        held = len(groups) - len(missing)
-        return (
-            f"{len(missing)} requests to ask, {held} in {self.chat.journal.path} or asked twice\n"
-            f"{tokens_in:,} prompt tokens ({how}), up to {tokens_out:,} reply tokens; {cost}"
-        )
-
-
-def check_sizes(groups: list[list[str]]) -> None:
-    if max(map(len, groups), default=0) > len(LETTERS):
-        raise ValueError(f"the API judge ranks up to {len(LETTERS)} stories at a time")
-
-
-Judge = OfflineJudge | ApiJudge
-
-
-def make_judge(flags: JudgeFlags, dry_run: bool = False) -> Judge:
-    """The judge of --judge. ValueError for a flag that it does not take or cannot work with, or where a key is missing.
-
-    dry_run  it is only to estimate: that needs no key
-    """
-    if flags.judge != "offline":
-        judge = ApiJudge(flags)
-        if not dry_run:
-            judge.chat.require_key()
-        return judge
-    for name in given(flags):
-        raise ValueError(f"--{name}: the offline judge does not take it; name a model with --judge")
-    return OfflineJudge()
-
-
-def given(flags: JudgeFlags) -> dict[str, str | int | float]:
-    """Those of the judge's flags that are not at their defaults."""
-    values = {
-        field.name: (getattr(flags, field.name), field.default)
-        for field in dataclasses.fields(JudgeFlags)
-    }
-    return {name: value for name, (value, default) in values.items() if value != default}
-
-
-def digest(*texts: str) -> str:
-    """16 hexadecimal digits of SHA-256."""
-    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
-
-
-def token_counter(model: str) -> tuple[Callable[[str], int], str]:
-    """How to count a prompt's tokens, and the words for it: tiktoken, or bytes/4 where its table cannot be fetched."""
-    try:
-        import tiktoken
-
-        try:
-            encoding = tiktoken.encoding_for_model(model)
-        except KeyError:
-            encoding = tiktoken.get_encoding("o200k_base")
-        return lambda text: len(encoding.encode(text, disallowed_special=())), f"by {encoding.name}"
-    except (
-        Exception
-    ):  # no tiktoken, no network, a proxy's page in place of the table: all the same to an estimate
-        return lambda text: math.ceil(
-            len(text.encode("utf-8", "replace")) / 4
-        ), "bytes/4: tiktoken's table is not at hand"
 
 
 # --- both orders ---------------------------------------------------------------------------------
@@ -333,116 +156,296 @@ class BothOrders:
         return 0.5 if self.ranking is None else 1.0 - self.ranking[0]
 
 
-def in_reverse(group: list) -> list:
-    return group[::-1]
+def both_orders(groups: list[list[str]]) -> list[list[str]]:
+    """Return what a judge is asked: every group as it is, and after it the same group in reverse."""
+    return [order for group in groups for order in (group, group[::-1])]
 
 
 def rank_in_both_orders(
-    judge: Judge, groups: list[list[str]], label: str | None
+    judge: "Judge", groups: list[list[str]], label: str | None = None
 ) -> list[BothOrders]:
-    """Every group, twice. label: of a progress bar; None: no bar."""
-    tasks = [order for group in groups for order in (group, in_reverse(group))]
-    answers: dict[int, list[int] | None] = {}
+    """Ask a judge for the ranking of every group, twice. label: of a progress bar; None: no bar."""
+    tasks = both_orders(groups)
+    answers: dict[
+        int, list[int] | None
+    ] = {}  # task -> ranking; the tasks of group i are 2 i and 2 i + 1
     kept = 0
-    with tqdm(
-        total=len(tasks), desc=label, unit="ranking", disable=label is None, leave=False
-    ) as bar:
+    bar = tqdm(total=len(tasks), desc=label, unit="ranking", disable=label is None, leave=False)
 
-        def show() -> None:
-            invalid = sum(ranking is None for ranking in answers.values())
-            bar.set_postfix_str(
-                f"groups kept {kept}, rankings invalid {invalid}"
-                + f", {judge.status}" * bool(judge.status)
-            )
+    def show() -> None:
+        invalid = sum(ranking is None for ranking in answers.values())
+        cost = f", {judge.status}" if judge.status else ""
+        bar.set_postfix_str(f"groups kept {kept}, rankings invalid {invalid}{cost}")
 
-        def both(i: int) -> BothOrders:
-            last, other = len(groups[i]) - 1, answers[2 * i + 1]
-            return BothOrders(answers[2 * i], None if other is None else [last - k for k in other])
+    def result(i: int) -> BothOrders:
+        reverse = answers[2 * i + 1]
+        if reverse is not None:
+            last = len(groups[i]) - 1
+            reverse = [last - index for index in reverse]
+        return BothOrders(answers[2 * i], reverse)
 
+    with bar:
         for task, ranking in judge.rank_all(tasks, show):
             answers[task] = ranking
-            if task ^ 1 in answers:
-                kept += both(task // 2).ranking is not None
+            group = task // 2
+            if 2 * group in answers and 2 * group + 1 in answers:
+                kept += result(group).ranking is not None
             bar.update()
             if not bar.disable and (bar.n % 16 == 0 or bar.n == len(tasks)):
                 show()
-    return [both(i) for i in range(len(groups))]
+    return [result(i) for i in range(len(groups))]
 
 
 def position_bias(results: list[BothOrders], n: int) -> str:
-    """How often the best story was the one shown first, and the one shown last: 1/n each for a judge without bias."""
-    first = [r.shown[0] == 0 for r in results if r.shown] + [
-        r.reversed[0] == n - 1 for r in results if r.reversed
-    ]
-    last = [r.shown[0] == n - 1 for r in results if r.shown] + [
-        r.reversed[0] == 0 for r in results if r.reversed
-    ]
-    if not first:
+    """Say how often the best story was the one shown first, and last: 1/n each for a judge without bias."""
+    shown = [r.shown[0] for r in results if r.shown]  # the best one's place, as they were shown
+    shown += [n - 1 - r.reversed[0] for r in results if r.reversed]
+    if not shown:
         return "no ranking was usable"
+    first, last = shown.count(0) / len(shown), shown.count(n - 1) / len(shown)
     return (
-        f"the story shown first was ranked best in {sum(first) / len(first):.1%} of the rankings, "
-        f"the one shown last in {sum(last) / len(last):.1%} (without bias {1 / n:.1%})"
+        f"the story shown first was ranked best in {first:.1%} of the rankings, "
+        f"the one shown last in {last:.1%} (without bias {1 / n:.1%})"
     )
 
 
-def compare_all(
-    judge: Judge, policy: list[str], baseline: list[str], label: str | None = None
-) -> WinRate:
-    """Win-rate of policy story i against baseline story i. ValueError if the lists differ in length."""
-    if len(policy) != len(baseline):
-        raise ValueError(
-            f"{len(policy)} stories against {len(baseline)}: they are compared one to one"
+# --- judges --------------------------------------------------------------------------------------
+
+
+@dataclass
+class JudgeFlags(ChatFlags):
+    judge: str = flag(
+        "offline", "who judges: offline, a fixed formula, or the name of a model behind --base_url"
+    )
+    prompt: str = flag(
+        "", "another prompt for the API judge: a file that says {stories} and {conclusion}"
+    )
+    judge_attempts: int = flag(
+        2,
+        "how often the API judge is asked for one usable reply before it counts as invalid",
+        least=1,
+        free=True,
+    )
+
+
+class Judge(abc.ABC):
+    """Ranks stories, one group at a time or many.
+
+    name    for the table
+    status  for a progress bar: what it has cost, what it waits for
+    note    what has to be said at the end
+    """
+
+    name = status = note = ""
+
+    @abc.abstractmethod
+    def rank_all(
+        self, groups: list[list[str]], on_wait: Callable
+    ) -> Iterator[tuple[int, list[int] | None]]:
+        """Yield (index, ranking) of every group in any order; a ranking is indices, best first, None if invalid.
+
+        on_wait  called now and then while nothing is done
+        """
+
+    @abc.abstractmethod
+    def estimate(self, groups: list[list[str]]) -> str:
+        """Say what judging these groups in both orders would ask and cost; ask nothing."""
+
+    def compare(self, policy: list[str], baseline: list[str], label: str | None = None) -> WinRate:
+        """Return the win-rate of policy story i against baseline story i. ValueError if there are not as many."""
+        if len(policy) != len(baseline):
+            counts = f"{len(policy)} stories against {len(baseline)}"
+            raise ValueError(f"{counts}: they are compared one to one")
+        pairs = [list(pair) for pair in zip(policy, baseline, strict=True)]
+        return win_rate_of(pairs, rank_in_both_orders(self, pairs, label))
+
+
+def win_rate_of(pairs: list[list[str]], results: list[BothOrders]) -> WinRate:
+    lengths = [len(ours) - len(theirs) for ours, theirs in pairs]
+    return win_rate([result.preference for result in results], lengths)
+
+
+class OfflineJudge(Judge):
+    """The formula of spo/offline_judge.py: at once, for nothing."""
+
+    name = "the offline judge"
+
+    def rank_all(
+        self, groups: list[list[str]], on_wait: Callable
+    ) -> Iterator[tuple[int, list[int] | None]]:
+        return ((index, offline_judge.rank(stories)) for index, stories in enumerate(groups))
+
+    def estimate(self, groups: list[list[str]]) -> str:
+        return f"{2 * len(groups)} rankings by {self.name}: no requests, no cost"
+
+
+class ApiJudge(Judge):
+    """A language model behind an API; replies are kept in a journal, and what it holds is not asked again."""
+
+    def __init__(self, flags: JudgeFlags):
+        self.flags = flags
+        self.template = read_template(flags.prompt)
+        self.prompt_hash = digest(self.template, CONCLUSION)
+        temperature = f"temperature {flags.judge_temperature:g}"
+        self.name = f"{flags.judge}, prompt {self.prompt_hash}, {temperature}"
+        self.chat = Chat(flags.judge, flags)
+        self.asked_again: set[str] = set()  # keys whose first reply was unusable
+
+    @property
+    def status(self) -> str:
+        return self.chat.status
+
+    @property
+    def note(self) -> str:
+        """Cost, second attempts, requests that were lost on the way."""
+        journal = self.chat.journal
+        uncertain = sum(journal.open_asks.values())
+        asked = f"{len(self.asked_again)} asked again, {self.chat.lost} requests lost"
+        of_which = f"of which ${uncertain:.4f} uncertain (asked, no answer came)"
+        return f"{asked}; {journal.path}: ${journal.spent:.4f}, {of_which}"
+
+    def key(self, stories: list[str]) -> str:
+        """Return what a reply is kept under: judge, prompt and stories, in the order that they are shown."""
+        judge = f"{self.flags.judge} {self.flags.judge_temperature:g}"
+        return f"{judge} {self.prompt_hash} {digest(*stories)}"
+
+    def known(self, key: str, n: int) -> tuple[list[int] | None, int]:
+        """Return the ranking of n stories that the journal holds (or None), and how many replies were unusable.
+
+        A reply that was cut at a lower limit than today's does not count.
+        """
+        unusable = 0
+        for reply in self.chat.journal.replies.get(key, []):
+            reason = reply["finish_reason"]
+            if reason not in ("length", "content_filter"):
+                ranking = parse_conclusion(reply["text"], n, reply["fence"])
+                if ranking is not None:
+                    return ranking, unusable
+            limit = reply.get("max_tokens", 0)
+            could_be_longer = reason == "length" and limit < self.flags.judge_max_tokens
+            unusable += not could_be_longer
+        return None, unusable
+
+    def rank(self, stories: list[str]) -> list[int] | None:
+        """Return the model's ranking; None if judge_attempts replies, the journal's included, were unusable."""
+        key = self.key(stories)
+        ranking, unusable = self.known(key, len(stories))
+        while ranking is None and unusable < self.flags.judge_attempts:
+            fence = make_fence(stories)
+            self.chat.complete(key, fill(self.template, stories, fence), fence=fence)
+            ranking, unusable = self.known(key, len(stories))
+        if unusable:
+            self.asked_again.add(key)
+        return ranking
+
+    def rank_all(
+        self, groups: list[list[str]], on_wait: Callable
+    ) -> Iterator[tuple[int, list[int] | None]]:
+        check_sizes(groups)
+        first_asked: dict[str, int] = {}  # the same stories twice are one question
+        twins = [first_asked.setdefault(self.key(group), i) for i, group in enumerate(groups)]
+        questions = sorted(set(twins))
+        answers = {}
+        done = as_done(
+            self.rank,
+            [groups[question] for question in questions],
+            self.flags.workers,
+            self.chat.stop,
+            on_wait,
+            patience=self.flags.judge_timeout,
         )
-    results = rank_in_both_orders(judge, [list(pair) for pair in zip(policy, baseline)], label)
-    return win_rate(
-        [r.preference for r in results], [len(a) - len(b) for a, b in zip(policy, baseline)]
-    )
+        for i, ranking in done:
+            answers[questions[i]] = ranking
+            yield questions[i], ranking
+        for index, twin in enumerate(twins):
+            if index != twin:
+                yield index, answers[twin]
+
+    def estimate(self, groups: list[list[str]]) -> str:
+        orders = both_orders(groups)
+        check_sizes(orders)
+        missing = {}
+        for stories in orders:
+            ranking, unusable = self.known(self.key(stories), len(stories))
+            if ranking is None and unusable < self.flags.judge_attempts:
+                missing[self.key(stories)] = stories
+        count, how = token_counter(self.flags.judge)
+        prompts = [fill(self.template, stories, "0" * 8) for stories in missing.values()]
+        tokens_in = sum(map(count, prompts))
+        tokens_out = len(missing) * self.flags.judge_max_tokens
+        dollars = self.chat.price(tokens_in, tokens_out)
+        cost = f"${dollars:.2f} if every reply is usable and as long as allowed"
+        if not self.chat.price(1, 1):
+            cost = "for the cost give --usd_per_million_in and --usd_per_million_out"
+        held = len(orders) - len(missing)
+        return (
+            f"{len(missing)} requests to ask, {held} in {self.chat.journal.path} or asked twice\n"
+            f"{tokens_in:,} prompt tokens ({how}), up to {tokens_out:,} reply tokens; {cost}"
+        )
+
+
+def check_sizes(groups: list[list[str]]) -> None:
+    if max(map(len, groups), default=0) > len(LETTERS):
+        raise ValueError(f"the API judge ranks up to {len(LETTERS)} stories at a time")
+
+
+def make_judge(flags: JudgeFlags, dry_run: bool = False) -> Judge:
+    """Return the judge of --judge. ValueError for a flag that it does not take or that cannot work, or a missing key.
+
+    dry_run  it is only to estimate: that needs no key
+    """
+    if flags.judge != "offline":
+        judge = ApiJudge(flags)
+        if not dry_run:
+            judge.chat.require_key()
+        return judge
+    for name in non_default(flags, JudgeFlags):
+        offline = "the offline judge does not take it; name a model with --judge"
+        raise ValueError(f"--{name}: {offline}")
+    return OfflineJudge()
+
+
+def digest(*texts: str) -> str:
+    """Return 16 hexadecimal digits of SHA-256."""
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
+
+
+def token_counter(model: str) -> tuple[Callable[[str], int], str]:
+    """Return how to count a prompt's tokens, and the words for it: tiktoken, or bytes/4 where its table is not at hand."""
+    try:
+        import tiktoken
+
+        try:
+            encoding = tiktoken.encoding_for_model(model)
+        except KeyError:
+            encoding = tiktoken.get_encoding("o200k_base")
+        return (
+            lambda text: len(encoding.encode(text, disallowed_special=())),
+            f"by {encoding.name}",
+        )
+    except Exception:  # no tiktoken, no network, a proxy's page in place of the table
+        return (
+            lambda text: math.ceil(len(text.encode("utf-8", "replace")) / 4),
+            "bytes/4: tiktoken's table is not at hand",
+        )
 
 
 # --- the command ---------------------------------------------------------------------------------
 
 
-def read_stories(path: str) -> list[tuple[str, str]]:
-    """("prompt", "" if there is none; "text") of every line. ValueError naming file and line."""
-    stories = []
-    with open(path, "rb") as f:
-        for number, line in enumerate(f, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line.decode("utf-8"))
-            except (ValueError, RecursionError):
-                raise ValueError(f"{path} line {number}: not a line of JSON in UTF-8") from None
-            story = (
-                (record.get("prompt", ""), record.get("text"))
-                if isinstance(record, dict)
-                else (None, None)
-            )
-            if not all(
-                isinstance(part, str) and not re.search("[\ud800-\udfff]", part) for part in story
-            ):
-                raise ValueError(
-                    f'{path} line {number}: no "text"; expected {{"text": "..."}}, as sample.py writes'
-                )
-            stories.append(story)
-    if not stories:
-        raise ValueError(f"{path}: holds no stories")
-    return stories
-
-
 def read_pairs(policy: str, baseline: str) -> list[list[str]]:
-    """The stories of two files, prompt and text, line by line. ValueError if they do not belong together."""
+    """Read the stories of two files, prompt and text, line by line. ValueError if they do not belong together."""
     ours, theirs = read_stories(policy), read_stories(baseline)
     if len(ours) != len(theirs):
-        raise ValueError(
-            f"{policy} has {len(ours)} stories, {baseline} {len(theirs)}: they are compared one to one"
-        )
-    for number, (a, b) in enumerate(zip(ours, theirs), start=1):
-        if a[0] != b[0]:
-            raise ValueError(
-                f"{policy} and {baseline}: their stories number {number} have different prompts"
-            )
-    return [["".join(a), "".join(b)] for a, b in zip(ours, theirs)]
+        counts = f"{policy} has {len(ours)} stories, {baseline} {len(theirs)}"
+        raise ValueError(f"{counts}: they are compared one to one")
+    pairs = []
+    for number, (a, b) in enumerate(zip(ours, theirs, strict=True), start=1):
+        if a["prompt"] != b["prompt"]:
+            which = f"their stories number {number} have different prompts"
+            raise ValueError(f"{policy} and {baseline}: {which}")
+        pairs.append([a["prompt"] + a["text"], b["prompt"] + b["text"]])
+    return pairs
 
 
 @dataclass
@@ -453,43 +456,32 @@ class JudgeConfig(JudgeFlags):
 
 
 def main(argv: list[str]) -> None:
-    config = parse(
-        JudgeConfig, argv, "judge.py", "How often the stories of one file beat those of another."
-    )
-    pairs, judge = read_pairs(config.policy, config.baseline), make_judge(config, config.dry_run)
+    about = "How often the stories of one file beat those of another."
+    config = parse(JudgeConfig, argv, "judge.py", about)
+    pairs = read_pairs(config.policy, config.baseline)
+    judge = make_judge(config, config.dry_run)
     if config.dry_run:
-        print(estimate(judge, pairs))
+        print(judge.estimate(pairs))
         return
     results = rank_in_both_orders(judge, pairs, "judging")
-    result = win_rate([r.preference for r in results], [len(a) - len(b) for a, b in pairs])
-    for name, stories in zip((config.policy, config.baseline), zip(*pairs)):
+    result = win_rate_of(pairs, results)
+    for column, name in enumerate((config.policy, config.baseline)):
+        stories = [pair[column] for pair in pairs]
+        characters = sum(map(len, stories)) / len(stories)
         score = sum(map(offline_judge.score, stories)) / len(stories)
-        print(
-            f"{name}: {len(stories)} stories, {sum(map(len, stories)) / len(stories):.0f} characters, "
-            f"offline score {score:.3f}"
-        )
+        measured = f"{characters:.0f} characters, offline score {score:.3f}"
+        print(f"{name}: {len(stories)} stories, {measured}")
     print(f"judge: {judge.name}; every pair in both orders, a tie where they disagree")
-    print(
-        f"asked {len(results)}, scored {result.count}, ties {result.ties}, invalid {result.invalid}; "
-        f"{position_bias(results, 2)}"
-    )
+    scored = f"scored {result.count}, ties {result.ties}, invalid {result.invalid}"
+    print(f"asked {len(results)}, {scored}; {position_bias(results, 2)}")
     if judge.note:
         print(judge.note)
     if not result.trusted:
-        raise ValueError(
-            f"{result}, more than {MAX_INVALID:.0%}; --judge_attempts={config.judge_attempts + 2} asks those "
-            "again"
-        )
+        again = f"--judge_attempts={config.judge_attempts + 2} asks those again"
+        raise ValueError(f"{result}, more than {MAX_INVALID:.0%}; {again}")
     print(f"win-rate of {config.policy}: {result} [95% interval]")
     print(f"length-controlled: {result.length_controlled:.1%}")
 
 
-def estimate(judge: Judge, groups: list[list[str]]) -> str:
-    """The text of --dry_run."""
-    if isinstance(judge, OfflineJudge):
-        return f"{2 * len(groups)} rankings by {judge.name}: no requests, no cost"
-    return judge.estimate([order for group in groups for order in (group, in_reverse(group))])
-
-
 if __name__ == "__main__":
-    run(main)
+    main_program(main)

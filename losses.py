@@ -19,14 +19,42 @@ the statistics of the GLOBAL batch (`weight_mean`, `kl_estimate`, `mean_length`)
 Sequence probabilities underflow (exp(-104) is 0 in float32, and a story has -200 nats), so none is ever formed.
 """
 
+import functools
+import inspect
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LOSSES: dict[str, Callable[..., Tensor]] = {}
+
+@dataclass
+class Loss:
+    """A loss, and what its signature does not tell. Called, it is the function itself.
+
+    data         "text": any responses; "best": column 0 is the best one; "pair": n = 2; "ranking": a full order
+    regularizer  the default of --regularizer
+    statistic    (name, function): the mean over the global batch of what function gives per group, (B, ...), has to
+                 be passed as `name`; the function reads tensors and numbers by name, as a loss does
+    start        the loss at step 0, from n and the loss's numbers by name; None: it depends on the data
+    """
+
+    function: Callable[..., Tensor]
+    data: str
+    regularizer: str
+    statistic: tuple[str, Callable[..., Tensor]] | None
+    start: Callable[..., float] | None
+
+    def __post_init__(self):
+        functools.update_wrapper(self, self.function)  # its name, its docstring, its signature
+
+    def __call__(self, *tensors, **named) -> Tensor:
+        return self.function(*tensors, **named)
+
+
+LOSSES: dict[str, Loss] = {}
 REGULARIZERS: dict[str, Callable[..., Tensor]] = {}
 
 
@@ -36,19 +64,10 @@ def objective(
     statistic: tuple[str, Callable[..., Tensor]] | None = None,
     start: Callable[..., float] | None = None,
 ):
-    """Enter a loss into LOSSES, with what its signature does not tell.
-
-    data         "text": any responses; "best": column 0 is the best one; "pair": n = 2; "ranking": a full order
-    regularizer  the default of --regularizer
-    statistic    (name, function): the mean over the global batch of what function gives per group, (B, ...), is
-                 to be passed as `name`; it reads tensors and numbers by name, as a loss does
-    start        the loss at step 0, from n and the loss's numbers by name; None: it depends on the data
-    """
+    """Enter a function into LOSSES; the arguments are those of Loss."""
 
     def register(function):
-        function.data, function.regularizer = data, regularizer
-        function.statistic, function.start = statistic, start
-        LOSSES[function.__name__] = function
+        LOSSES[function.__name__] = Loss(function, data, regularizer, statistic, start)
         return function
 
     return register
@@ -577,3 +596,108 @@ def clamped(policy_logps: Tensor, reference_logps: Tensor) -> Tensor:
 def none() -> Tensor:
     """No regularizer. -> (1,), zero"""
     return torch.zeros(1)
+
+
+# --- what is trained: a loss and its regularizer -------------------------------------------------
+
+DEFAULT_WEIGHT = 0.1  # of a regularizer
+
+
+def reads(*functions: Callable) -> set[str]:
+    """Return the argument names of losses and regularizers: the tensors and numbers that they want."""
+    return {name for function in functions for name in inspect.signature(function).parameters}
+
+
+def settings_of(loss: Callable) -> dict[str, float | str]:
+    """Return what a loss is tuned with (numbers, and words such as norm) and the defaults.
+
+    settings_of(ipo) -> {"tau": 0.1, "norm": "sum"}
+    """
+    parameters = inspect.signature(loss).parameters.values()
+    return {p.name: p.default for p in parameters if isinstance(p.default, float | str)}
+
+
+def call(function: Callable, values: dict):
+    """Call function with those of the values that it reads; what it reads and values lacks keeps its default."""
+    return function(**{name: values[name] for name in reads(function) if name in values})
+
+
+class Objective:
+    """mean(preference loss) + beta * mean(regularizer), and what the loss is tuned with."""
+
+    def __init__(self, loss: str, regularizer: str = "", **given):
+        """
+        loss         a name in LOSSES
+        regularizer  a name in REGULARIZERS; "": the loss's own default
+        given        what the loss is tuned with, by name, and beta; None: the default
+        ValueError, naming the flag, for a setting that the loss does not take.
+        """
+        self.loss = LOSSES[loss]
+        regularizer = regularizer or self.loss.regularizer
+        self.regularizer = REGULARIZERS[regularizer]
+        defaults = settings_of(self.loss)
+        if "beta" in defaults and regularizer != "none":
+            own = f"the beta of {loss} is its own; leave the regularizer out"
+            raise ValueError(f"--regularizer={regularizer}: {own}")
+        takes = set(defaults) | ({"beta"} if regularizer != "none" else set())
+        given = {name: value for name, value in given.items() if value is not None}
+        for name in sorted(given):
+            if name not in takes:
+                listed = ", ".join(f"--{name}" for name in sorted(takes)) or "no settings"
+                does_not = f"{loss} with regularizer {regularizer} does not take it"
+                raise ValueError(f"--{name}: {does_not}; it takes {listed}")
+        self.beta = 0.0  # of the regularizer
+        if regularizer != "none" and "beta" not in defaults:
+            self.beta = given.pop("beta", DEFAULT_WEIGHT)
+        self.settings = defaults | given
+        if "centered" in reads(self.loss):
+            self.settings["centered"] = True  # the same gradient; the value is 0 at equal log-probs
+
+        self.reads = reads(self.loss, self.regularizer)
+        # Does the regularizer read samples of the policy (and not the dataset)?
+        self.online = "online_kl" in self.reads
+        # Is the KL to the reference read on the dataset's own responses?
+        self.needs_response_kl = "response_kl" in self.reads
+        # Is a reference read at every step (and not once, of the dataset)?
+        self.needs_reference = self.online or self.needs_response_kl
+        # What the loss compares its groups with is a mean over the global batch. At gamma = 0 every weight is 1.
+        self.statistic = None if self.settings.get("gamma") == 0 else self.loss.statistic
+
+    def preference_loss(self, tensors: dict[str, Tensor]) -> Tensor:
+        """Return the loss of each group, (B,), from the tensors and batch statistics by name."""
+        return call(self.loss, tensors | self.settings)
+
+    def dataset_regularizer(self, tensors: dict[str, Tensor]) -> Tensor | None:
+        """Return the regularizer of each group, (B,); None if there is none, or it is on the policy's samples."""
+        if self.online or not self.beta:
+            return None
+        return call(self.regularizer, tensors)
+
+    def statistic_of(self, tensors: dict[str, Tensor]) -> Tensor:
+        """Return what each group adds to the mean that the loss asks for, (B, ...)."""
+        return call(self.statistic[1], tensors | self.settings)
+
+    def start(self, n: int) -> float | None:
+        """Return the preference loss at step 0 for groups of n, where the formula alone tells it."""
+        return call(self.loss.start, self.settings | {"n": n}) if self.loss.start else None
+
+    def __str__(self) -> str:
+        shown = {name: value for name, value in self.settings.items() if name != "centered"}
+        settings = ", ".join(f"{name} {value}" for name, value in shown.items())
+        weighed = f" + {self.beta:g} * {self.regularizer.__name__}" if self.beta else ""
+        return f"{self.loss.__name__}({settings}){weighed}"
+
+
+def preference_metrics(policy_logps: Tensor, reference_logps: Tensor | None) -> dict[str, Tensor]:
+    """Return what is logged of each group, (B,) each.
+
+    margin and accuracy compare column 0 with the others: by log-ratio where a reference is read, else by log-prob.
+    """
+    metrics = {"logps/chosen": policy_logps[:, 0]}
+    if policy_logps.shape[1] > 1:
+        compared = policy_logps if reference_logps is None else policy_logps - reference_logps
+        gaps = compared[:, :1] - compared[:, 1:]
+        metrics["logps/rejected"] = policy_logps[:, 1:].mean(1)
+        metrics["margin"] = gaps.mean(1)
+        metrics["accuracy"] = (gaps > 0).float().mean(1)
+    return metrics

@@ -1,578 +1,628 @@
-"""Align a Llama by Soft Preference Optimization, or by any other objective of losses.py.
+"""Align a Llama with Soft Preference Optimization, or with any other objective of losses.py.
 
-    python spo_train.py --loss=spo_rank          # no --data: builds the offline demo and trains on it
-    python spo_train.py --loss=dpo --init_from=stories260K.bin --tokenizer=tok512.model --data=pairs.jsonl --out_dir=out
+    python spo_train.py --loss=spo_rank                # no --data: builds the offline demo, then aligns its model
+    python spo_train.py --loss=dpo --data=pairs.jsonl --init_from=stories260K.bin --tokenizer=tok512.model
+    torchrun --nproc_per_node=4 spo_train.py --loss=spo --data=pairs.jsonl --init_from=llama-2-7b
 
-Algorithm 1 of the SPO paper: each step takes a batch of ranked groups and descends
+train() is Algorithm 1 of the paper. Each step takes a batch of ranked groups and descends
 
-    mean(preference loss) + beta * mean(token-wise KL to the reference on samples of the policy itself)
+    mean(preference loss)  +  beta * mean(KL(policy || reference), on samples of the policy itself)
 
-where the samples are drawn anew every kl_interval steps. A run leaves ckpt.pt (latest), best.pt (highest
-win-rate), model.bin (best, for run.c), log.jsonl, config.json and the stories of each evaluation in out_dir.
+A run writes to out_dir: ckpt.pt (latest), best.pt (highest win-rate), model.bin (the best one, for run.c), log.jsonl,
+config.json, the stories of every evaluation, and state/, from which --resume continues.
 """
 
 import copy
-import dataclasses
-import glob
-import json
+import functools
 import math
-import os
-import shutil
-import signal
+import random
 import textwrap
-import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from tqdm import tqdm
 
-import tinystories_data as data
-from judge import OfflineJudge, make_judge
-from losses import LOSSES
-from model import ModelArgs, Transformer, rope_tables
-from spo import checkpoint as checkpoints
-from spo import machine, parallel, plan
-from spo.checkpoint import Checkpoint, PtFile
-from spo.config import parse, run
-from spo.evaluation import Evaluation, Verdict, report
-from spo.files import write_jsonl, write_text
-from spo.folders import fill, on_meta, open_folder
-from spo.groups import (
-    EncodedGroup,
-    encode_groups,
-    longest_sequence,
-    micro_batches,
-    read_groups,
-    require,
+from export import save_llama2c
+from judge import JudgeFlags, OfflineJudge, make_judge
+from losses import (
+    LOSSES,
+    REGULARIZERS,
+    Objective,
+    clamped,
+    importance,
+    preference_metrics,
+    reads,
+    settings_of,
 )
-from spo.parallel import World, full
-from spo.pretokenize import TokenWindows
-from spo.reference import ReferenceCache, complete
+from model import ModelArgs, Transformer
+from spo import checkpoint, fast, head, parallel, plan
+from spo.config import flag, main_program, non_default, parse
+from spo.evaluation import Evaluation, report
+from spo.generate import PURPOSE_KL, sample
+from spo.groups import Batch, EncodedGroup, load_dataset, micro_batches
+from spo.parallel import print0
+from spo.reference import ReferenceCache, add_reference_logps
+from spo.run import RunFolder
 from spo.tokenizer import Tokenizer, load_tokenizer
-from step import (
-    OnlineSamples,
-    draw_online,
-    gradient_step,
-    groups_of_step,
-    make_optimizer,
-    numbers_of_step,
-    online_of,
-)
-from train_config import SHAPE_FLAGS, Objective, TrainConfig, check_config, identity, objective_of
+from tinystories_data import build_demo
 
-# --- what a run begins with ----------------------------------------------------------------------
-
-
-def policy_at_start(config: TrainConfig, world: World):
-    """(the policy at step 0: a checkpoint's, or fresh weights; its tokenizer; where its weights are still to be read from,
-    or None). Its config is this run's, and the terminator's id.
-    """
-    if config.init_from == "scratch":
-        tokenizer = Tokenizer(config.tokenizer)
-        shape = {name: getattr(config, name) for name in SHAPE_FLAGS}
-        model = Transformer(ModelArgs(vocab_size=tokenizer.vocab_size, multiple_of=32, **shape))
-        model.init_weights(torch.Generator().manual_seed(config.seed))
-        eos_id = tokenizer.bos_id  # as in llama2.c's TinyStories: the next story's BOS ends a story
-    elif (
-        source := source_of(config.init_from, world.size if config.plan is None else 2)
-    ) is not None:  # a plan loads nothing
-        tokenizer = load_tokenizer(config.tokenizer, config.init_from, source.args.vocab_size)
-        return (
-            Checkpoint(on_meta(source), dataclasses.asdict(config) | {"eos_id": source.eos_id}),
-            tokenizer,
-            source,
-        )
-    else:
-        loaded = checkpoints.load(config.init_from)
-        model, eos_id = loaded.model, loaded.eos_id
-        tokenizer = load_tokenizer(config.tokenizer, config.init_from, model.args.vocab_size)
-    return (
-        Checkpoint(model.to(world.device), dataclasses.asdict(config) | {"eos_id": eos_id}),
-        tokenizer,
-        None,
-    )
-
-
-def source_of(path: str, processes: int):
-    """Weights that every process is to read its rows of, once it knows which; None: they are loaded whole.
-
-    Those of a tied classifier are: such models are small, and no module may lose what ties it.
-    """
-    if processes == 1 or not (os.path.isdir(path) or path.endswith(".pt")):
-        return None
-    source = open_folder(path) if os.path.isdir(path) else PtFile(path)
-    return None if source.tied else source
-
-
-def load_sharded(path: str, world: World) -> Checkpoint:
-    """A `.pt`, sharded over the processes if there are several."""
-    source = source_of(path, world.size)
-    if source is None:
-        return checkpoints.load(path, world.device)
-    checkpoint = Checkpoint(on_meta(source), source.config, source.step)
-    parallel.shard(checkpoint.model, world)
-    fill(checkpoint.model.to_empty(device=world.device), source, world.rank, world.size)
-    return checkpoint
-
-
-def demo(loss: str, device: str) -> tuple[str, str]:
-    """Build what is missing of the offline demo; returns its dataset for a loss, and its reference model.
-
-    Text and tokenizer, a reference model trained on them by this very loop, groups of its stories, ranked.
-    """
-    data.demo_text()
-    tokenizer, folder = (
-        os.path.join(data.DEMO_DIR, "tokenizer.model"),
-        os.path.join(data.DEMO_DIR, "reference"),
-    )
-    reference = os.path.join(folder, "ckpt.pt")
-    if not os.path.isdir(folder):
-        print("demo: training a reference model on the stories of a small grammar", flush=True)
-        train(
-            TrainConfig(
-                loss="sft",
-                data=os.path.join(data.DEMO_DIR, data.DEMO_FILES["text"]),
-                init_from="scratch",
-                tokenizer=tokenizer,
-                out_dir=f"{folder}.tmp",
-                dim=96,
-                n_layers=3,
-                n_heads=3,
-                max_seq_len=256,
-                batch_size=16,
-                max_iters=700,
-                learning_rate=3e-3,
-                warmup_iters=20,
-                weight_decay=0.1,
-                log_interval=100,
-                adam_beta1=0.9,
-                adam_beta2=0.95,
-                eval_interval=700,
-                eval_stories=0,
-            ),
-            World(device=device),
-        )
-        os.rename(f"{folder}.tmp", folder)
-    checkpoint = checkpoints.load(reference, device)
-    data.demo_groups(
-        checkpoint, load_tokenizer(tokenizer, reference, checkpoint.model.args.vocab_size)
-    )
-    return os.path.join(data.DEMO_DIR, data.DEMO_FILES[LOSSES[loss].data]), reference
-
-
-def load_groups(
-    config: TrainConfig,
-    need: str,
-    tokenizer: Tokenizer,
-    policy: Checkpoint,
-    say: Callable[[str], None],
-):
-    """(encoded groups, the different prompts) of the dataset. ValueError if it does not suit the loss."""
-    if os.path.isdir(config.data) or config.data.endswith(".bin"):
-        if need != "text":
-            raise ValueError(
-                f"--data={config.data}: token files are text for --loss=sft; {config.loss} needs groups "
-                "(JSONL)"
-            )
-        return TokenWindows(
-            config.data, policy.model.args.max_seq_len, policy.model.args.vocab_size
-        ), [""]
-    groups = read_groups(config.data)
-    require(groups, need, config.data, config.loss)
-    encoded, drops = encode_groups(groups, tokenizer, policy.eos_id, policy.model.args.max_seq_len)
-    for reason, lines in drops.items():
-        say(
-            f"{config.data}: {len(lines)} of {len(groups)} groups dropped, {reason} (first in line {lines[0]})"
-        )
-    if not encoded:
-        raise ValueError(
-            f"{config.data}: none of its {len(groups)} groups can be used: {', '.join(drops)}"
-        )
-    used = {group.line for group in encoded}
-    return encoded, sorted({group.prompt for group in groups if group.line in used})
-
-
-def with_reference(
-    config: TrainConfig, groups: list[EncodedGroup], policy: Checkpoint, world: World
-):
-    """The groups that this run will see with what the policy, as it is at the start, says of them."""
-    wanted = {
-        i
-        for step in range(config.max_iters)
-        for i in numbers_of_step(len(groups), config.batch_size, step, config.seed)
-    }
-    cached = config.init_from != "scratch"
-    cache = (
-        world.from_first(lambda: ReferenceCache(config.data, groups, config.init_from, world.dtype))
-        if cached
-        else None
-    )
-    return complete(groups, wanted, policy.model, cache, config.micro_batch_size, world, world.say)
-
-
-def in_run(config: TrainConfig, name: str) -> str:
-    return os.path.join(config.out_dir, name)
-
-
-def new_run(config: TrainConfig, policy: Checkpoint, tokenizer: Tokenizer) -> None:
-    """Make out_dir the folder of this run: what an earlier run left there is removed."""
-    files = (
-        "ckpt.pt",
-        "best.pt",
-        "model.bin",
-        "log.jsonl",
-        "config.json",
-        "tokenizer.model",
-        "tokenizer.bin",
-    )
-    former = [in_run(config, name) for name in files]
-    former += glob.glob(in_run(config, "step_*.pt")) + glob.glob(in_run(config, "stories/*.jsonl"))
-    inputs = {
-        os.path.realpath(p)
-        for p in (config.init_from, tokenizer.path, config.data, config.baseline)
-        if p
-    }
-    for path in former:
-        if os.path.realpath(path) in inputs:
-            raise ValueError(
-                f"--out_dir={config.out_dir}: this run reads {path}, and would replace what is in "
-                "that folder; choose another --out_dir"
-            )
-    for path in filter(os.path.exists, former):
-        os.remove(path)
-    shutil.rmtree(in_run(config, "state"), ignore_errors=True)
-    for folder in ("stories", "state"):
-        os.makedirs(in_run(config, folder), exist_ok=True)
-    write_text(in_run(config, "config.json"), json.dumps(policy.config, indent=1))
-    checkpoints.copy_tokenizer(tokenizer, config.out_dir)
-
-
-def state_to_resume(config: TrainConfig) -> str | None:
-    """The state that --resume means, if it is one of this very run. ValueError, naming the flag, if it is not."""
-    path = parallel.find_state(in_run(config, "state"), config.resume)
-    if path is None:
-        return None
-    former, now = parallel.facts_of(path)["identity"], identity(config)
-    for name, value in now["flags"].items():
-        if former["flags"].get(name) != value:
-            raise ValueError(
-                f"--{name}={value}: {path} is of a run with {former['flags'].get(name)}; resume it with the "
-                "same flags, or start anew in another --out_dir"
-            )
-    for name, digest in now["files"].items():
-        if former["files"].get(name) != digest:
-            raise ValueError(f"{name}: has changed since the run began; it cannot be resumed")
-    return path
-
-
-def describe(
-    config: TrainConfig,
-    objective: Objective,
-    policy: Checkpoint,
-    groups: Sequence[EncodedGroup],
-    device: str,
-) -> str:
-    n = len(groups[0].responses)
-    parameters = sum(p.numel() for p in policy.model.parameters())
-    some = [groups[i] for i in range(min(1000, len(groups)))]
-    tokens = sum(len(r) for g in some for r in g.responses) / len(some) * config.batch_size
-    start = objective.start(n)
-    known = "" if start is None else f", which is {start:.4f} while the policy equals the reference"
-    return (
-        f"{parameters:,} parameters on {device}; {len(groups)} groups of {n} in {config.data}; "
-        f"{config.max_iters} steps of {tokens:,.0f} tokens\nobjective: {objective}{known}"
-    )
-
-
-def load_of(
-    config: TrainConfig,
-    objective: Objective,
-    policy: Checkpoint,
-    groups: Sequence[EncodedGroup],
-    world: World,
-) -> plan.Load:
-    """What --plan is to reckon with."""
-    mine = max(1, config.batch_size // config.plan)
-    some = [groups[i] for i in range(min(1000, len(groups)))]
-    longest = max(some, key=longest_sequence)
-    batch = micro_batches(
-        [longest] * mine, config.micro_batch_size, policy.model.args, world.device
-    )[0]
-    return plan.Load(
-        processes=config.plan,
-        device=world.device,
-        dtype=world.dtype,
-        reference=objective.needs_reference or config.eval_stories > 0,
-        online=config.kl_batch_size if objective.online else 0,
-        eval_stories=config.eval_stories,
-        sequences=len(batch.tokens),
-        longest=batch.tokens.shape[1],
-        new_tokens=config.max_new_tokens,
-        activation_checkpointing=config.activation_checkpointing,
-    )
-
-
-def gathered(policy: Checkpoint, world: World) -> Checkpoint | None:
-    """The policy with all its weights, on the CPU of the first process; the others get None. All have to ask.
-
-    Of a bfloat16 run they are bfloat16, as its layers computed: nobody holds all of a large model in float32. The
-    weights that the optimizer goes on from are in the state.
-    """
-    weights, model = {}, policy.model
-    for name, weight in model.state_dict().items():
-        whole_weight = full(weight.detach())  # one at a time
-        if world.rank == 0:
-            weights[name] = whole_weight.to("cpu", getattr(torch, world.dtype))
-    if world.rank > 0:
-        return None
-    if model.tied:
-        return dataclasses.replace(
-            policy, model=checkpoints.build("the policy", model.args, weights)
-        )
-    with torch.device("meta"):
-        unsharded = Transformer(model.args, tied=False)
-    unsharded.load_state_dict(weights, assign=True)
-    unsharded.freqs_cos, unsharded.freqs_sin = rope_tables(model.args)
-    return dataclasses.replace(policy, model=unsharded)
-
-
-def save(
-    config: TrainConfig, policy: Checkpoint, verdict: Verdict | None, best: float, world: World
-) -> float:
-    """The files of an evaluation (verdict None: of a model that nobody judges); returns the best win-rate so far."""
-    improved = verdict is None or verdict.rate > best
-    policy = gathered(policy, world) if parallel.is_sharded(policy.model) else policy
-    if world.rank == 0:
-        checkpoints.save_pt(in_run(config, "ckpt.pt"), policy)
-        if config.keep_checkpoints:
-            checkpoints.save_pt(in_run(config, f"step_{policy.step:06d}.pt"), policy)
-        if verdict is not None:
-            write_jsonl(in_run(config, f"stories/step_{policy.step:06d}.jsonl"), verdict.stories)
-        if verdict is not None and improved:
-            checkpoints.save_pt(in_run(config, "best.pt"), policy, win_rate=verdict.rate)
-        if improved:
-            checkpoints.save_llama2c(in_run(config, "model.bin"), policy.model)
-    return verdict.rate if verdict is not None and improved else best
-
-
-def train(config: TrainConfig, world: World) -> None:
-    check_config(config, world)
-    objective = objective_of(config)
-    if not config.data:
-        groups_file, reference = world.from_first(lambda: demo(config.loss, world.device))
-        steps = config.max_iters or 80
-        config = dataclasses.replace(config, data=groups_file, init_from=reference, max_iters=steps)
-    policy, tokenizer, source = policy_at_start(config, world)
-    groups, prompts = load_groups(config, objective.loss.data, tokenizer, policy, world.say)
-    if config.max_iters is None:  # one epoch: the least that uses every group
-        config = dataclasses.replace(config, max_iters=math.ceil(len(groups) / config.batch_size))
-    if config.plan is not None:
-        world.say(
-            plan.report(
-                policy.model.args,
-                policy.model.tied,
-                load_of(config, objective, policy, groups, world),
-            )
-        )
-        return
-    policy.config |= dataclasses.asdict(config)
-    prompt_ids = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
-
-    # A model from scratch has no reference worth beating: it is trained, and judged by nobody.
-    judged = config.eval_stories > 0 and config.init_from != "scratch"
-    start = copy.deepcopy(policy) if judged or objective.needs_reference else None
-    reference = start.model.requires_grad_(False) if objective.needs_reference else None
-    evaluation = (
-        Evaluation(
-            start,
-            tokenizer,
-            prompts,
-            config.eval_stories,
-            judge=make_judge(config) if world.rank == 0 else OfflineJudge(),
-            seed=config.seed,
-            max_new_tokens=config.max_new_tokens,
-            baseline=config.baseline,
-            world=world,
-        )
-        if judged
-        else None
-    )
-    world.say(describe(config, objective, policy, groups, world.device))
-    state = world.from_first(lambda: state_to_resume(config)) if config.resume else None
-    if state is None:
-        world.from_first(lambda: new_run(config, policy, tokenizer))
-    compiled = config.compile and parallel.can_compile(world.device, world.say)
-    for model in (policy.model, start.model) if start else (policy.model,):
-        if compiled:
-            parallel.compile_layers(model)
-        parallel.shard(model, world)
-        if source is not None:
-            fill(model.to_empty(device=world.device), source, world.rank, world.size)
-    if config.activation_checkpointing:
-        parallel.checkpoint_activations(policy.model)
-    if "reference_logps" in objective.reads:  # the policy still is the reference
-        groups = with_reference(config, groups, policy, world)
-    optimizer = make_optimizer(config, policy.model)
-    run = Run(config, objective, policy, reference, evaluation, optimizer, world, prompt_ids)
-    if state is not None:
-        run.restore(state)
-    run.loop(groups)
-    if judged and config.report and not run.stopped:
-        if run.best_rate < 0:
-            raise ValueError(
-                "the judge gave no win-rate that can be trusted, so there is no best.pt; see ckpt.pt"
-            )
-        best = load_sharded(in_run(config, "best.pt"), world)
-        report(evaluation, {"before": start, "best": best, "last": policy}, run.record)
-        world.say(
-            f"\n{config.out_dir}: best.pt, ckpt.pt, model.bin; sample with "
-            f"`python sample.py --checkpoint={in_run(config, 'best.pt')}`"
-        )
+SHAPE_FLAGS = ("dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len")
+SETTINGS = sorted({"beta"}.union(*map(settings_of, LOSSES.values())))  # what losses are tuned with
 
 
 @dataclass
-class Run:
-    """A run under way: what it works with, and what changes from step to step."""
+class TrainConfig(JudgeFlags):
+    # The objective. A setting that the loss does not take is an error, never ignored.
+    loss: str = flag("spo_rank", "the objective, a name in losses.LOSSES", choices=list(LOSSES))
+    regularizer: str = flag(
+        "",
+        "what --beta weighs, for losses without a beta of their own",
+        choices=["", *REGULARIZERS],
+    )
+    alpha: float | None = flag(
+        None, "spo*: softmax exponent; cpo: weight of the likelihood; rdpo: of the length", least=0
+    )
+    beta: float | None = flag(
+        None, "strength of the reference, or weight of the regularizer (spo*: 0.1)", least=0
+    )
+    gamma: float | None = flag(
+        None, "spo, spo_bon, spo_rank: exponent in the weight mu; simpo: target margin", least=0
+    )
+    eta: float | None = flag(None, "spo_rank: stage k is weighted by eta^k", least=0)
+    tau: float | None = flag(None, "ipo: the margin to reach is 1/(2 tau)", above=0)
+    lambda_d: float | None = flag(None, "kto: weight of the chosen response", least=0)
+    lambda_u: float | None = flag(None, "kto: weight of the rejected response", least=0)
+    norm: str | None = flag(
+        None, "ipo: log-ratios per response or per token", choices=["sum", "mean"]
+    )
+    nll: str | None = flag(
+        None, "cpo: likelihood per response or per token", choices=["sum", "mean"]
+    )
+    # Data and model.
+    data: str = flag("", "ranked groups (JSONL); default: the offline demo")
+    init_from: str = flag(
+        "", "model to align: a .pt, a llama2.c .bin, a Meta or Hugging Face folder, or `scratch`"
+    )
+    tokenizer: str = flag(
+        "", "sentencepiece or tiktoken file; default: tokenizer.model beside init_from"
+    )
+    out_dir: str = flag("out", "where the run's files go")
+    dim: int = flag(288, "width (this and the next four: with --init_from=scratch)", least=1)
+    n_layers: int = flag(6, "layers", least=1)
+    n_heads: int = flag(6, "attention heads", least=1)
+    n_kv_heads: int | None = flag(None, "key-value heads; default: n_heads", least=1)
+    max_seq_len: int = flag(256, "context length", least=1)
+    # Optimization.
+    batch_size: int = flag(32, "groups per optimizer step, over all processes", least=1)
+    micro_batch_size: int | None = flag(
+        None,
+        "groups per forward pass: memory, never the result; default: what fits",
+        least=1,
+        free=True,
+    )
+    max_iters: int | None = flag(
+        None, "optimizer steps; default: 80 for the demo, else one epoch", least=1
+    )
+    learning_rate: float = flag(1e-4, "peak learning rate of AdamW", least=0)
+    warmup_iters: int = flag(5, "steps of linear warm-up", least=0)
+    decay_lr: bool = flag(True, "cosine decay of the learning rate to 0 at max_iters")
+    weight_decay: float = flag(0.0, "AdamW's, on matrices only", least=0)
+    adam_beta1: float = flag(
+        0.95, "AdamW's; preference gradients are noisy, so it averages over many", least=0, below=1
+    )
+    adam_beta2: float = flag(0.99, "AdamW's", least=0, below=1)
+    grad_clip: float = flag(1.0, "clip the gradient norm at this; 0: no clipping", least=0)
+    seed: int = flag(1337, "of the data order, of every sample, of weights from scratch", least=0)
+    # The KL on samples of the policy.
+    kl_interval: int = flag(
+        8, "steps between fresh samples of the policy (T in the paper)", least=1
+    )
+    kl_batch_size: int = flag(32, "how many samples, over all processes", least=1)
+    max_new_tokens: int = flag(256, "longest sampled story, in tokens", least=1)
+    # Evaluation and logging.
+    eval_interval: int = flag(20, "steps between evaluations", least=1)
+    eval_stories: int = flag(
+        128, "stories judged at an evaluation, and twice as many fresh ones at the end", least=0
+    )
+    baseline: str = flag("", "stories to win against (JSONL); default: the reference's own")
+    report: bool = flag(True, "end with a table on fresh stories: before, best, last", free=True)
+    keep_checkpoints: bool = flag(
+        False, "keep the weights of every evaluation, as step_N.pt", free=True
+    )
+    log_interval: int = flag(5, "steps between log lines", least=1, free=True)
+    # System.
+    device: str = flag(
+        "", "cpu, cuda, cuda:1, mps; default: cuda if there is one, else cpu", free=True
+    )
+    dtype: str = flag(
+        "",
+        "float32 or bfloat16, of the layers; weights and optimizer stay float32; default: bfloat16 on a GPU that has it",
+        choices=["", "float32", "bfloat16"],
+    )
+    activation_checkpointing: bool = flag(
+        False, "recompute activations in the backward pass: less memory, same result", free=True
+    )
+    compile: bool = flag(
+        False, "torch.compile the layers: a minute at the start, then faster for narrow models"
+    )
+    plan: int | None = flag(
+        None, "only print the memory that each of PLAN processes needs", alone=1, least=1
+    )
+    resume: str = flag(
+        "",
+        "continue from the newest state in out_dir, or from a named one; auto: if there is one",
+        alone="newest",
+        free=True,
+    )
 
-    config: TrainConfig
-    objective: Objective
-    policy: Checkpoint
+    def objective(self) -> Objective:
+        settings = {name: getattr(self, name) for name in SETTINGS}
+        return Objective(self.loss, self.regularizer, **settings)
+
+    def check(self) -> None:
+        """ValueError for flags that contradict each other; each flag's own bounds are in its declaration."""
+        given = non_default(self)
+        objective = self.objective()
+        name = objective.regularizer.__name__
+        for flag_name in ("kl_interval", "kl_batch_size"):
+            if flag_name in given and not objective.online:
+                none = f"{self.loss} with regularizer {name} draws no samples of the policy"
+                raise ValueError(f"--{flag_name}: {none}")
+        for flag_name in SHAPE_FLAGS:
+            if flag_name in given and self.init_from != "scratch":
+                comes = f"the shape comes with --init_from={self.init_from or 'the demo'}"
+                raise ValueError(f"--{flag_name}: {comes}; give it with --init_from=scratch only")
+        for flag_name in ("init_from", "tokenizer"):
+            if flag_name in given and not self.data:
+                demo = "without --data the demo brings its own model"
+                raise ValueError(f"--{flag_name}: needs --data as well; {demo}")
+        if self.data and not self.init_from:
+            models = "a .pt, a llama2.c .bin, or `scratch`"
+            raise ValueError(f"--data: needs --init_from, the model to align ({models})")
+        if self.init_from == "scratch" and not self.tokenizer:
+            raise ValueError("--init_from=scratch: needs --tokenizer")
+        for flag_name in ("batch_size", "kl_batch_size"):
+            value, processes = getattr(self, flag_name), parallel.world_size()
+            if value % processes:
+                multiple = f"must be a multiple of the number of processes, {processes}"
+                raise ValueError(f"--{flag_name}={value}: {multiple}")
+        if self.judge != "offline" and self.eval_stories == 0:
+            nothing = "nothing is judged with --eval_stories=0; leave it out"
+            raise ValueError(f"--judge={self.judge}: {nothing}")
+        if self.baseline and not self.judged:
+            nothing = "nothing is judged with --eval_stories=0 or --init_from=scratch; leave it out"
+            raise ValueError(f"--baseline: {nothing}")
+
+    @property
+    def judged(self) -> bool:
+        """Is the policy judged? A model from scratch has no reference worth beating."""
+        return self.eval_stories > 0 and self.init_from != "scratch"
+
+
+# --- Algorithm 1 ---------------------------------------------------------------------------------
+
+
+def train(config: TrainConfig) -> None:
+    objective = config.objective()
+    policy, tokenizer, weights = load_policy(config)
+    groups, prompts = load_dataset(config.data, config.loss, objective.loss.data, tokenizer, policy)
+    if config.max_iters is None:
+        config = replace(config, max_iters=math.ceil(len(groups) / config.batch_size))  # one epoch
+    if config.plan is not None:
+        load = plan.load_of(config, objective, policy.args, groups)
+        return print0(plan.report(policy.args, policy.tied, load))
+    print0(describe(config, objective, policy, groups))
+
+    # The reference is the policy before step 0. It is frozen, and the KL is measured to it.
+    reference = None
+    if objective.needs_reference or config.judged:
+        reference = copy.deepcopy(policy).requires_grad_(False)
+    evaluation = make_evaluation(config, reference, tokenizer, prompts)
+    prepare(config, [policy, reference], weights)
+    run = RunFolder(config, tokenizer)  # a new one, or that of a run that is resumed
+    if "reference_logps" in objective.reads:
+        groups = with_reference_logps(
+            config, groups, policy
+        )  # the policy still equals the reference
+    optimizer = make_optimizer(config, policy)
+    run.start(policy, optimizer)
+    prompts = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
+    samples = PolicySamples.of(run.samples, reference, config.micro_batch_size)
+
+    for step in run.steps():
+        if run.stop_requested():
+            run.stop(step, samples.groups)
+            break
+        if step % config.eval_interval == 0 or step == config.max_iters:
+            evaluate_and_save(run, step, policy, evaluation, samples)
+        if step == config.max_iters:
+            break
+
+        # Every kl_interval steps (T in the paper), draw fresh samples from the policy itself.
+        if objective.online and step % config.kl_interval == 0:
+            samples = draw_samples(config, policy, reference, prompts, step)
+
+        started = time.perf_counter()
+        indices = batch_indices(len(groups), config.batch_size, step, config.seed)
+        batch = [groups[i] for i in indices]
+        metrics = preference_gradient(objective, policy, reference, batch, config.micro_batch_size)
+        if objective.online:
+            metrics |= kl_gradient(objective.beta, policy, samples)
+        metrics["grad_norm"] = parallel.clip_gradient(policy, config.grad_clip)
+        stop_unless_finite(config, step, metrics, batch)  # before anything is updated
+        metrics["lr"] = optimizer_step(optimizer, learning_rate(config, step))
+        tokens = sum(group.scored_tokens for group in batch)
+        metrics["tokens_per_second"] = tokens / (time.perf_counter() - started)
+        run.log(step, metrics)
+
+    if evaluation and config.report and not run.stopped:
+        final_report(config, run, evaluation, policy)
+
+
+def preference_gradient(
+    objective: Objective,
+    policy: Transformer,
+    reference: Transformer | None,
+    groups: list[EncodedGroup],
+    micro_batch_size: int | None,
+) -> dict[str, float]:
+    """Add the gradient of the mean preference loss over the groups of all processes; return the metrics to log.
+
+    Micro-batches bound the memory and never change the result: a loss that compares a group with the mean of its
+    batch (mu in Eq. 13, z0 in KTO) is given that mean, from a first pass without gradient.
+    """
+    policy.train()
+    batches = micro_batches(parallel.deal(groups), micro_batch_size, policy)
+    statistics = batch_statistics(objective, policy, batches, len(groups))
+    means = parallel.GlobalMean(len(groups))
+    for batch in batches:
+        tensors = read_batch(objective, policy, reference, batch)  # (B, n) each
+        losses = objective.preference_loss(tensors | statistics)  # (B,)
+        logps, reference_logps = tensors["policy_logps"], tensors.get("reference_logps")
+        means.add({"loss": losses} | preference_metrics(logps, reference_logps))
+        regularizer = objective.dataset_regularizer(tensors)  # (B,); None for SPO's own, below
+        if regularizer is not None:
+            losses = losses + objective.beta * regularizer
+            means.add({"regularizer": regularizer})
+            if objective.regularizer is importance:  # a count, not a mean
+                means.add({"clamped": clamped(logps, reference_logps) * float(len(groups))})
+        (losses.sum() / len(groups)).backward()  # gradients are sums over the processes
+    return means.over_all_processes() | {"padding": padding_share(groups, batches)}
+
+
+def kl_gradient(beta: float, policy: Transformer, samples: "PolicySamples") -> dict[str, float]:
+    """Add the gradient of beta * mean KL(policy || reference), Eq. 15, on the policy's own samples.
+
+    Returns the KL, in nats a sample, and the policy's entropy, in nats a token.
+    """
+    count = len(samples.groups)
+    means = parallel.GlobalMean(count)
+    for batch, states in samples.with_reference():
+        kl, entropy = head.token_kl(policy, batch, states)  # (M, 1) each, in nats
+        (beta * kl.sum() / count).backward()
+        means.add({"kl": kl, "entropy": entropy})
+    metrics = means.over_all_processes()
+    tokens = sum(group.scored_tokens for group in samples.groups)
+    metrics["entropy"] *= count / tokens
+    return metrics
+
+
+def read_batch(
+    objective: Objective, policy: Transformer, reference: Transformer | None, batch: Batch
+) -> dict[str, torch.Tensor]:
+    """Return the tensors, (B, n) each, that losses and regularizers read of a batch."""
+    if objective.needs_response_kl:
+        states = head.reference_states(reference, batch)
+        logps, response_kl = head.logps_and_kl(policy, batch, states)
+        return known_tensors(objective, batch, logps) | {"response_kl": response_kl}
+    return known_tensors(objective, batch, head.sequence_logps(policy, batch))
+
+
+def known_tensors(
+    objective: Objective, batch: Batch, logps: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    tensors = {"policy_logps": logps, "lengths": batch.lengths}
+    if "reference_logps" in objective.reads:
+        tensors["reference_logps"] = batch.reference_logps.to(logps.dtype)
+    return tensors
+
+
+@torch.no_grad()
+def batch_statistics(
+    objective: Objective, policy: Transformer, batches: list[Batch], count: int
+) -> dict[str, torch.Tensor]:
+    """Return {name: its mean over the global batch} of what the loss compares its groups with; {} if it needs none.
+
+    With a single micro-batch the loss takes the mean itself.
+    """
+    alone = len(batches) == 1 and parallel.world_size() == 1
+    if objective.statistic is None or alone:
+        return {}
+    name, function = objective.statistic
+    values = []
+    for batch in batches:
+        tensors = {"lengths": batch.lengths}  # known without a pass of the policy
+        if "policy_logps" in reads(function):
+            tensors = known_tensors(objective, batch, head.sequence_logps(policy, batch))
+        values.append(objective.statistic_of(tensors))
+    return {name: parallel.all_reduce_sum(torch.cat(values).sum(0)) / count}
+
+
+def padding_share(groups: list[EncodedGroup], batches: list[Batch]) -> float:
+    """Return the share of positions, over all processes, that hold no token."""
+    tokens = 0
+    for group in groups:
+        tokens += group.scored_tokens + len(group.prompt) * len(group.responses)
+    positions = torch.tensor(float(sum(batch.tokens.numel() for batch in batches)))
+    return 1 - tokens / float(parallel.all_reduce_sum(positions))
+
+
+# --- samples of the policy -----------------------------------------------------------------------
+
+
+@dataclass
+class PolicySamples:
+    """Samples of the policy, kept for kl_interval steps, with what the KL needs of the reference.
+
+    groups            what all processes drew
+    batches           this process's share of them
+    reference_hidden  the reference's hidden states (M, T, D) of each batch
+    """
+
+    groups: list[EncodedGroup] | None
     reference: Transformer | None
-    evaluation: Evaluation | None
-    optimizer: torch.optim.Optimizer
-    world: World
-    prompts: list[list[int]]
-    first: int = 0  # the step to begin with
-    evaluated: int = -1  # the last step that was evaluated
-    best_rate: float = -1.0
-    online: OnlineSamples | None = None
-    stopped: bool = False
+    batches: list[Batch]
+    reference_hidden: list[torch.Tensor]
 
-    def record(self, step: int, values: dict[str, float]) -> None:
-        if self.world.rank == 0:
-            with open(in_run(self.config, "log.jsonl"), "a", encoding="utf-8") as log:
-                log.write(json.dumps({"step": step} | values) + "\n")
+    @classmethod
+    def of(
+        cls, groups: list[EncodedGroup] | None, reference: Transformer, micro_batch_size: int | None
+    ) -> "PolicySamples":
+        if groups is None:
+            return cls(None, None, [], [])
+        mine = groups[parallel.share(len(groups))]
+        batches = micro_batches(mine, micro_batch_size, reference)
+        hidden = [head.hidden_states(reference, batch) for batch in batches]
+        return cls(groups, reference, batches, hidden)
 
-    def keep(self) -> None:
-        """The state after policy.step steps, to go on from."""
-        log = in_run(self.config, "log.jsonl")
-        facts = {
-            "identity": identity(self.config),
-            "best_rate": self.best_rate,
-            "evaluated": self.evaluated,
-            "log_bytes": os.path.getsize(log) if os.path.exists(log) else 0,
-            "online": [dataclasses.astuple(group) for group in self.online.samples]
-            if self.online
-            else None,
-        }
-        tensors = parallel.tensors_of_run(self.policy.model, self.optimizer)
-        parallel.save_state(
-            in_run(self.config, "state"), self.policy.step, tensors, facts, self.world
-        )
+    def with_reference(self) -> list[tuple[Batch, head.ReferenceStates]]:
+        """Return the batches and what the KL needs of the reference; its classifier is gathered here."""
+        classifier = head.full_classifier(self.reference, self.reference_hidden[0].dtype)
+        states = [head.ReferenceStates(hidden, classifier) for hidden in self.reference_hidden]
+        return list(zip(self.batches, states, strict=True))
 
-    def restore(self, path: str) -> None:
-        facts = parallel.facts_of(path)
-        self.first = self.policy.step = facts["step"]
-        self.best_rate, self.evaluated = facts["best_rate"], facts["evaluated"]
-        parallel.load_state(
-            path, parallel.tensors_of_run(self.policy.model, self.optimizer), self.world
-        )
-        if facts["online"] is not None:
-            samples = [EncodedGroup(*group) for group in facts["online"]]
-            self.online = online_of(self.config, samples, self.reference, self.world)
-        if self.world.rank == 0:
-            with open(in_run(self.config, "log.jsonl"), "ab") as log:
-                log.truncate(
-                    facts["log_bytes"]
-                )  # what was logged after the state is computed again
-        self.world.say(f"resumed from {path}, step {self.first}")
 
-    def evaluate(self, say: Callable[[str], None]) -> None:
-        """Judge the policy, if it is judged, and keep it."""
-        step, evaluation = self.policy.step, self.evaluation
-        verdict = evaluation.evaluate(self.policy, "select") if evaluation else None
-        self.best_rate = save(self.config, self.policy, verdict, self.best_rate, self.world)
+def draw_samples(
+    config: TrainConfig,
+    policy: Transformer,
+    reference: Transformer,
+    prompts: list[list[int]],
+    step: int,
+) -> PolicySamples:
+    """Draw complete, untruncated samples at temperature 1: Eq. 15 is an expectation under the policy itself."""
+    chosen = random.Random(config.seed + step).choices(prompts, k=config.kl_batch_size)
+    with parallel.unsharded(policy):
+        seed = (config.seed, PURPOSE_KL, step)
+        groups = sample(policy, chosen, seed, config.max_new_tokens)
+    return PolicySamples.of(groups, reference, config.micro_batch_size)
+
+
+# --- the optimizer, and the order of the data ----------------------------------------------------
+
+
+def make_optimizer(config: TrainConfig, model: Transformer) -> torch.optim.AdamW:
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    parameters = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    betas = (config.adam_beta1, config.adam_beta2)
+    return torch.optim.AdamW(parameters, lr=config.learning_rate, betas=betas)
+
+
+def optimizer_step(optimizer: torch.optim.Optimizer, lr: float) -> float:
+    for parameters in optimizer.param_groups:
+        parameters["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return lr
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Linear warm-up over warmup_iters steps, then a cosine down to 0 at max_iters (or constant)."""
+    if step < config.warmup_iters:
+        return config.learning_rate * (step + 1) / config.warmup_iters
+    if not config.decay_lr:
+        return config.learning_rate
+    done = (step - config.warmup_iters) / max(1, config.max_iters - config.warmup_iters)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def stop_unless_finite(
+    config: TrainConfig, step: int, metrics: dict[str, float], groups: list[EncodedGroup]
+) -> None:
+    """ValueError naming the step, the values, the batch and what to try."""
+    if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
+        return
+    values = f"loss is {metrics['loss']}, grad norm {metrics['grad_norm']}"
+    lines = sorted(group.line for group in groups)
+    raise ValueError(
+        f"step {step}: {values}; ckpt.pt holds the last evaluation. Try --learning_rate={config.learning_rate / 4:g}; "
+        f"the batch holds lines {lines} of {config.data}"
+    )
+
+
+@functools.lru_cache(maxsize=2)
+def permutation(count: int, seed: int) -> list[int]:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def batch_indices(count: int, batch_size: int, step: int, seed: int) -> list[int]:
+    """Return which of `count` groups make up the batch of a step. Epoch e is a permutation seeded by seed + e."""
+    indices = []
+    for position in range(step * batch_size, (step + 1) * batch_size):
+        epoch, place = divmod(position, count)
+        indices.append(permutation(count, seed + epoch)[place])
+    return indices
+
+
+# --- before, between and after -------------------------------------------------------------------
+
+
+def load_policy(config: TrainConfig):
+    """Return the model to align, its tokenizer, and the file of its weights, which `prepare` reads (None: from scratch)."""
+    if config.init_from != "scratch":
+        weights = checkpoint.open_weights(config.init_from)
+        vocab_size = weights.args.vocab_size
+        tokenizer = load_tokenizer(config.tokenizer, config.init_from, vocab_size)
+        return checkpoint.without_weights(weights), tokenizer, weights
+    tokenizer = Tokenizer(config.tokenizer)
+    shape = {name: getattr(config, name) for name in SHAPE_FLAGS}
+    policy = Transformer(ModelArgs(vocab_size=tokenizer.vocab_size, multiple_of=32, **shape))
+    policy.init_weights(torch.Generator().manual_seed(config.seed))
+    policy.eos_id = tokenizer.story_end_id
+    return fast.use(policy.to(config.device)), tokenizer, None
+
+
+def prepare(config: TrainConfig, models: Sequence[Transformer | None], weights) -> None:
+    """Read the weights of policy and reference; compile, shard and recompute their layers as the flags say."""
+    policy = models[0]
+    compiled = config.compile and parallel.can_compile(config.device)
+    for model in models:
+        if model is not None:
+            load_and_shard(config, model, weights, compiled)
+    if config.activation_checkpointing:
+        parallel.checkpoint_activations(policy)
+
+
+def load_and_shard(
+    config: TrainConfig, model: Transformer, weights, compiled: bool = False
+) -> None:
+    rank, size = parallel.rank(), parallel.world_size()
+    # A tied classifier has to be loaded before it is sharded. Such models are small.
+    by_rows = weights is not None and size > 1 and not model.tied
+    if weights is not None and not by_rows:
+        checkpoint.load_rows(model, weights, config.device)
+    if compiled:
+        parallel.compile_layers(model)
+    parallel.shard(model, config.dtype)
+    if by_rows:
+        checkpoint.load_rows(model, weights, config.device, rank, size)
+
+
+def with_reference_logps(
+    config: TrainConfig, groups: Sequence[EncodedGroup], policy: Transformer
+) -> list[EncodedGroup]:
+    """Add the reference's log-probs to every group that this run will see."""
+    wanted: set[int] = set()
+    for step in range(config.max_iters):
+        wanted |= set(batch_indices(len(groups), config.batch_size, step, config.seed))
+    cache = None
+    if config.init_from != "scratch" and parallel.rank() == 0:
+        cache = ReferenceCache(config.data, groups, config.init_from, config.dtype)
+    return add_reference_logps(groups, wanted, policy, cache, config.micro_batch_size)
+
+
+def make_evaluation(
+    config: TrainConfig, reference: Transformer | None, tokenizer: Tokenizer, prompts: list[str]
+) -> Evaluation | None:
+    if not config.judged:
+        return None
+    return Evaluation(
+        reference,
+        tokenizer,
+        prompts,
+        config.eval_stories,
+        judge=make_judge(config) if parallel.rank() == 0 else OfflineJudge(),
+        seed=config.seed,
+        max_new_tokens=config.max_new_tokens,
+        baseline=config.baseline,
+    )
+
+
+def describe(
+    config: TrainConfig, objective: Objective, policy: Transformer, groups: Sequence[EncodedGroup]
+) -> str:
+    """Return two lines to print before step 0: the sizes of the run, and the loss that it should start at."""
+    n = len(groups[0].responses)
+    parameters = sum(p.numel() for p in policy.parameters())
+    some = plan.first_groups(groups)
+    tokens = sum(group.scored_tokens for group in some) / len(some) * config.batch_size
+    start = objective.start(n)
+    known = ""
+    if start is not None:
+        known = f", which is {start:.4f} while the policy equals the reference"
+    data = f"{len(groups)} groups of {n} in {config.data}"
+    steps = f"{config.max_iters} steps of {tokens:,.0f} tokens"
+    return f"{parameters:,} parameters on {config.device}; {data}; {steps}\nobjective: {objective}{known}"
+
+
+def evaluate_and_save(
+    run: RunFolder,
+    step: int,
+    policy: Transformer,
+    evaluation: Evaluation | None,
+    samples: PolicySamples,
+) -> None:
+    """Judge the policy, unless nobody does, and save it; if it is the best so far, also as best.pt and model.bin."""
+    if run.evaluated == step:  # a run that was resumed right here
+        return
+    verdict = evaluation.evaluate(policy, step, "select") if evaluation else None
+    improved = verdict is None or verdict.rate > run.best_rate
+    whole = parallel.full_model(policy, run.config.dtype)  # all weights, on rank 0
+    if whole is not None:
+        run.save_checkpoint("ckpt.pt", whole, step)
+        if run.config.keep_checkpoints:
+            run.save_checkpoint(f"step_{step:06d}.pt", whole, step)
         if verdict is not None:
-            self.record(step, verdict.logged("eval"))
-            say(
-                f"step {step}: win-rate over {evaluation.name} {verdict}\n"
-                f"    {textwrap.shorten(verdict.stories[0]['text'], 300)}"
-            )
-        self.evaluated = step
-        self.keep()
+            run.save_stories(step, verdict.stories)
+        if verdict is not None and improved:
+            run.save_checkpoint("best.pt", whole, step, win_rate=verdict.rate)
+        if improved:
+            save_llama2c(run.path("model.bin"), whole)
+    if verdict is not None:
+        run.best_rate = max(run.best_rate, verdict.rate)
+        run.record(step, verdict.logged("eval"))
+        story = textwrap.shorten(verdict.stories[0]["text"], 300)
+        run.say(f"step {step}: win-rate over {evaluation.name} {verdict}\n    {story}")
+    run.evaluated = step
+    run.save_state(step, samples.groups)
 
-    def loop(self, groups: Sequence[EncodedGroup]) -> None:
-        """Algorithm 1, from the first step to max_iters; SIGTERM keeps the state and ends it."""
-        config, world, policy = self.config, self.world, self.policy
-        terminated = threading.Event()
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, lambda *_: terminated.set())
-        bar = tqdm(
-            total=config.max_iters,
-            initial=self.first,
-            desc=config.loss,
-            unit="step",
-            disable=world.rank > 0,
-        )
 
-        def say(text: str) -> None:
-            if world.rank == 0:
-                bar.write(text)
-
-        with bar:
-            for step in range(self.first, config.max_iters + 1):
-                policy.step = step
-                if world.most(int(terminated.is_set())):
-                    if step > self.first:
-                        self.keep()
-                    self.stopped = True
-                    say(
-                        f"stopped by SIGTERM before step {step}; the same command with --resume goes on"
-                    )
-                    return
-                if (
-                    step % config.eval_interval == 0 or step == config.max_iters
-                ) and self.evaluated != step:
-                    self.evaluate(say)
-                if step == config.max_iters:
-                    return
-                if self.objective.online and step % config.kl_interval == 0:
-                    self.online = draw_online(
-                        config, policy, self.reference, self.prompts, step, world
-                    )
-                chosen = groups_of_step(groups, config.batch_size, step, config.seed)
-                logged = gradient_step(
-                    config,
-                    self.objective,
-                    policy.model,
-                    self.reference,
-                    chosen,
-                    self.online,
-                    self.optimizer,
-                    step,
-                    world,
-                )
-                if step % config.log_interval == 0 or step == config.max_iters - 1:
-                    self.record(step, logged)
-                    say(
-                        f"step {step}: "
-                        + ", ".join(f"{name} {value:.4g}" for name, value in logged.items())
-                    )
-                bar.update()
+def final_report(
+    config: TrainConfig, run: RunFolder, evaluation: Evaluation, policy: Transformer
+) -> None:
+    """Print the table: the policy before, at its best, and at the end, on stories that chose none of them."""
+    if run.best_rate < 0:
+        untrusted = "the judge gave no win-rate that can be trusted, so there is no best.pt"
+        raise ValueError(f"{untrusted}; see ckpt.pt")
+    weights = checkpoint.open_weights(run.path("best.pt"))
+    best = checkpoint.without_weights(weights)
+    load_and_shard(config, best, weights)
+    policies = {
+        "before": (evaluation.reference, 0),
+        "best": (best, weights.step),
+        "last": (policy, config.max_iters),
+    }
+    report(evaluation, policies, run.record)
+    sample_it = f"python sample.py --checkpoint={run.path('best.pt')}"
+    print0(f"\n{config.out_dir}: best.pt, ckpt.pt, model.bin; sample with `{sample_it}`")
 
 
 def main(argv: list[str]) -> None:
-    config = parse(
-        TrainConfig, argv, "spo_train.py", "Align a Llama by Soft Preference Optimization."
-    )
-    device = machine.pick_device(config.device)
-    config = dataclasses.replace(config, dtype=machine.pick_dtype(config.dtype, device))
-    world = parallel.start(device, config.dtype)
-    world.say(machine.fast_products(world.device))
-    train(config, world)
+    about = "Align a Llama with Soft Preference Optimization."
+    config = parse(TrainConfig, argv, "spo_train.py", about)
+    device, dtype = parallel.start(config.device, config.dtype)
+    config = replace(config, device=device, dtype=dtype)
+    config.check()
+    print0(fast.enable_fast_matmul(device))
+    if not config.data:
+        config = build_demo(config, train)  # its reference model is trained by this very loop
+    train(config)
     parallel.end()
 
 
 if __name__ == "__main__":
-    run(main)
+    main_program(main)

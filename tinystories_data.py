@@ -1,8 +1,7 @@
 """TinyStories: text -> stories of a model -> ranked groups.
 
-    python tinystories_data.py demo                                     # the offline demo's stories and tokenizer
     python tinystories_data.py download --model=stories15M              # a checkpoint and its tokenizer; else the text
-    python tinystories_data.py train_vocab --vocab_size=4096            # a tokenizer of one's own, as llama2.c
+    python tinystories_data.py train_vocab --vocab_size=4096            # a tokenizer of your own, as llama2.c
     python tinystories_data.py pretokenize --vocab_size=4096            # the text as token files, for --loss=sft
     python tinystories_data.py generate --checkpoint=stories260K.bin --tokenizer=tok512.model --out=stories.jsonl
     python tinystories_data.py rank --stories=stories.jsonl --out=ranked.jsonl --group_size=4 --judge=offline
@@ -10,7 +9,8 @@
     python tinystories_data.py pairs --data=ranked.jsonl --out=pairs.jsonl --pairs=best_worst
     python tinystories_data.py check --data=ranked.jsonl --tokenizer=tok512.model
 
-Their files are those of groups.py; stories are JSONL with "prompt", "text", "finished", "index", "seed", "checkpoint".
+Datasets have the forms of spo/records.py; stories are JSONL with "prompt", "text", "finished", "index", "seed" and
+"checkpoint".
 """
 
 import json
@@ -20,30 +20,251 @@ import random
 import shutil
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 
 from judge import (
     BothOrders,
     Judge,
     JudgeFlags,
     OfflineJudge,
-    estimate,
     make_judge,
     position_bias,
     rank_in_both_orders,
 )
-from spo import checkpoint as checkpoints
-from spo import demo_stories, download, machine, pretokenize
-from spo.checkpoint import Checkpoint
-from spo.config import flag, parse, run
-from spo.files import file_sha256, read_jsonl, write_jsonl, write_text
-from spo.groups import encode_groups, parse_group, parse_prompt, read_groups
-from spo.pretokenize import train_tokenizer
-from spo.sampling import StoriesOnTheWay, sample, sample_batches, spread, story_records
+from losses import LOSSES
+from spo import checkpoint, demo_stories, fast, parallel
+from spo.config import Commands, flag, main_program
+from spo.download import fetch, unpack
+from spo.files import file_sha256, jsonl_line, read_jsonl, write_jsonl, write_text
+from spo.generate import SamplingFlags, sample, sample_batches, story_records, tile_evenly
+from spo.groups import encode_groups
+from spo.pretokenize import make_token_files, make_vocab
+from spo.records import parse_group, read_groups, read_prompts, read_stories
 from spo.tokenizer import Tokenizer, load_tokenizer
 
 TEXT = "TinyStories_all_data"  # the archive of the hub, and the folder of its shards
 MAX_UNPACKED = 20 * 10**9  # bytes; the archive's shards are about a third of that
+
+# --- from stories to rankings --------------------------------------------------------------------
+
+
+def group_stories(stories: list[dict], group_size: int) -> tuple[list[list[dict]], Counter]:
+    """Put consecutive stories with the same prompt into groups; return them, and {reason: groups left out}.
+
+    A rest too small for a group is left out, and so are groups that no judge could rank.
+    """
+    groups: list[list[dict]] = []
+    left_out: Counter = Counter()
+    members: list[dict] = []
+    for story in stories:
+        if members and members[0]["prompt"] != story["prompt"]:
+            members = []
+        members.append(story)
+        if len(members) < group_size:
+            continue
+        texts = [member["text"] for member in members]
+        if any(not text.strip() for text in texts):
+            left_out["an empty story"] += 1
+        elif len(set(texts)) < group_size:
+            left_out["identical stories"] += 1
+        else:
+            groups.append(members)
+        members = []
+    return groups, left_out
+
+
+def texts_of(groups: list[list[dict]]) -> list[list[str]]:
+    """Return what a judge reads of each group: its stories, prompt and text."""
+    return [[member["prompt"] + member["text"] for member in group] for group in groups]
+
+
+def rank_groups(judge: Judge, groups: list[list[dict]], label: str) -> list[BothOrders]:
+    """Ask a judge for the ranking of each group's stories, in both orders. label: of the progress bar."""
+    return rank_in_both_orders(judge, texts_of(groups), label)
+
+
+def agreed_records(groups: list[list[dict]], results: list[BothOrders]) -> list[dict]:
+    """Return the ranked records of the groups whose two rankings agree."""
+    records = []
+    for members, result in zip(groups, results, strict=True):
+        if result.ranking is not None:
+            records.append(
+                {
+                    "prompt": members[0]["prompt"],
+                    "responses": [member["text"] for member in members],
+                    "finished": [member.get("finished", True) for member in members],
+                    "ranking": result.ranking,
+                }
+            )
+    return records
+
+
+def to_best_of_n(record: dict) -> dict:
+    """Drop the ranking of a ranked record: only the best stays named.
+
+    {"ranking": [2, 0, 1], ...} -> {"best": 2, ...}
+    """
+    rest = {key: value for key, value in record.items() if key != "ranking"}
+    return rest | {"best": record["ranking"][0]}
+
+
+def to_pairs(record: dict, which: str) -> list[dict]:
+    """Turn a ranked record into pairs, each a ranked record of two: the best and the worst, or all n(n-1)/2.
+
+    {"responses": ["a", "b", "c"], "ranking": [2, 0, 1]}, "best_worst" -> [{"responses": ["c", "b"], "ranking": [0, 1]}]
+    """
+    ranking = record["ranking"]
+    last = len(ranking) - 1
+    places = [(0, last)]
+    if which == "all":
+        places = [(i, j) for i in range(last) for j in range(i + 1, last + 1)]
+    pairs = []
+    for better, worse in places:
+        members = (ranking[better], ranking[worse])
+        responses = [record["responses"][member] for member in members]
+        pair = record | {"responses": responses, "ranking": [0, 1]}
+        if "finished" in record:
+            pair["finished"] = [record["finished"][member] for member in members]
+        pairs.append(pair)
+    return pairs
+
+
+def ranked_records(path: str) -> list[dict]:
+    """Read the records of a file of full rankings; ValueError naming the first line that is something else."""
+    records = read_jsonl(path)
+    for number, record in records:
+        where = f"{path} line {number}"
+        group = parse_group(record, where, number)
+        if group.order != "ranking" or record.get("ranking") is None:
+            raise ValueError(f'{where}: needs "responses" and their full "ranking"')
+    return [record for _, record in records]
+
+
+# --- the offline demo ----------------------------------------------------------------------------
+
+DEMO_DIR = os.path.join("data", "demo")
+DEMO_STORIES = 8000
+DEMO_VOCAB = 1024
+DEMO_GROUPS = 1024
+DEMO_SEED = 1337
+DEMO_STEPS = 80  # of the alignment
+DEMO_VERSION = (
+    3  # raise it with every change of the grammar, of the reference's training, or of the judge
+)
+DEMO_FILES = {
+    "text": "stories.jsonl",
+    "pair": "pairs.jsonl",
+    "best": "best_of_n.jsonl",
+    "ranking": "ranked.jsonl",
+}
+
+
+def build_demo(config, train: Callable):
+    """Build what is missing of the offline demo; return the trainer's config with its data, model and steps.
+
+    config  of spo_train.py
+    train   its loop, which also trains the demo's reference model
+    """
+
+    def build() -> None:
+        demo_text()
+        with parallel.alone():
+            demo_reference(config, train)
+            demo_groups(config.device)
+
+    parallel.on_rank_0(build)
+    data = os.path.join(DEMO_DIR, DEMO_FILES[LOSSES[config.loss].data])
+    steps = config.max_iters or DEMO_STEPS
+    return replace(config, data=data, init_from=demo_checkpoint(), max_iters=steps)
+
+
+def demo_checkpoint() -> str:
+    return os.path.join(DEMO_DIR, "reference", "ckpt.pt")
+
+
+def demo_text() -> None:
+    """Write data/demo/stories.jsonl and tokenizer.model. What a former, different recipe left there is removed."""
+    recipe = {
+        "stories": DEMO_STORIES,
+        "vocab": DEMO_VOCAB,
+        "groups": DEMO_GROUPS,
+        "seed": DEMO_SEED,
+        "version": DEMO_VERSION,
+    }
+    recipe_file = os.path.join(DEMO_DIR, "recipe.json")
+    if os.path.isdir(DEMO_DIR):
+        former = None
+        if os.path.isfile(recipe_file):
+            with open(recipe_file, encoding="utf-8") as f:
+                former = f.read()
+        if former != json.dumps(recipe):
+            shutil.rmtree(DEMO_DIR)
+    os.makedirs(DEMO_DIR, exist_ok=True)
+    write_text(recipe_file, json.dumps(recipe))
+    stories = os.path.join(DEMO_DIR, DEMO_FILES["text"])
+    if not os.path.isfile(stories):
+        rng = random.Random(DEMO_SEED)
+        write_jsonl(stories, ({"text": demo_stories.story(rng)} for _ in range(DEMO_STORIES)))
+    tokenizer = os.path.join(DEMO_DIR, "tokenizer.model")
+    if not os.path.isfile(tokenizer):
+        make_vocab(stories, DEMO_VOCAB, tokenizer, num_shards=1)
+
+
+def demo_reference(config, train: Callable) -> None:
+    """Train data/demo/reference on the demo's stories."""
+    folder = os.path.dirname(demo_checkpoint())
+    if os.path.isdir(folder):
+        return
+    print("demo: training a reference model on the stories of a small grammar", flush=True)
+    reference_config = type(config)(
+        loss="sft",
+        data=os.path.join(DEMO_DIR, DEMO_FILES["text"]),
+        init_from="scratch",
+        tokenizer=os.path.join(DEMO_DIR, "tokenizer.model"),
+        out_dir=f"{folder}.tmp",
+        dim=96,
+        n_layers=3,
+        n_heads=3,
+        max_seq_len=256,
+        batch_size=16,
+        max_iters=700,
+        learning_rate=3e-3,
+        warmup_iters=20,
+        weight_decay=0.1,
+        log_interval=100,
+        adam_beta1=0.9,
+        adam_beta2=0.95,
+        eval_interval=700,
+        eval_stories=0,
+        device=config.device,
+        dtype="float32",
+    )
+    train(reference_config)
+    os.rename(f"{folder}.tmp", folder)
+
+
+def demo_groups(device: str) -> None:
+    """Write data/demo/ranked.jsonl, and from it best_of_n.jsonl and pairs.jsonl: samples of the reference, ranked."""
+    ranked = os.path.join(DEMO_DIR, DEMO_FILES["ranking"])
+    if not os.path.isfile(ranked):
+        reference = checkpoint.load(demo_checkpoint(), device)
+        tokenizer = load_tokenizer("", demo_checkpoint(), reference.args.vocab_size)
+        prompts = [""] * (4 * DEMO_GROUPS)
+        encoded = [tokenizer.encode("", bos=True)] * len(prompts)
+        samples = sample(reference, encoded, DEMO_SEED, progress="sampling")
+        stories = story_records(samples, prompts, tokenizer, reference.eos_id)
+        groups, _ = group_stories(stories, 4)
+        write_jsonl(ranked, agreed_records(groups, rank_groups(OfflineJudge(), groups, "ranking")))
+    records = ranked_records(ranked)
+    best_pairs = [to_pairs(record, "best_worst")[0] for record in records]
+    write_jsonl(os.path.join(DEMO_DIR, DEMO_FILES["best"]), map(to_best_of_n, records))
+    write_jsonl(os.path.join(DEMO_DIR, DEMO_FILES["pair"]), best_pairs)
+
+
+# --- commands ------------------------------------------------------------------------------------
+
+commands = Commands("tinystories_data.py", __doc__)
 
 
 @dataclass(frozen=True)
@@ -71,173 +292,11 @@ MODELS = {
     "stories110M": PublishedModel("stories110M.pt"),
 }
 
-# --- from stories to rankings --------------------------------------------------------------------
-
-
-def group_stories(stories: list[dict], group_size: int) -> tuple[list[list[dict]], Counter]:
-    """Consecutive stories with the same prompt, by group_size; and why others are left out, as {reason: groups}.
-
-    A rest too small for a group is left out, and so are groups that no judge could rank.
-    """
-    groups, left_out, members = [], Counter(), []
-    for story in stories:
-        if members and members[0]["prompt"] != story["prompt"]:
-            members = []
-        members.append(story)
-        if len(members) == group_size:
-            texts = [m["text"] for m in members]
-            reason = (
-                "an empty story"
-                if not all(map(str.strip, texts))
-                else "identical stories"
-                if len(set(texts)) < group_size
-                else ""
-            )
-            if reason:
-                left_out[reason] += 1
-            else:
-                groups.append(members)
-            members = []
-    return groups, left_out
-
-
-def rank_groups(judge: Judge, groups: list[list[dict]], label: str) -> list[BothOrders]:
-    """What the judge says of each group's stories, prompt and text, in both orders. label: of the progress bar."""
-    return rank_in_both_orders(
-        judge, [[m["prompt"] + m["text"] for m in group] for group in groups], label
-    )
-
-
-def agreed_records(groups: list[list[dict]], results: list[BothOrders]) -> list[dict]:
-    """The ranked records of the groups whose two rankings agree."""
-    return [
-        {
-            "prompt": members[0]["prompt"],
-            "responses": [m["text"] for m in members],
-            "finished": [m.get("finished", True) for m in members],
-            "ranking": result.ranking,
-        }
-        for members, result in zip(groups, results)
-        if result.ranking is not None
-    ]
-
-
-def to_best_of_n(record: dict) -> dict:
-    """A ranked record without its ranking: only the best stays named."""
-    rest = {key: value for key, value in record.items() if key != "ranking"}
-    return rest | {"best": record["ranking"][0]}
-
-
-def to_pairs(record: dict, which: str) -> list[dict]:
-    """A ranked record -> pairs, each a ranked record of two: the best and the worst, or all n(n-1)/2."""
-    ranking = record["ranking"]
-    last = len(ranking) - 1
-    chosen = (
-        [(0, last)]
-        if which == "best_worst"
-        else [(i, j) for i in range(last) for j in range(i + 1, last + 1)]
-    )
-    pairs = []
-    for i, j in chosen:
-        members = (ranking[i], ranking[j])
-        pair = record | {"responses": [record["responses"][m] for m in members], "ranking": [0, 1]}
-        if "finished" in record:
-            pair["finished"] = [record["finished"][m] for m in members]
-        pairs.append(pair)
-    return pairs
-
-
-def ranked_records(path: str) -> list[dict]:
-    """The records of a file of full rankings; ValueError naming the first line that is something else."""
-    records = read_jsonl(path)
-    for number, record in records:
-        group = parse_group(record, f"{path} line {number}", number)
-        if group.order != "ranking" or record.get("ranking") is None:
-            raise ValueError(f'{path} line {number}: needs "responses" and their full "ranking"')
-    return [record for _, record in records]
-
-
-# --- the offline demo ----------------------------------------------------------------------------
-
-DEMO_DIR = os.path.join("data", "demo")
-DEMO_STORIES, DEMO_VOCAB, DEMO_GROUPS, DEMO_SEED = 8000, 1024, 1024, 1337
-DEMO_VERSION = (
-    3  # to be raised with every change of the grammar, of the reference's training, or of the judge
-)
-DEMO_FILES = {
-    "text": "stories.jsonl",
-    "pair": "pairs.jsonl",
-    "best": "best_of_n.jsonl",
-    "ranking": "ranked.jsonl",
-}
-
-
-def demo_text() -> None:
-    """data/demo/stories.jsonl and tokenizer.model. What a former, different recipe left there is removed."""
-    recipe = {
-        "stories": DEMO_STORIES,
-        "vocab": DEMO_VOCAB,
-        "groups": DEMO_GROUPS,
-        "seed": DEMO_SEED,
-        "version": DEMO_VERSION,
-    }
-    recipe_file = os.path.join(DEMO_DIR, "recipe.json")
-    if os.path.isdir(DEMO_DIR):
-        former = None
-        if os.path.isfile(recipe_file):
-            with open(recipe_file, encoding="utf-8") as f:
-                former = f.read()
-        if former != json.dumps(recipe):
-            shutil.rmtree(DEMO_DIR)
-    os.makedirs(DEMO_DIR, exist_ok=True)
-    write_text(recipe_file, json.dumps(recipe))
-    stories = os.path.join(DEMO_DIR, DEMO_FILES["text"])
-    tokenizer = os.path.join(DEMO_DIR, "tokenizer.model")
-    if not os.path.isfile(stories):
-        rng = random.Random(DEMO_SEED)
-        write_jsonl(stories, ({"text": demo_stories.story(rng)} for _ in range(DEMO_STORIES)))
-    if not os.path.isfile(tokenizer):
-        lines, prefix = os.path.join(DEMO_DIR, "lines.tmp"), os.path.join(DEMO_DIR, "tokenizer.tmp")
-        write_text(lines, "\n".join(record["text"] for _, record in read_jsonl(stories)))
-        train_tokenizer(lines, DEMO_VOCAB, prefix)
-        os.replace(prefix + ".model", tokenizer)
-        for leftover in (lines, prefix + ".vocab"):
-            os.remove(leftover)
-
-
-def demo_groups(reference: Checkpoint, tokenizer: Tokenizer) -> None:
-    """data/demo/ranked.jsonl, and from it best_of_n.jsonl and pairs.jsonl: samples of the reference, ranked."""
-    ranked = os.path.join(DEMO_DIR, DEMO_FILES["ranking"])
-    if not os.path.isfile(ranked):
-        prompts = [""] * (4 * DEMO_GROUPS)
-        samples = sample(
-            reference,
-            [tokenizer.encode("", bos=True)] * len(prompts),
-            DEMO_SEED,
-            progress="sampling",
-        )
-        stories = story_records(samples, prompts, tokenizer, reference.eos_id)
-        groups, _ = group_stories(stories, 4)
-        write_jsonl(ranked, agreed_records(groups, rank_groups(OfflineJudge(), groups, "ranking")))
-    records = ranked_records(ranked)
-    write_jsonl(os.path.join(DEMO_DIR, DEMO_FILES["best"]), map(to_best_of_n, records))
-    write_jsonl(
-        os.path.join(DEMO_DIR, DEMO_FILES["pair"]), (to_pairs(r, "best_worst")[0] for r in records)
-    )
-
-
-# --- commands ------------------------------------------------------------------------------------
-
-
-@dataclass
-class DemoConfig:
-    pass
-
 
 @dataclass
 class DownloadConfig:
     model: str = flag(
-        "", f"a checkpoint and its tokenizer: {', '.join(MODELS)}; none: the TinyStories text"
+        "", f"a checkpoint and its tokenizer: {', '.join(MODELS)}; default: the TinyStories text"
     )
     data_dir: str = flag("data", "where it goes: DATA_DIR/MODEL/ or DATA_DIR/TinyStories_all_data/")
     hub_url: str = flag("https://huggingface.co", "the Hugging Face hub, or a mirror of it")
@@ -250,239 +309,225 @@ class DownloadConfig:
     )
 
 
-@dataclass
-class TrainVocabConfig:
-    vocab_size: int = flag(4096, "pieces, control and byte pieces included")
-    data: str = flag(
-        os.path.join("data", TEXT), "TinyStories shards (.json), or JSONL with a text in each line"
-    )
-    num_shards: int = flag(10, "how many of the shards to learn from")
-    data_dir: str = flag("data", "the tokenizer becomes DATA_DIR/tok{vocab_size}.model")
-
-
-@dataclass
-class PretokenizeConfig:
-    vocab_size: int = flag(
-        0,
-        "of a tokenizer that train_vocab made; 0: the Llama 2 tokenizer, DATA_DIR/tokenizer.model",
-    )
-    tokenizer: str = flag("", "another sentencepiece model")
-    data: str = flag(
-        os.path.join("data", TEXT), "TinyStories shards (.json), or JSONL with a text in each line"
-    )
-    data_dir: str = flag(
-        "data", "the token files go to DATA_DIR/, in a folder named like the tokenizer"
-    )
-    workers: int = flag(os.cpu_count() or 1, "processes, each with a shard at a time")
-
-
-@dataclass
-class GenerateConfig:
-    checkpoint: str = flag("", "the model: a .pt or a llama2.c .bin")
-    out: str = flag("stories.jsonl", "where the stories go")
-    num_stories: int = flag(1000, "how many")
-    tokenizer: str = flag("", "sentencepiece model; none: tokenizer.model beside the checkpoint")
-    prompts: str = flag("", "a JSONL file with a prompt in each line; none: unconditional")
-    max_new_tokens: int = flag(256, "longest story, in tokens")
-    batch_size: int = flag(128, "stories sampled at once")
-    temperature: float = flag(1.0, "softmax temperature; 0 takes the likeliest token")
-    top_k: int | None = flag(None, "sample among the k likeliest tokens only")
-    top_p: float | None = flag(
-        None, "sample among the likeliest tokens of this total probability only"
-    )
-    seed: int = flag(0, "story i draws from the stream of (seed, i)")
-    device: str = flag("", "cpu, cuda, cuda:1, mps; none: cuda where there is one, else cpu")
-
-
-@dataclass
-class RankConfig(JudgeFlags):
-    stories: str = flag("", "stories to rank, as generate writes them")
-    out: str = flag("ranked.jsonl", "where the ranked groups go")
-    group_size: int = flag(4, "stories per group")
-    dry_run: bool = flag(False, "only say what the API judge would be asked, and what that costs")
-
-
-@dataclass
-class BestOfNConfig:
-    data: str = flag("", "ranked groups")
-    out: str = flag("best_of_n.jsonl", "where the groups go, only their best named")
-
-
-@dataclass
-class PairsConfig:
-    data: str = flag("", "ranked groups")
-    out: str = flag("pairs.jsonl", "where the pairs go")
-    pairs: str = flag("best_worst", "which pairs of a group", choices=["best_worst", "all"])
-
-
-@dataclass
-class CheckConfig:
-    data: str = flag("", "a dataset file")
-    tokenizer: str = flag(
-        "", "sentencepiece model; with it, lengths in tokens and what training would drop"
-    )
-    max_seq_len: int = flag(512, "context that groups have to fit")
-
-
-def demo_command(config: DemoConfig) -> None:
-    demo_text()
-    print(
-        f"{DEMO_DIR}: {DEMO_STORIES} stories and their tokenizer; `python spo_train.py` trains on them"
-    )
-
-
-def download_command(config: DownloadConfig) -> None:
+@commands.add
+def download(config: DownloadConfig) -> None:
     hub = config.hub_url.rstrip("/")
     if not config.model:
-        folder = os.path.join(config.data_dir, TEXT)
-        if os.path.isdir(folder):
-            print(f"{folder}: there already")
-            return
-        archive = f"{folder}.tar.gz"
-        download.fetch(
-            f"{hub}/datasets/roneneldan/TinyStories/resolve/main/{TEXT}.tar.gz",
-            archive,
-            config.sha256,
-        )
-        print(f"unpacking to {folder}", flush=True)
-        download.unpack(archive, folder, MAX_UNPACKED)
-        os.remove(archive)
-        print(f"{folder}: {len(os.listdir(folder))} shards")
+        download_text(config, hub)
         return
     name = config.model if config.model.startswith("stories") else f"stories{config.model}"
     if name not in MODELS:
         raise ValueError(f"--model={config.model}: there are {', '.join(MODELS)}")
-    model, folder = MODELS[name], os.path.join(config.data_dir, name)
+    model = MODELS[name]
+    folder = os.path.join(config.data_dir, name)
     path = os.path.join(folder, os.path.basename(model.file))
-    download.fetch(
-        f"{hub}/karpathy/tinyllamas/resolve/main/{model.file}", path, config.sha256 or model.sha256
-    )
-    url = (
-        f"{hub}/karpathy/tinyllamas/resolve/main/{model.tokenizer}"
-        if model.tokenizer
-        else config.tokenizer_url
-    )
-    download.fetch(url, os.path.join(folder, "tokenizer.model"), model.tokenizer_sha256)
+    place = f"{hub}/karpathy/tinyllamas/resolve/main"
+    fetch(f"{place}/{model.file}", path, config.sha256 or model.sha256)
+    url = f"{place}/{model.tokenizer}" if model.tokenizer else config.tokenizer_url
+    fetch(url, os.path.join(folder, "tokenizer.model"), model.tokenizer_sha256)
     print(f"python sample.py --checkpoint={path}")
 
 
-def train_vocab_command(config: TrainVocabConfig) -> None:
+def download_text(config: DownloadConfig, hub: str) -> None:
+    folder = os.path.join(config.data_dir, TEXT)
+    if os.path.isdir(folder):
+        print(f"{folder}: there already")
+        return
+    archive = f"{folder}.tar.gz"
+    url = f"{hub}/datasets/roneneldan/TinyStories/resolve/main/{TEXT}.tar.gz"
+    fetch(url, archive, config.sha256)
+    print(f"unpacking to {folder}", flush=True)
+    unpack(archive, folder, MAX_UNPACKED)
+    os.remove(archive)
+    print(f"{folder}: {len(os.listdir(folder))} shards")
+
+
+@dataclass
+class TextFlags:
+    data: str = flag(
+        os.path.join("data", TEXT),
+        "TinyStories shards (.json), or JSONL with a text in each line",
+        required=True,
+    )
+
+
+@dataclass
+class TrainVocabConfig(TextFlags):
+    vocab_size: int = flag(4096, "pieces, control and byte pieces included", least=1)
+    num_shards: int = flag(10, "how many of the shards to learn from", least=1)
+    data_dir: str = flag("data", "the tokenizer becomes DATA_DIR/tok{vocab_size}.model")
+
+
+@commands.add
+def train_vocab(config: TrainVocabConfig) -> None:
     out = os.path.join(config.data_dir, f"tok{config.vocab_size}.model")
     os.makedirs(config.data_dir, exist_ok=True)
-    pretokenize.train_vocab(config.data, config.vocab_size, out, config.num_shards)
+    make_vocab(config.data, config.vocab_size, out, config.num_shards)
     print(f"{out}: {config.vocab_size} pieces")
 
 
-def pretokenize_command(config: PretokenizeConfig) -> None:
-    if config.workers < 1:
-        raise ValueError(f"--workers={config.workers}: must be 1 or more")
+@dataclass
+class PretokenizeConfig(TextFlags):
+    vocab_size: int = flag(
+        0,
+        "of a tokenizer that train_vocab made; 0: the Llama 2 tokenizer, DATA_DIR/tokenizer.model",
+        least=0,
+    )
+    tokenizer: str = flag("", "another sentencepiece model")
+    data_dir: str = flag(
+        "data", "the token files go to DATA_DIR/, in a folder named like the tokenizer"
+    )
+    workers: int = flag(os.cpu_count() or 1, "processes, each with a shard at a time", least=1)
+
+
+@commands.add
+def pretokenize(config: PretokenizeConfig) -> None:
     if config.tokenizer and config.vocab_size:
         raise ValueError("--vocab_size: --tokenizer brings its own")
     name = f"tok{config.vocab_size}.model" if config.vocab_size else "tokenizer.model"
     tokenizer = config.tokenizer or os.path.join(config.data_dir, name)
     folder = os.path.join(config.data_dir, os.path.splitext(os.path.basename(tokenizer))[0])
-    tokens = pretokenize.pretokenize(config.data, tokenizer, folder, config.workers)
-    print(
-        f"{folder}: {tokens:,} tokens; python spo_train.py --loss=sft --data={folder} --init_from=scratch "
+    tokens = make_token_files(config.data, tokenizer, folder, config.workers)
+    then = (
+        f"python spo_train.py --loss=sft --data={folder} --init_from=scratch "
         f"--tokenizer={folder}/tokenizer.model --max_iters=1000"
     )
+    print(f"{folder}: {tokens:,} tokens; {then}")
 
 
-def generate_command(config: GenerateConfig) -> None:
-    device = machine.pick_device(config.device)
-    checkpoint = checkpoints.load(config.checkpoint, device)
-    print(machine.fast_products(device))
-    tokenizer = load_tokenizer(
-        config.tokenizer, config.checkpoint, checkpoint.model.args.vocab_size
-    )
+@dataclass
+class GenerateConfig(SamplingFlags):
+    checkpoint: str = flag("", "the model: a .pt, a llama2.c .bin, or a folder", required=True)
+    out: str = flag("stories.jsonl", "where the stories go")
+    num_stories: int = flag(1000, "how many", least=1)
+
+
+@commands.add
+def generate(config: GenerateConfig) -> None:
+    device = parallel.pick_device(config.device)
+    model = checkpoint.load(config.checkpoint, device)
+    print(fast.enable_fast_matmul(device))
+    tokenizer = load_tokenizer(config.tokenizer, config.checkpoint, model.args.vocab_size)
     prompts = [""]
     if config.prompts:
-        prompts = [
-            parse_prompt(r, f"{config.prompts} line {i}") for i, r in read_jsonl(config.prompts)
-        ]
-    if config.num_stories < 1 or config.batch_size < 1 or not prompts:
-        raise ValueError("--num_stories, --batch_size and the number of prompts must be 1 or more")
-    prompts = spread(prompts, config.num_stories)
-    settings = {
-        name: value
-        for name, value in asdict(config).items()
-        if name not in ("out", "batch_size", "device")
-    }
-    for name in (
-        "checkpoint",
-        "tokenizer",
-        "prompts",
-    ):  # a file is what it holds, not what it is called
-        path = tokenizer.path if name == "tokenizer" else settings[name]
-        settings[name] = file_sha256(path) if path else ""
-    stories = StoriesOnTheWay(config.out, settings)
-    first, started = stories.go_on(config.batch_size), time.monotonic()
+        prompts = [record["prompt"] for record in read_prompts(config.prompts)]
+    if not prompts:
+        raise ValueError(f"--prompts={config.prompts}: holds no prompts")
+    prompts = tile_evenly(prompts, config.num_stories)
+    part = PartialFile(config.out, settings_of_stories(config, tokenizer))
+    first = part.resume(config.batch_size)
+    started = time.monotonic()
+    encoded = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
     batches = sample_batches(
-        checkpoint,
-        [tokenizer.encode(p, bos=True) for p in prompts],
+        model,
+        encoded,
         config.seed,
         config.max_new_tokens,
-        batch_size=config.batch_size,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
+        flags=config,
         first=first,
         progress="generating",
     )
+    origin = {"seed": config.seed, "checkpoint": os.path.basename(config.checkpoint)}
     for batch in batches:
-        stories.add(
-            story_records(
-                batch,
-                prompts[len(stories.records) :],
-                tokenizer,
-                checkpoint.eos_id,
-                seed=config.seed,
-                checkpoint=os.path.basename(config.checkpoint),
-            )
-        )
-    records = stories.records
-    write_jsonl(config.out, records)
-    os.remove(stories.path)
-    unfinished = sum(not r["finished"] for r in records)
-    speed = (len(records) - first) / (time.monotonic() - started)
-    print(
-        f"{config.out}: {len(records)} stories, {unfinished} of them cut at {config.max_new_tokens} tokens; "
-        f"{speed:.1f} stories/s" + f", the first {first} from an interrupted run" * bool(first)
-    )
+        remaining = prompts[len(part.records) :]
+        part.add(story_records(batch, remaining, tokenizer, model.eos_id, **origin))
+    write_jsonl(config.out, part.records)
+    os.remove(part.path)
+    cut = sum(not record["finished"] for record in part.records)
+    speed = (len(part.records) - first) / (time.monotonic() - started)
+    resumed = f", the first {first} from an interrupted run" if first else ""
+    written = f"{len(part.records)} stories, {cut} of them cut at {config.max_new_tokens} tokens"
+    print(f"{config.out}: {written}; {speed:.1f} stories/s{resumed}")
 
 
-def rank_command(config: RankConfig) -> None:
-    stories = []
-    for number, record in read_jsonl(config.stories):
-        parse_group(record, f"{config.stories} line {number}", number)
-        if "text" not in record:
-            raise ValueError(
-                f'{config.stories} line {number}: no "text"; expected stories as generate writes them'
-            )
-        stories.append(record | {"prompt": record.get("prompt", "")})
-    if config.group_size < 2:
-        raise ValueError(f"--group_size={config.group_size}: a ranking needs at least 2")
-    groups, left_out = group_stories(stories, config.group_size)
+def settings_of_stories(config: GenerateConfig, tokenizer: Tokenizer) -> dict:
+    """Return what the stories depend on: flags, and the SHA-256 of files, whatever they are called."""
+    settings = asdict(config)
+    for name in ("out", "batch_size", "device"):
+        del settings[name]
+    files = {
+        "checkpoint": config.checkpoint,
+        "tokenizer": tokenizer.path,
+        "prompts": config.prompts,
+    }
+    return settings | {name: file_sha256(path) if path else "" for name, path in files.items()}
+
+
+class PartialFile:
+    """OUT.part: the settings of a generate command in the first line, then its stories, batch by batch.
+
+    If the command is interrupted, running it again continues where it stopped. A command with other settings refuses to.
+    """
+
+    def __init__(self, out: str, settings: dict):
+        """ValueError if the file is of other settings, or damaged."""
+        self.path = f"{out}.part"
+        self.header = {"settings": settings}
+        self.records: list[dict] = []
+        if not os.path.isfile(self.path):
+            return
+        with open(self.path, "rb") as f:
+            lines = f.read().split(b"\n")[:-1]  # what has no newline was cut by a kill
+        mend = "remove it, or give another --out"
+        try:
+            former, *self.records = map(json.loads, lines) if lines else [self.header]
+            differing = [f"--{k}" for k, v in settings.items() if former["settings"].get(k) != v]
+            whole = all({"finished", "text"} <= record.keys() for record in self.records)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            whole = False
+        if not whole:
+            raise ValueError(f"{self.path}: damaged; {mend}")
+        if differing and self.records:
+            others = ", ".join(differing)
+            raise ValueError(f"{self.path}: was begun with another {others}; {mend}")
+
+    def resume(self, batch_size: int) -> int:
+        """Rewrite the file up to its last whole batch; return the number of the next story."""
+        whole_batches = len(self.records) // batch_size
+        self.records = self.records[: whole_batches * batch_size]
+        write_jsonl(self.path, [self.header, *self.records])
+        return len(self.records)
+
+    def add(self, records: list[dict]) -> None:
+        with open(self.path, "ab") as f:
+            f.write("".join(map(jsonl_line, records)).encode("utf-8"))
+            f.flush()
+            os.fsync(f.fileno())
+        self.records += records
+
+
+@dataclass
+class RankConfig(JudgeFlags):
+    stories: str = flag("", "stories to rank, as generate writes them", required=True)
+    out: str = flag("ranked.jsonl", "where the ranked groups go")
+    group_size: int = flag(4, "stories per group", least=2)
+    dry_run: bool = flag(False, "only say what the API judge would be asked, and what that costs")
+
+
+@commands.add
+def rank(config: RankConfig) -> None:
+    n = config.group_size
+    stories = read_stories(config.stories)
+    groups, left_out = group_stories(stories, n)
     if not groups:
-        raise ValueError(
-            f"{config.stories}: {len(stories)} stories make no group of {config.group_size}"
-        )
+        raise ValueError(f"{config.stories}: {len(stories)} stories make no group of {n}")
     for reason, count in left_out.items():
         print(f"{config.stories}: {count} groups left out, {reason}")
     judge = make_judge(config, config.dry_run)
     if config.dry_run:
-        print(estimate(judge, [[m["prompt"] + m["text"] for m in group] for group in groups]))
+        print(judge.estimate(texts_of(groups)))
         return
     results = rank_groups(judge, groups, "ranking")
-    records, n = agreed_records(groups, results), config.group_size
+    records = agreed_records(groups, results)
     invalid = sum(not result.valid for result in results)
-    print(
-        f"asked {len(groups)} groups of {n} in both orders, {judge.name}\n"
-        f"kept {len(records)}, {len(records) / len(groups):.1%} (a coin would keep {1 / math.factorial(n):.1%}); "
-        f"disagreed {len(groups) - len(records) - invalid}, invalid {invalid}\n{position_bias(results, n)}"
-        + f"\n{judge.note}"
-        * bool(judge.note)
-    )
+    disagreed = len(groups) - len(records) - invalid
+    kept = f"kept {len(records)}, {len(records) / len(groups):.1%}"
+    coin = f"a coin would keep {1 / math.factorial(n):.1%}"
+    print(f"asked {len(groups)} groups of {n} in both orders, {judge.name}")
+    print(f"{kept} ({coin}); disagreed {disagreed}, invalid {invalid}")
+    print(position_bias(results, n))
+    if judge.note:
+        print(judge.note)
     if invalid:
         print(f"--judge_attempts={config.judge_attempts + 2} asks for the invalid ones again")
     if not records:
@@ -491,66 +536,71 @@ def rank_command(config: RankConfig) -> None:
     print(f"{config.out}: {len(records)} ranked groups")
 
 
-def best_of_n_command(config: BestOfNConfig) -> None:
+@dataclass
+class DataFlags:
+    data: str = flag("", "ranked groups", required=True)
+
+
+@dataclass
+class BestOfNConfig(DataFlags):
+    out: str = flag("best_of_n.jsonl", "where the groups go, only their best named")
+
+
+@commands.add
+def best_of_n(config: BestOfNConfig) -> None:
     records = ranked_records(config.data)
     write_jsonl(config.out, map(to_best_of_n, records))
     print(f"{config.out}: {len(records)} groups with their best named")
 
 
-def pairs_command(config: PairsConfig) -> None:
-    pairs = [
-        pair for record in ranked_records(config.data) for pair in to_pairs(record, config.pairs)
-    ]
-    write_jsonl(config.out, pairs)
-    print(f"{config.out}: {len(pairs)} pairs ({config.pairs})")
+@dataclass
+class PairsConfig(DataFlags):
+    out: str = flag("pairs.jsonl", "where the pairs go")
+    pairs: str = flag("best_worst", "which pairs of a group", choices=["best_worst", "all"])
 
 
-def check_command(config: CheckConfig) -> None:
+@commands.add
+def pairs(config: PairsConfig) -> None:
+    records = []
+    for record in ranked_records(config.data):
+        records += to_pairs(record, config.pairs)
+    write_jsonl(config.out, records)
+    print(f"{config.out}: {len(records)} pairs ({config.pairs})")
+
+
+@dataclass
+class CheckConfig(DataFlags):
+    data: str = flag("", "a dataset file", required=True)
+    tokenizer: str = flag(
+        "", "sentencepiece model; with it, lengths in tokens and what training would drop"
+    )
+    max_seq_len: int = flag(512, "context that groups have to fit", least=1)
+
+
+@commands.add
+def check(config: CheckConfig) -> None:
     groups = read_groups(config.data)
     print(f"{config.data}: {len(groups)} groups")
-    for (order, n), count in sorted(Counter((g.order, len(g.responses)) for g in groups).items()):
+    kinds = Counter((group.order, len(group.responses)) for group in groups)
+    for (order, n), count in sorted(kinds.items()):
         print(f"  {count} of {n} responses, known of their order: {order}")
-    print(f"  {sum(not f for g in groups for f in g.finished)} responses cut before their end")
-    print(f"  {sum(g.prompt != '' for g in groups)} groups with a prompt")
-    if config.tokenizer:
-        tokenizer = Tokenizer(config.tokenizer)
-        encoded, drops = encode_groups(groups, tokenizer, tokenizer.bos_id, config.max_seq_len)
-        lengths = sorted(len(r) for g in encoded for r in g.responses)
-        if lengths:
-            print(
-                f"  tokens per response: {lengths[0]} to {lengths[-1]}, median {lengths[len(lengths) // 2]}"
-            )
-        print(f"  usable for training: {len(encoded)} groups")
-        for reason, lines in drops.items():
-            print(f"  dropped: {len(lines)} groups, {reason} (first in line {lines[0]})")
-
-
-COMMANDS = {
-    "demo": (DemoConfig, demo_command),
-    "download": (DownloadConfig, download_command),
-    "train_vocab": (TrainVocabConfig, train_vocab_command),
-    "pretokenize": (PretokenizeConfig, pretokenize_command),
-    "generate": (GenerateConfig, generate_command),
-    "rank": (RankConfig, rank_command),
-    "best_of_n": (BestOfNConfig, best_of_n_command),
-    "pairs": (PairsConfig, pairs_command),
-    "check": (CheckConfig, check_command),
-}
-
-
-def main(argv: list[str]) -> None:
-    if not argv or argv[0] in ("-h", "--help"):
-        print(f"{__doc__}\ncommands: {', '.join(COMMANDS)}; `COMMAND --help` lists its flags")
+    cut = sum(group.finished.count(False) for group in groups)
+    print(f"  {cut} responses cut before their end")
+    print(f"  {sum(group.prompt != '' for group in groups)} groups with a prompt")
+    if not config.tokenizer:
         return
-    if argv[0] not in COMMANDS:
-        raise ValueError(f"{argv[0]}: no such command; there are {', '.join(COMMANDS)}")
-    config_class, command = COMMANDS[argv[0]]
-    config = parse(config_class, argv[1:], f"tinystories_data.py {argv[0]}")
-    for name, value in asdict(config).items():
-        if name in ("checkpoint", "stories", "data") and not value:
-            raise ValueError(f"--{name} is missing: the file to read")
-    command(config)
+    tokenizer = Tokenizer(config.tokenizer)
+    encoded, drops = encode_groups(groups, tokenizer, tokenizer.story_end_id, config.max_seq_len)
+    lengths = sorted(len(response) for group in encoded for response in group.responses)
+    if lengths:
+        median = lengths[len(lengths) // 2]
+        print(f"  tokens per response: {lengths[0]} to {lengths[-1]}, median {median}")
+    print(f"  usable for training: {len(encoded)} groups")
+    for reason, lines in drops.items():
+        print(f"  dropped: {len(lines)} groups, {reason} (first in line {lines[0]})")
 
+
+main = commands.run
 
 if __name__ == "__main__":
-    run(main)
+    main_program(main)

@@ -35,19 +35,15 @@ import torch.nn.functional as F
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import losses
-import step as steps
-from model import ModelArgs, Transformer, generate
-from spo import (
-    head,
-    machine,
-    parallel,
-    plan,
-)
-from spo.checkpoint import Checkpoint
-from spo.config import flag, parse, run
-from spo.groups import EncodedGroup, micro_batches
+import spo_train
+from losses import Objective
+from model import ModelArgs, Transformer
+from spo import fast, head, parallel, plan
+from spo.config import flag, main_program, parse
+from spo.generate import generate
+from spo.groups import EncodedGroup
 from spo.reference import with_reference_logps
-from train_config import TrainConfig, objective_of
+from spo_train import TrainConfig
 
 SHAPES = {  # dim, layers, heads, key-value heads, hidden, vocabulary
     "tiny": (32, 2, 4, 2, 48, 512),
@@ -150,8 +146,8 @@ def timed(work) -> float:
 
 def matmul_rate(dtype: str, **_) -> dict:
     """Flops per second of the machine in the classifier's product of 15M (on a GPU of 7B), into memory that is there."""
-    device, kind = machine.pick_device(""), getattr(torch, dtype)
-    machine.fast_products(device)
+    device, kind = parallel.pick_device(""), getattr(torch, dtype)
+    fast.enable_fast_matmul(device)
     rows, size = (1024, 288) if device == "cpu" else (8192, 4096)
     left, right = (
         torch.randn(rows, size, device=device, dtype=kind),
@@ -164,7 +160,7 @@ def matmul_rate(dtype: str, **_) -> dict:
 
 def layers_that_fit(shape: str, groups: int, dtype: str) -> ModelArgs:
     """The shape with as many of its layers as a step of `groups` pairs leaves room for, by plan.py."""
-    args, (there, _) = shape_of(shape), plan.available(machine.pick_device(""), 1)
+    args, (there, _) = shape_of(shape), plan.available(parallel.pick_device(""), 1)
     for n_layers in range(args.n_layers, 0, -1):
         args.n_layers = n_layers
         if sum(planned_for_training(args, groups * 2, dtype).values()) < 0.85 * there:
@@ -173,10 +169,10 @@ def layers_that_fit(shape: str, groups: int, dtype: str) -> ModelArgs:
 
 
 def planned_for_training(args: ModelArgs, sequences: int, dtype: str) -> dict[str, int]:
-    """plan.memory of what a step without samples takes: {kind: bytes}."""
+    """Return plan.memory of what a step without samples takes: {kind: bytes}."""
     load = plan.Load(
         processes=1,
-        device=machine.pick_device(""),
+        device=parallel.pick_device(""),
         dtype=dtype,
         reference=False,
         online=0,
@@ -187,17 +183,15 @@ def planned_for_training(args: ModelArgs, sequences: int, dtype: str) -> dict[st
         activation_checkpointing=False,
     )
     kinds = plan.memory(args, True, load)
-    return {
-        kind: kinds[kind]
-        for kind in (
-            "weights",
-            "AdamW's moments",
-            "gradients",
-            "gathered layers",
-            "activations",
-            "gradient of the logits",
-        )
-    }
+    return {kind: kinds.get(kind, 0) for kind in plan.PHASES["training"]}
+
+
+def our_model(args: ModelArgs, device: str) -> Transformer:
+    with torch.device(device):
+        model = Transformer(args)
+    model.init_weights(torch.Generator(device).manual_seed(0))
+    model.eos_id = 1
+    return fast.use(model)
 
 
 def our_step(
@@ -213,45 +207,34 @@ def our_step(
     fit: bool = False,
     count: int = 6,
 ) -> dict:
-    """One optimizer step. fit: as many layers as there is memory for, all pairs in one micro-batch, and the plan beside the peak."""
-    device = machine.pick_device("")
-    machine.fast_products(device)
+    """One optimizer step. fit: as many layers as there is memory for, in one micro-batch, and the plan beside the peak."""
+    device, dtype = parallel.start("", dtype)
+    fast.enable_fast_matmul(device)
     if precision:
         torch.set_float32_matmul_precision(precision)
-    config = TrainConfig(
-        loss=loss,
-        data="random",
-        batch_size=groups,
-        max_iters=count,
-        dtype=dtype,
-        kl_batch_size=32,
-        micro_batch_size=groups if fit else None,
-    )
-    objective, world = objective_of(config), parallel.start(device, dtype)
+    size = groups if fit else None
+    config = TrainConfig(loss=loss, batch_size=groups, max_iters=count, micro_batch_size=size)
+    objective = config.objective()
     args = layers_that_fit(shape, groups, dtype) if fit else shape_of(shape)
     start = Peak()
-    policy = Transformer(args).to(device)
-    policy.init_weights(torch.Generator(device).manual_seed(0))
-    reference = (
-        copy.deepcopy(policy).requires_grad_(False) if online or reference_each_step else None
-    )
+    policy, reference = our_model(args, device), None
+    if online or reference_each_step:
+        reference = copy.deepcopy(policy).requires_grad_(False)
     if compiled:
         parallel.compile_layers(policy)
     for model in filter(None, (policy, reference)):
-        parallel.shard(model, world)
-    optimizer, samples, seconds, drawing = steps.make_optimizer(config, policy), None, [], 0.0
+        parallel.shard(model, dtype)
+    optimizer = spo_train.make_optimizer(config, policy)
     peak = start if fit else Peak()
+    samples, drawing, seconds, tokens = None, 0.0, [], 0
     if online:
 
         def draw():
             nonlocal samples
-            samples = steps.draw_online(
-                config, Checkpoint(policy, {"eos_id": 1}), reference, [[1]], 0, world
-            )
+            samples = spo_train.draw_samples(config, policy, reference, [[1]], 0)
 
         timed(draw)
         drawing = timed(draw)
-    tokens = 0
     for i in range(count):
         batch = [
             EncodedGroup([1], group, line)
@@ -259,26 +242,22 @@ def our_step(
         ]
         tokens += sum(len(response) + 1 for group in batch for response in group.responses)
         if "reference_logps" in objective.reads and not reference_each_step:
-            batch = with_reference_logps(
-                batch, policy, None, world
-            )  # once for all of a run: not counted
+            batch = with_reference_logps(batch, policy)  # once for all of a run: not counted
 
-        def step():
-            scored = (
-                with_reference_logps(batch, reference, None, world)
-                if reference_each_step
-                else batch
-            )
-            steps.gradient_step(
-                config, objective, policy, reference, scored, samples, optimizer, i, world
-            )
+        def step(batch=batch):
+            scored = with_reference_logps(batch, reference) if reference_each_step else batch
+            spo_train.preference_gradient(objective, policy, reference, scored, size)
+            if samples is not None:
+                spo_train.kl_gradient(objective.beta, policy, samples)
+            parallel.clip_gradient(policy, config.grad_clip)
+            spo_train.optimizer_step(optimizer, 1e-4)
 
         seconds.append(timed(step) + drawing / config.kl_interval)
     result = {
         "seconds": seconds[1:],
         "tokens": tokens / count,
-        "peak_mb": peak.added(),
         "flops": 6 * products(shape, args.n_layers) * tokens / count,
+        "peak_mb": peak.added(),
         "sampling": drawing,
     }
     if fit:
@@ -288,14 +267,13 @@ def our_step(
 
 
 def our_generation(shape: str, dtype: str = "float32", rows: int = 32, count: int = 4) -> dict:
-    device = machine.pick_device("")
-    machine.fast_products(device)
-    model = Transformer(shape_of(shape)).to(device)
-    model.init_weights(torch.Generator(device).manual_seed(0))
-    for weight in model.parameters():
-        weight.data = weight.data.to(getattr(torch, dtype))
+    device = parallel.pick_device("")
+    fast.enable_fast_matmul(device)
+    model = our_model(shape_of(shape), device).to(getattr(torch, dtype))
     peak = Peak()
-    seconds = [timed(lambda: generate(model, [[1]] * rows, 256, seed=i)) for i in range(count)]
+    seconds = [
+        timed(lambda seed=i: generate(model, [[1]] * rows, 256, seed=seed)) for i in range(count)
+    ]
     return {
         "seconds": seconds[1:],
         "tokens": rows * 256,
@@ -310,7 +288,7 @@ def head_of(
     """Log-probs of `tokens` tokens and their gradient, from hidden states and the classifier: ours, and the others'."""
     if which == "torch" and not hasattr(F, "linear_cross_entropy"):
         raise ValueError(f"torch {torch.__version__} has no linear_cross_entropy")
-    device = machine.pick_device("")
+    device = parallel.pick_device("")
     dim, vocab, dtype = (dim, vocab, torch.bfloat16) if tokens > 128 else (64, 512, torch.float32)
     random_ids = torch.Generator(device).manual_seed(0)
     hidden = torch.randn(
@@ -327,7 +305,7 @@ def head_of(
 
     def total():
         if which == "ours":
-            return head.sequence_logps(hidden, classifier, ids, mask).sum()
+            return head.logps_from_hidden(hidden, classifier, ids, mask).sum()
         if which == "torch":
             return -F.linear_cross_entropy(
                 hidden[0, :-1], classifier, ids[0, 1:], reduction="none"
@@ -346,41 +324,32 @@ def head_of(
 
 def gradient_errors(shape: str, loss: str) -> list[dict]:
     """Of a policy near its reference: the loss, and how far it and its gradient are from float64's."""
+    n = 2 if loss == "dpo" else 4
     groups = [
-        EncodedGroup([1], group, line)
-        for line, group in enumerate(responses(shape, 8, 2 if loss == "dpo" else 4, seed=0))
+        EncodedGroup([1], group, line) for line, group in enumerate(responses(shape, 8, n, seed=0))
     ]
-    objective, device, lines, exact = (
-        objective_of(TrainConfig(loss=loss)),
-        machine.pick_device(""),
-        [],
-        None,
-    )
+    objective, lines, exact = Objective(loss), [], None
     for what in ("float64", "float32", "float32, fast products", "bfloat16"):
         torch.set_float32_matmul_precision("highest")
+        dtype = "bfloat16" if what == "bfloat16" else "float32"
+        device, dtype = parallel.start("", dtype)
         if "fast" in what:
-            machine.fast_products(device)
-        world = parallel.start(device, "bfloat16" if what == "bfloat16" else "float32")
+            fast.enable_fast_matmul(device)
         generator = torch.Generator().manual_seed(0)
         reference = Transformer(shape_of(shape))
         reference.init_weights(generator)
         policy = copy.deepcopy(reference)
         with torch.no_grad():
             for weight in policy.parameters():
-                weight += (
-                    0.02 * weight.std() * torch.randn(weight.shape, generator=generator)
-                    if weight.dim() > 1
-                    else 0
-                )
+                noise = torch.randn(weight.shape, generator=generator)
+                weight += 0.02 * weight.std() * noise if weight.dim() > 1 else 0
         for model in (policy, reference):
             model.to(device, torch.float64 if what == "float64" else torch.float32)
-            parallel.shard(model, world)
-        scored = with_reference_logps(groups, reference, None, world)
-        batches = micro_batches(scored, None, policy.args, device)
-        value = float(steps.preference_backward(objective, policy, None, batches, world)["loss"])
-        gradient = torch.cat(
-            [parallel.full(p.grad).double().flatten() for p in policy.parameters()]
-        )
+            parallel.shard(fast.use(model), dtype)
+        scored = with_reference_logps(groups, reference)
+        value = spo_train.preference_gradient(objective, policy, None, scored, None)["loss"]
+        gradients = [parallel.full_tensor(p.grad) for p in policy.parameters()]
+        gradient = torch.cat([g.double().flatten() for g in gradients])
         exact = exact or (value, gradient)
         lines.append(
             {
@@ -744,4 +713,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    main_program(main)

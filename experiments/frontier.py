@@ -25,13 +25,13 @@ from tqdm import tqdm
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import tinystories_data as data
-from judge import JudgeFlags, given, make_judge
+from judge import JudgeFlags, make_judge
 from losses import LOSSES
-from spo import checkpoint as checkpoints
-from spo.config import flag, parse, run
+from spo import checkpoint
+from spo.config import flag, main_program, non_default, parse
 from spo.evaluation import Evaluation
 from spo.files import write_jsonl, write_text
-from spo.groups import read_groups
+from spo.records import read_groups
 from spo.tokenizer import load_tokenizer
 
 # The paper's sweeps: AlpacaFarm's for the pairwise losses (beta of SPO is not printed there: that of TinyStories),
@@ -75,7 +75,7 @@ class FrontierConfig(JudgeFlags):
     methods: str = flag(
         "all", "objectives, separated by commas; all: every loss; table4: the regularizers"
     )
-    jobs: int = flag(2, "runs at a time, each on its share of the cores")
+    jobs: int = flag(2, "runs at a time, each on its share of the cores", least=1)
     max_iters: int = flag(50, "optimizer steps of each run")
     batch_size: int = flag(16, "groups per step")
     eval_interval: int = flag(10, "steps between the points of a curve")
@@ -154,7 +154,7 @@ def files_for(config: FrontierConfig) -> tuple[str, str, str, dict[str, str]]:
         ).returncode:  # builds what is not there
             raise ValueError("the demo could not be built: see above")
         files = {kind: os.path.join(data.DEMO_DIR, file) for kind, file in data.DEMO_FILES.items()}
-        reference = os.path.join(data.DEMO_DIR, "reference", "ckpt.pt")
+        reference = data.demo_checkpoint()
         return reference, "", files["ranking"], files | {"text": files["ranking"]}
     if not config.init_from:
         raise ValueError("--data: needs --init_from, the model that the stories are from")
@@ -255,7 +255,10 @@ def run_all(
         method, setting, folder = entry
         common = [
             *model,
-            *(f"--{name}={value}" for name, value in given(share_of(config, folder)).items()),
+            *(
+                f"--{name}={value}"
+                for name, value in non_default(share_of(config, folder), JudgeFlags).items()
+            ),
         ]
         train_one(config, method, setting, folder, files[kind_of_data(method)], common)
 
@@ -297,7 +300,9 @@ def table(config: FrontierConfig, points: list[Point], evaluation: Evaluation) -
             if within:
                 best = max(within, key=lambda p: (p.win_rate, p.score))
                 if best.path not in verdicts:
-                    verdicts[best.path] = evaluation.evaluate(checkpoints.load(best.path), "report")
+                    verdicts[best.path] = evaluation.evaluate(
+                        checkpoint.load(best.path), best.step, "report"
+                    )
                 entered.append((best, verdicts[best.path]))
         for best, verdict in sorted(entered, key=lambda pair: -pair[1].rate):
             print(
@@ -374,18 +379,16 @@ def main(argv: list[str]) -> None:
         FrontierConfig, argv, "frontier.py", "Every objective: the judge's score against the KL."
     )
     methods_of(config), budgets_of(config)
-    if config.jobs < 1:
-        raise ValueError(f"--jobs={config.jobs}: must be 1 or more")
     folder = os.path.dirname(config.figure) or "."
     if os.path.abspath(folder) != os.path.abspath(config.out_dir) and not os.path.isdir(folder):
         raise ValueError(f"--figure={config.figure}: there is no folder {folder}")
     os.makedirs(config.out_dir, exist_ok=True)
     reference, tokenizer, ranked, files = files_for(config)
     points = run_all(config, reference, tokenizer, files)
-    checkpoint = checkpoints.load(reference)
+    model = checkpoint.load(reference)
     evaluation = Evaluation(
-        checkpoint,
-        load_tokenizer(tokenizer, reference, checkpoint.model.args.vocab_size),
+        model,
+        load_tokenizer(tokenizer, reference, model.args.vocab_size),
         sorted({group.prompt for group in read_groups(ranked)}),
         config.eval_stories,
         judge=make_judge(share_of(config, config.out_dir)),
@@ -398,4 +401,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    main_program(main)

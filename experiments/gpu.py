@@ -19,7 +19,7 @@ import torch
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-from spo.config import flag, parse, run
+from spo.config import flag, main_program, parse
 
 BENCH = f"{sys.executable} {ROOT}/experiments/bench.py"
 TRAIN = f"{sys.executable} {ROOT}/spo_train.py"
@@ -215,4 +215,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    main_program(main)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from losses import LOSSES, token_kl, weight_statistic
-from spo.config import flag, parse, run
+from spo.config import flag, main_program, parse
 
 REWARDS = torch.tensor([1.0, 0.4, 0.0, -0.5, -1.2], dtype=torch.float64)
 REFERENCE = torch.log_softmax(torch.tensor([0.0, 0.8, 0.3, 1.0, 0.5], dtype=torch.float64), 0)
@@ -227,4 +227,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    main_program(main)

@@ -14,7 +14,6 @@ import base64
 import contextlib
 import email.utils
 import json
-import math
 import os
 import queue
 import random
@@ -28,12 +27,8 @@ from dataclasses import dataclass
 import requests
 import urllib3
 
-from spo.config import flag
-
-try:
-    import fcntl
-except ImportError:  # Windows: two runs with one journal are not noticed there
-    fcntl = None
+from spo.config import check_bounds, flag
+from spo.journal import Journal
 
 OPENAI = "https://api.openai.com/v1"
 OVERHEAD_TOKENS = 64  # what a chat template adds to a prompt, at most
@@ -41,26 +36,36 @@ OVERHEAD_TOKENS = 64  # what a chat template adds to a prompt, at most
 
 @dataclass
 class ChatFlags:
-    base_url: str = flag(OPENAI, "the API, up to and with /v1")
+    base_url: str = flag(OPENAI, "the API, up to and with /v1", free=True)
     journal: str = flag(
-        "journal.jsonl", "every reply of the API judge, so that none is asked for, or paid, twice"
+        "journal.jsonl",
+        "every reply of the API judge, so that none is asked for, or paid, twice",
+        free=True,
     )
-    workers: int = flag(8, "requests to the API judge at a time")
-    judge_timeout: float = flag(120.0, "seconds for one request")
+    workers: int = flag(8, "requests to the API judge at a time", least=1, most=1000, free=True)
+    judge_timeout: float = flag(120.0, "seconds for one request", above=0, most=86400, free=True)
     judge_retries: int = flag(
-        10, "how often a request is sent again when the network or the server fails"
+        10,
+        "how often a request is sent again when the network or the server fails",
+        least=0,
+        most=10**9,
+        free=True,
     )
-    judge_temperature: float = flag(0.0, "the API judge's sampling temperature")
-    judge_max_tokens: int = flag(2048, "the longest reply, in tokens")
+    judge_temperature: float = flag(0.0, "the API judge's sampling temperature", least=0, most=1e9)
+    judge_max_tokens: int = flag(2048, "the longest reply, in tokens", least=1, most=10**7)
     judge_token_field: str = flag(
         "max_tokens",
         "what the API calls that limit",
         choices=["max_tokens", "max_completion_tokens"],
     )
-    usd_per_million_in: float = flag(0.0, "price of a million prompt tokens")
-    usd_per_million_out: float = flag(0.0, "price of a million reply tokens")
+    usd_per_million_in: float = flag(0.0, "price of a million prompt tokens", least=0, most=1e9)
+    usd_per_million_out: float = flag(0.0, "price of a million reply tokens", least=0, most=1e9)
     max_usd: float | None = flag(
-        None, "stop before the request that could pass this, counting what the journal holds"
+        None,
+        "stop before the request that could pass this, counting what the journal holds",
+        least=0,
+        most=1e9,
+        free=True,
     )
 
 
@@ -72,127 +77,21 @@ class BudgetSpent(Stopped):
     """The next request could pass --max_usd."""
 
 
-class Journal:
-    """An append-only JSONL file of what was asked and what came back; flushed to the disk before it counts.
-
-        {"id": 7, "asked": KEY, "usd": the most that it can cost}
-        {"id": 7, "key": KEY, "reply": {...}, "usd": what it cost}     or     {"id": 7, "refused": 429}
-
-    An "asked" without a second line was lost, in a kill perhaps: it may be billed, so its bound counts as spent.
-    """
-
-    def __init__(self, path: str):
-        """Opens or creates the file. ValueError if it is another run's at the moment, or no journal."""
-        self.path, self.lock = path, threading.Lock()
-        self.replies: dict[str, list[dict]] = {}  # key -> its replies, in order
-        self.open_asks: dict[int, float] = {}  # id -> bound, of what has no second line
-        self.paid, self.next_id = 0.0, 0
-        if os.path.dirname(path):
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-        self.file = open(path, "a+b")
-        if fcntl is not None:
-            try:
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                self.file.close()
-                raise ValueError(
-                    f"--journal={path}: another run is writing it; wait, or give another file"
-                ) from None
-        self.file.seek(0)
-        content = self.file.read()
-        whole = content.rfind(b"\n") + 1
-        for number, line in enumerate(content[:whole].splitlines(), start=1):
-            try:
-                self.note(json.loads(line))
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
-                self.refuse(number)
-        if whole < len(
-            content
-        ):  # a kill while the last line was written; or another file altogether
-            start = b'{"id": '
-            if not (content[whole:].startswith(start) or start.startswith(content[whole:])):
-                self.refuse(content.count(b"\n") + 1)
-            self.file.truncate(whole)
-
-    def refuse(self, number: int) -> None:
-        self.file.close()
-        raise ValueError(
-            f"{self.path} line {number}: not a line of a journal; give another --journal"
-        )
-
-    def note(self, line: dict) -> None:
-        number, usd = int(line["id"]), float(line.get("usd", 0))
-        if not 0 <= usd < math.inf:
-            raise ValueError("usd is no price")
-        self.next_id = max(self.next_id, number + 1)
-        if "asked" in line:
-            self.open_asks[number] = usd
-            return
-        self.open_asks.pop(number, None)
-        if "reply" in line:
-            for name in ("text", "finish_reason", "fence"):
-                line["reply"][name]  # a KeyError if it is not there
-            self.paid += usd
-            self.replies.setdefault(str(line["key"]), []).append(line["reply"])
-
-    def append(self, line: dict) -> None:
-        with self.lock:
-            self.file.write(
-                (json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8", "replace")
-            )
-            self.file.flush()
-            os.fsync(self.file.fileno())
-            self.note(line)
-
-    def ask(self, key: str, usd: float) -> int:
-        with self.lock:
-            number, self.next_id = self.next_id, self.next_id + 1
-        self.append({"id": number, "asked": key, "usd": usd})
-        return number
-
-    @property
-    def spent(self) -> float:
-        """US dollars: what the replies cost, and the bounds of what is on its way or was lost."""
-        with self.lock:
-            return self.paid + sum(self.open_asks.values())
-
-
 def check_flags(flags: ChatFlags) -> None:
     """ValueError, naming the flag, for what cannot work."""
-    for name, most in (("workers", 1000), ("judge_max_tokens", 10**7)):
-        if not 1 <= getattr(flags, name) <= most:
-            raise ValueError(f"--{name}={getattr(flags, name)}: must be 1 to {most}")
-    for name in (
-        "judge_retries",
-        "usd_per_million_in",
-        "usd_per_million_out",
-        "max_usd",
-        "judge_temperature",
-    ):
-        if not 0 <= (getattr(flags, name) or 0) < 1e9:
-            raise ValueError(f"--{name}={getattr(flags, name)}: must be finite and not negative")
-    if not 0 < flags.judge_timeout <= 86400:
-        raise ValueError(
-            f"--judge_timeout={flags.judge_timeout}: must be above 0, and at most a day"
-        )
+    check_bounds(flags)
     if flags.max_usd is not None and not (flags.usd_per_million_in and flags.usd_per_million_out):
-        raise ValueError(
-            "--max_usd: needs --usd_per_million_in and --usd_per_million_out, the prices of this model"
-        )
+        prices = "--usd_per_million_in and --usd_per_million_out, the prices of this model"
+        raise ValueError(f"--max_usd: needs {prices}")
     try:
         url = urllib.parse.urlsplit(flags.base_url)
-        good = (
-            url.scheme in ("http", "https")
-            and url.hostname
-            and not (url.port == 0 or url.query or url.fragment)
-        )
+        is_http = url.scheme in ("http", "https") and bool(url.hostname)
+        good = is_http and not (url.port == 0 or url.query or url.fragment)
     except ValueError:  # a port that is none
         good = False
     if not good or "@" in flags.base_url:
-        raise ValueError(
-            f"--base_url: expected something like {OPENAI} or http://localhost:8000/v1, without password "
-            "or query"
-        )
+        such = f"something like {OPENAI} or http://localhost:8000/v1"
+        raise ValueError(f"--base_url: expected {such}, without password or query")
 
 
 class Chat:

@@ -1,27 +1,33 @@
-"""Checkpoint files, read and written in one place: ours (.pt, llama2.c's .pt too) and llama2.c's binary v0, v1, v2.
+"""Every format of weights, read behind one interface; `.pt` files, read and written.
 
-A file of its own because spo_train, sample, export and the data scripts all read checkpoints and only
-model.py stands below all of them; model.py stays the model alone.
+`open_weights(path)` reads a `.pt` (ours, llama2.c's), a llama2.c `.bin` of version 0, 1 or 2, and the folders of Meta
+and Hugging Face. What it returns has
 
-A `.pt` is {"model", "model_args", "config", "step", ...}, always loaded with weights_only=True: a checkpoint
-can hold tensors, numbers and strings, never code. Every file is written to a temporary name, flushed to
-the disk and renamed: a reader finds the old file or the new one, never half of one.
+    path, args (ModelArgs), tied, eos_id, step, config      what the file says of the model
+    rows(name, rows)                                        those rows of a weight, read from the mapped file
+
+so a process can read its own shard, and nothing is ever in memory twice. A checkpoint can hold tensors, numbers and
+strings, and never code: weights_only=True, everywhere.
 """
 
 import dataclasses
+import glob
 import math
 import os
 import struct
 import zipfile
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
-from model import ModelArgs, Transformer
-from spo.files import atomic_write
-from spo.folders import load_folder
+from model import ModelArgs, Transformer, rope_tables
+from spo import fast
+from spo.files import atomic_write, read_json_object
+
+# In llama2.c's data the next story's BOS (1) ends a story, and EOS (2) is never trained.
+LLAMA2C_EOS_ID = 1
 
 MAGIC = 0x616B3432  # "ak42", the first four bytes of llama2.c's versions 1 and 2
 HEADER_FIELDS = (
@@ -33,329 +39,474 @@ HEADER_FIELDS = (
     "vocab_size",
     "max_seq_len",
 )
-TINYSTORIES_EOS_ID = (
-    1  # BOS: in llama2.c's data the next story's BOS ends a story, and EOS is never trained
+MATRICES_OF_A_LAYER = (
+    "attention.wq",
+    "attention.wk",
+    "attention.wv",
+    "attention.wo",
+    "feed_forward.w1",
+    "feed_forward.w2",
+    "feed_forward.w3",
 )
+HF_NAMES = {
+    "tok_embeddings": "model.embed_tokens",
+    "norm": "model.norm",
+    "output": "lm_head",
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+
+# --- loading -------------------------------------------------------------------------------------
 
 
-@dataclass
-class Checkpoint:
-    """A model in memory and what is known about it.
-
-    config["eos_id"] is the id that ends a response; step counts optimizer steps.
-    """
-
-    model: Transformer
-    config: dict = field(default_factory=dict)
-    step: int = 0
-
-    @property
-    def eos_id(self) -> int:
-        return self.config.get("eos_id", TINYSTORIES_EOS_ID)
-
-
-def copy_tokenizer(tokenizer, folder: str) -> None:
-    """tokenizer.model and, for run.c, tokenizer.bin into a folder. ValueError if another model's are there already."""
-    path = os.path.join(folder, "tokenizer.model")
-    with open(tokenizer.path, "rb") as f:
-        content = f.read()
-    if os.path.isfile(path):
-        with open(path, "rb") as f:
-            if f.read() != content:
-                raise ValueError(
-                    f"{path} is the tokenizer of another model; choose another folder, or remove it"
-                )
-    with atomic_write(path) as f:
-        f.write(content)
-    if tokenizer.kind == "sentencepiece":  # run.c reads no other
-        with atomic_write(os.path.join(folder, "tokenizer.bin")) as f:
-            f.write(tokenizer.to_llama2c())
-
-
-def load(path: str, device: str = "cpu") -> Checkpoint:
-    """Read a `.pt`, a llama2.c `.bin` (any version), or a folder of Meta or Hugging Face. ValueError, naming the file, if it
-    cannot be used.
-    """
+def open_weights(path: str):
+    """Open a file or folder of weights. ValueError, naming it, if it cannot be used."""
     if os.path.isdir(path):
-        model, eos_id = load_folder(path)
-        checkpoint = Checkpoint(model, {"eos_id": eos_id})
-    elif os.path.isfile(path):
-        checkpoint = load_llama2c(path) if path.endswith(".bin") else load_pt(path)
-    else:
+        if os.path.isfile(os.path.join(path, "params.json")):
+            return MetaFolder(path)
+        if os.path.isfile(os.path.join(path, "config.json")):
+            return HuggingFaceFolder(path)
+        neither = "neither Meta's folder (params.json) nor Hugging Face's (config.json)"
+        raise ValueError(f"{path}: {neither}")
+    if not os.path.isfile(path):
         raise ValueError(f"{path}: no such checkpoint; expected a .pt or a llama2.c .bin file")
-    checkpoint.model.to(device).eval()
-    return checkpoint
+    return Llama2cFile(path) if path.endswith(".bin") else PtFile(path)
 
 
-def save_pt(path: str, checkpoint: Checkpoint, **extra) -> None:
-    """Write `.pt`, atomically. extra: further entries (tensors, numbers, strings, and containers of them)."""
-    model = checkpoint.model
-    entries = {
-        "model": model.state_dict(),
-        "model_args": dataclasses.asdict(model.args),
-        "config": checkpoint.config,
-        "step": checkpoint.step,
-    }
-    with atomic_write(path) as f:
-        torch.save(entries | extra, f)
+def load(path: str, device: str = "cpu") -> Transformer:
+    """Read a whole model in float32, with its eos_id. ValueError, naming the file, if it cannot be used."""
+    source = open_weights(path)
+    model = without_weights(source)
+    load_rows(model, source, device)
+    return model.eval()
 
 
-def load_pt(path: str) -> Checkpoint:
-    file = PtFile(path)
-    return Checkpoint(build(path, file.args, file.weights), file.config, file.step)
-
-
-class PtFile:
-    """A `.pt`, its weights mapped: they stay on the disk until they, or some of their rows, are read (folders.fill)."""
-
-    def __init__(self, path: str):
-        self.path = path
-        self.args, self.weights, self.config, self.step = read_pt(path)
-        output, embedding = (
-            self.weights.get("output.weight"),
-            self.weights.get("tok_embeddings.weight"),
-        )
-        self.tied = output is None or (embedding is not None and torch.equal(output, embedding))
-        self.eos_id = self.config.get("eos_id", TINYSTORIES_EOS_ID)
-
-    def rows(self, name: str, rows: slice, shape: tuple[int, ...]) -> Tensor:
-        if name not in self.weights:
-            raise ValueError(f"{self.path}: {name} is missing")
-        return self.weights[name][rows]
-
-
-def read_pt(path: str) -> tuple[ModelArgs, dict[str, Tensor], dict, int]:
-    """(model_args, weights, config, step) of a `.pt`. ValueError, naming the file, if it cannot be used."""
-    try:
-        entries = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
-    except Exception as error:  # what a damaged file raises depends on which byte is wrong
-        reason = (
-            "it holds Python objects and could run code"
-            if "Unsupported" in str(error)
-            else "it is damaged"
-        )
-        raise ValueError(
-            f"{path}: not loaded, {reason}, or it is no checkpoint of ours or llama2.c's"
-        ) from None
-    parts = (
-        [entries.get("model"), entries.get("model_args")] if isinstance(entries, dict) else [None]
-    )
-    if not all(isinstance(part, dict) for part in parts):
-        raise ValueError(
-            f"{path}: has no 'model' and 'model_args'; expected a checkpoint of ours or llama2.c's"
-        )
-    weights, model_args = parts
-    known = {f.name for f in dataclasses.fields(ModelArgs)}
-    unknown = set(map(str, model_args)) - known
-    if unknown:
-        raise ValueError(
-            f"{path}: model_args has {', '.join(sorted(unknown))}, which this model does not know"
-        )
-    try:
-        args = ModelArgs(**model_args)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: {error}") from None
-    # llama2.c saves compiled models, whose names carry a prefix
-    weights = {str(k).removeprefix("_orig_mod."): v for k, v in weights.items()}
-    for name, weight in weights.items():
-        if not isinstance(weight, Tensor):
-            raise ValueError(f"{path}: {name} is no tensor")
-    config, step = entries.get("config"), entries.get("step")
-    return (
-        args,
-        weights,
-        config if isinstance(config, dict) else {},
-        step if isinstance(step, int) else 0,
-    )
-
-
-def build(path: str, args: ModelArgs, weights: dict[str, Tensor]) -> Transformer:
-    """A Transformer that holds these weights; ValueError naming the first that is missing or does not fit."""
-    output, embedding = weights.get("output.weight"), weights.get("tok_embeddings.weight")
-    tied = output is None or (embedding is not None and torch.equal(output, embedding))
+def without_weights(source) -> Transformer:
+    """Make the model of `source` on the meta device: it takes no memory until load_rows."""
     with torch.device("meta"):
-        model = Transformer(args, tied)
-    expected = model.state_dict()
-    weights = weights if output is not None else weights | {"output.weight": embedding}
-    for name, shape in ((k, v.shape) for k, v in expected.items()):
-        if weights.get(name) is None or weights[name].shape != shape:
-            found = (
-                "missing" if weights.get(name) is None else f"of shape {tuple(weights[name].shape)}"
-            )
-            raise ValueError(f"{path}: {name} is {found}, model_args ask for {tuple(shape)}")
-    if set(weights) != set(expected):
-        raise ValueError(
-            f"{path}: {sorted(set(weights) - set(expected))[0]} is no part of this model"
-        )
-    model = Transformer(args, tied)
-    model.load_state_dict(weights)
+        model = Transformer(source.args, source.tied)
+    model.eos_id = source.eos_id
     return model
 
 
-# llama2.c's binary formats. v0: 7 int32, then float32 tensors, RoPE tables among them, "untied" told by a
-# negative vocab_size. v1: a header of 256 bytes, then float32. v2: the same header and a group size, norms in
-# float32, every matrix as int8 with one float32 scale for each group_size weights along its rows.
+@torch.no_grad()
+def load_rows(model: Transformer, source, device: str, rank: int = 0, size: int = 1) -> None:
+    """Give a model on the meta device its memory, its tables and its weights.
 
-
-def per_layer(model: Transformer, name: str) -> list[Tensor]:
-    return [layer.get_parameter(f"{name}.weight") for layer in model.layers]
-
-
-def v0_tensors(model: Transformer) -> list[Tensor]:
-    """The model's tensors in the order of v0, RoPE tables included."""
-    tensors = [model.tok_embeddings.weight]
-    for name in (
-        "attention_norm",
-        "attention.wq",
-        "attention.wk",
-        "attention.wv",
-        "attention.wo",
-        "ffn_norm",
-    ):
-        tensors += per_layer(model, name)
-    for name in ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"):
-        tensors += per_layer(model, name)
-    tensors += [model.norm.weight, model.freqs_cos, model.freqs_sin]
-    return tensors if model.tied else tensors + [model.output.weight]
-
-
-def norms(model: Transformer) -> list[Tensor]:
-    """The vectors, first in v1 and v2."""
-    return per_layer(model, "attention_norm") + per_layer(model, "ffn_norm") + [model.norm.weight]
-
-
-def matrices(model: Transformer) -> list[Tensor]:
-    """The matrices, behind the norms in v1 and v2."""
-    tensors = [model.tok_embeddings.weight]
-    for name in ("attention.wq", "attention.wk", "attention.wv", "attention.wo"):
-        tensors += per_layer(model, name)
-    for name in ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"):
-        tensors += per_layer(model, name)
-    return tensors if model.tied else tensors + [model.output.weight]
-
-
-def as_numpy(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().to("cpu", torch.float32).contiguous().numpy()
-
-
-def largest_group_size(args: ModelArgs) -> int:
-    """The largest power of two up to 64 that divides every input dimension: runq.c walks rows in whole groups."""
-    return math.gcd(64, math.gcd(args.dim, args.hidden_dim))
-
-
-def quantize(weight: Tensor, group_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Symmetric int8: (values (numel,) int8, scales (numel / group_size,) float32); error <= scale / 2."""
-    groups = as_numpy(weight).reshape(-1, group_size)
-    scales = np.abs(groups).max(axis=1) / np.float32(127)
-    values = np.rint(groups / np.where(scales == 0, 1, scales)[:, None]).astype(np.int8)
-    return values.reshape(-1), scales.astype(np.float32)
-
-
-def save_llama2c(
-    path: str, model: Transformer, version: int = 0, group_size: int | None = None
-) -> None:
-    """Write llama2.c's binary, one tensor at a time, atomically; the model is left as it is.
-
-    version     0: what run.c reads; 1: the same behind a proper header; 2: int8, what runq.c reads
-    group_size  of version 2; None: the largest that fits. ValueError if it does not divide every row
+    Of a model that is sharded over `size` processes, only the rows of process `rank` are read.
     """
-    args = model.args
-    numbers = [getattr(args, name) for name in HEADER_FIELDS]
-    if version == 2:
-        group_size = group_size or largest_group_size(args)
-        for name in ("dim", "hidden_dim"):
-            if group_size < 1 or getattr(args, name) % group_size:
-                fits = largest_group_size(args)
-                raise ValueError(
-                    f"--group_size={group_size} does not divide {name} {getattr(args, name)}; {fits} fits"
-                )
+    model.to_empty(device=device)
+    if model.tied:  # to_empty made two matrices of one
+        model.output.weight = model.tok_embeddings.weight
+    for name, weight in model.named_parameters():
+        local = weight.to_local() if hasattr(weight, "to_local") else weight
+        start = 0
+        if len(local) < len(weight):  # as FSDP2 deals rows out
+            rows_each = math.ceil(len(weight) / size)
+            start = min(rank * rows_each, len(weight))
+        rows = source.rows(name, slice(start, start + len(local)))
+        if rows.shape != local.shape:
+            found, expected = tuple(rows.shape), tuple(local.shape)
+            raise ValueError(f"{source.path}: {name} is of shape {found}, expected {expected}")
+        local.copy_(rows)
+    tables = rope_tables(model.args)
+    model.freqs_cos.copy_(tables[0])
+    model.freqs_sin.copy_(tables[1])
+    fast.use(model)
+
+
+def is_tied(weights: dict[str, Tensor]) -> bool:
+    """Tell whether the classifier is the embedding: absent, or equal to it."""
+    output = weights.get("output.weight")
+    embedding = weights.get("tok_embeddings.weight")
+    return output is None or (embedding is not None and torch.equal(output, embedding))
+
+
+# --- .pt -----------------------------------------------------------------------------------------
+
+
+def save_pt(
+    path: str, model: Transformer, step: int = 0, config: dict | None = None, **more
+) -> None:
+    """Write {"model", "model_args", "config", "step", ...} atomically; the terminator's id goes into config.
+
+    more  further entries: tensors, numbers, strings, and containers of them
+    """
+    entries = {
+        "model": model.state_dict(),
+        "model_args": dataclasses.asdict(model.args),
+        "config": (config or {}) | {"eos_id": model.eos_id},
+        "step": step,
+    }
     with atomic_write(path) as f:
-        if version == 0:
-            vocab_size = args.vocab_size if model.tied else -args.vocab_size
-            f.write(struct.pack("<7i", *numbers[:5], vocab_size, args.max_seq_len))
-            for tensor in v0_tensors(model):
-                as_numpy(tensor).tofile(f)
-            return
-        header = struct.pack("<Ii7iB", MAGIC, version, *numbers, model.tied)
-        header += struct.pack("<i", group_size) if version == 2 else b""
-        f.write(header.ljust(256, b"\0"))
-        for tensor in norms(model):
-            as_numpy(tensor).tofile(f)
-        for tensor in matrices(model):
-            for array in quantize(tensor, group_size) if version == 2 else (as_numpy(tensor),):
-                array.tofile(f)
+        torch.save(entries | more, f)
 
 
-def llama2c_size(args: ModelArgs, tied: bool, version: int, group_size: int) -> int:
-    """Bytes of a llama2.c file, by arithmetic alone."""
-    kv_dim = args.n_kv_heads * args.head_dim
-    vectors = (2 * args.n_layers + 1) * args.dim
-    per_block = 2 * args.dim * (args.dim + kv_dim) + 3 * args.dim * args.hidden_dim
-    numbers = args.n_layers * per_block + args.vocab_size * args.dim * (1 if tied else 2)
+class PtFile:
+    """A `.pt` of ours or of llama2.c, its weights mapped: they stay on the disk until they are read."""
+
+    def __init__(self, path: str):
+        self.path = path
+        entries = self._read_entries()
+        self.args = self._args(entries["model_args"])
+        # llama2.c saves compiled models, whose names carry a prefix
+        self.weights = {str(k).removeprefix("_orig_mod."): v for k, v in entries["model"].items()}
+        for name, weight in self.weights.items():
+            if not isinstance(weight, Tensor):
+                raise ValueError(f"{path}: {name} is no tensor")
+        self.tied = is_tied(self.weights)
+        self._check_shapes()
+        config, step = entries.get("config"), entries.get("step")
+        self.config = config if isinstance(config, dict) else {}
+        self.step = step if isinstance(step, int) else 0
+        self.eos_id = self.config.get("eos_id", LLAMA2C_EOS_ID)
+
+    def _read_entries(self) -> dict:
+        mapped = zipfile.is_zipfile(self.path)
+        try:
+            entries = torch.load(self.path, map_location="cpu", weights_only=True, mmap=mapped)
+        except Exception as error:  # what a damaged file raises depends on which byte is wrong
+            unsafe = "Unsupported" in str(error)
+            reason = "it holds Python objects and could run code" if unsafe else "it is damaged"
+            nothing = "or it is no checkpoint of ours or llama2.c's"
+            raise ValueError(f"{self.path}: not loaded, {reason}, {nothing}") from None
+        parts = ("model", "model_args")
+        is_ours = isinstance(entries, dict) and all(isinstance(entries.get(p), dict) for p in parts)
+        if not is_ours:
+            expected = "expected a checkpoint of ours or llama2.c's"
+            raise ValueError(f"{self.path}: has no 'model' and 'model_args'; {expected}")
+        return entries
+
+    def _args(self, model_args: dict) -> ModelArgs:
+        known = {field.name for field in dataclasses.fields(ModelArgs)}
+        unknown = ", ".join(sorted(set(map(str, model_args)) - known))
+        if unknown:
+            raise ValueError(
+                f"{self.path}: model_args has {unknown}, which this model does not know"
+            )
+        try:
+            return ModelArgs(**model_args)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{self.path}: {error}") from None
+
+    def _check_shapes(self) -> None:
+        with torch.device("meta"):
+            expected = Transformer(self.args, self.tied).state_dict()
+        weights = dict(self.weights)
+        weights.setdefault("output.weight", weights.get("tok_embeddings.weight"))
+        for name, shape in ((k, v.shape) for k, v in expected.items()):
+            weight = weights.get(name)
+            if weight is None or weight.shape != shape:
+                found = "missing" if weight is None else f"of shape {tuple(weight.shape)}"
+                wanted = f"model_args ask for {tuple(shape)}"
+                raise ValueError(f"{self.path}: {name} is {found}, {wanted}")
+        unknown = sorted(set(weights) - set(expected))
+        if unknown:
+            raise ValueError(f"{self.path}: {unknown[0]} is no part of this model")
+
+    def rows(self, name: str, rows: slice) -> Tensor:
+        return self.weights[name][rows]
+
+
+# --- llama2.c's .bin -----------------------------------------------------------------------------
+# v0: 7 int32, then float32 tensors, RoPE tables among them; a negative vocab_size says "untied". v1: a header of 256
+# bytes, then float32. v2: the same header and a group size, norms in float32, and every matrix as int8 with one float32
+# scale for each group_size weights along its rows.
+
+
+def llama2c_layout(args: ModelArgs, tied: bool, version: int) -> list[tuple[str, tuple[int, ...]]]:
+    """Return the (name, shape) of every tensor of a file, in its order."""
+    with torch.device("meta"):
+        model = Transformer(args, tied)
+    shapes = {k: tuple(v.shape) for k, v in [*model.named_parameters(), *model.named_buffers()]}
+
+    def of_layers(name: str) -> list[str]:
+        return [f"layers.{i}.{name}.weight" for i in range(args.n_layers)]
+
+    matrices = {name: of_layers(name) for name in MATRICES_OF_A_LAYER}
+    classifier = [] if tied else ["output.weight"]
     if version == 0:
-        return 28 + 4 * (vectors + numbers + args.max_seq_len * args.head_dim)  # the RoPE tables
-    return (
-        256 + 4 * vectors + (4 * numbers if version == 1 else numbers + 4 * numbers // group_size)
-    )
+        attention, ffn = MATRICES_OF_A_LAYER[:4], MATRICES_OF_A_LAYER[4:]
+        names = ["tok_embeddings.weight", *of_layers("attention_norm")]
+        names += [name for matrix in attention for name in matrices[matrix]]
+        names += of_layers("ffn_norm")
+        names += [name for matrix in ffn for name in matrices[matrix]]
+        names += ["norm.weight", "freqs_cos", "freqs_sin", *classifier]
+    else:
+        names = [*of_layers("attention_norm"), *of_layers("ffn_norm"), "norm.weight"]
+        names += ["tok_embeddings.weight"]
+        names += [name for matrix in MATRICES_OF_A_LAYER for name in matrices[matrix]]
+        names += classifier
+    return [(name, shapes[name]) for name in names]
 
 
-def load_llama2c(path: str) -> Checkpoint:
-    """Read llama2.c's binary of any version; int8 weights come back as float32. Damaged: ValueError.
+def llama2c_size(shape: tuple[int, ...], version: int, group_size: int) -> int:
+    """Return the bytes of one tensor."""
+    numbers = math.prod(shape)
+    if version == 2 and len(shape) == 2:
+        return numbers + 4 * (numbers // group_size)
+    return 4 * numbers
+
+
+class Llama2cFile:
+    """llama2.c's binary of any version; int8 weights come back as float32.
 
     The file says nothing of norm_eps and rope_theta: they are 1e-5 and 10000, as in run.c.
     """
-    data = (
-        np.memmap(path, dtype=np.uint8, mode="r")
-        if os.path.getsize(path)
-        else np.empty(0, np.uint8)
-    )
-    head = bytes(data[:256])
-    version, group_size = 0, 0
-    if len(head) < 28:
-        raise ValueError(f"{path}: damaged: {len(head)} bytes are too few for a llama2.c model")
-    if struct.unpack_from("<I", head)[0] == MAGIC and len(head) == 256:
-        version, *numbers, tied = struct.unpack_from("<i7iB", head, 4)
-        group_size = struct.unpack_from("<i", head, 37)[0] if version == 2 else 0
-    else:
-        numbers = list(struct.unpack_from("<7i", head))
-        tied, numbers[5] = numbers[5] > 0, abs(numbers[5])
-    if (
-        version not in (0, 1, 2)
-        or min(numbers) < 1
-        or max(numbers) > 2**24
-        or (version == 2 and group_size < 1)
-    ):
-        raise ValueError(
-            f"{path}: not a llama2.c model (its header reads {numbers}, version {version})"
-        )
+
+    eos_id = LLAMA2C_EOS_ID
+    step = 0
+    config: dict = {}
+
+    def __init__(self, path: str):
+        """ValueError, naming the file, if it is damaged. Its size is checked before anything is built."""
+        self.path = path
+        empty = os.path.getsize(path) == 0
+        self.data = np.empty(0, np.uint8) if empty else np.memmap(path, np.uint8, mode="r")
+        self.version, self.group_size, numbers, self.tied = self._header()
+        try:
+            self.args = ModelArgs(**dict(zip(HEADER_FIELDS, numbers, strict=True)))
+        except ValueError as error:
+            raise ValueError(f"{path}: damaged: {error}") from None
+        args, size = self.args, self.group_size
+        if self.version == 2 and (args.dim % size or args.hidden_dim % size):
+            raise ValueError(f"{path}: damaged: its rows are not made of groups of {size}")
+        if self._least_size() > len(self.data):  # before the layout of a million layers is made
+            raise ValueError(self._wrong_size(self._least_size()))
+        self.places: dict[str, tuple[int, tuple[int, ...]]] = {}  # name -> (offset, shape)
+        offset = 28 if self.version == 0 else 256
+        for name, shape in llama2c_layout(args, self.tied, self.version):
+            self.places[name] = (offset, shape)
+            offset += llama2c_size(shape, self.version, self.group_size)
+        if len(self.data) != offset:
+            raise ValueError(self._wrong_size(offset))
+
+    def _header(self) -> tuple[int, int, list[int], bool]:
+        """Return (version, group size, the numbers of HEADER_FIELDS, tied)."""
+        head = bytes(self.data[:256])
+        if len(head) < 28:
+            few = f"{len(head)} bytes are too few for a llama2.c model"
+            raise ValueError(f"{self.path}: damaged: {few}")
+        version, group_size = 0, 0
+        if struct.unpack_from("<I", head)[0] == MAGIC and len(head) == 256:
+            version, *numbers, tied = struct.unpack_from("<i7iB", head, 4)
+            group_size = struct.unpack_from("<i", head, 37)[0] if version == 2 else 0
+        else:
+            numbers = list(struct.unpack_from("<7i", head))
+            tied = numbers[5] > 0
+            numbers[5] = abs(numbers[5])
+        impossible = min(numbers) < 1 or max(numbers) > 2**24 or (version == 2 and group_size < 1)
+        if version not in (0, 1, 2) or impossible:
+            reads = f"its header reads {numbers}, version {version}"
+            raise ValueError(f"{self.path}: not a llama2.c model ({reads})")
+        return version, group_size, numbers, bool(tied)
+
+    def _least_size(self) -> int:
+        """Return the bytes of the matrices alone, by arithmetic."""
+        args = self.args
+        kv_dim = args.n_kv_heads * args.head_dim
+        layer = 2 * args.dim * (args.dim + kv_dim) + 3 * args.dim * args.hidden_dim
+        numbers = args.n_layers * layer + args.vocab_size * args.dim
+        return numbers if self.version == 2 else 4 * numbers
+
+    def _wrong_size(self, size: int) -> str:
+        return f"{self.path}: damaged: {len(self.data)} bytes, its header asks for {size}"
+
+    def rows(self, name: str, rows: slice) -> Tensor:
+        offset, shape = self.places[name]
+        width = math.prod(shape[1:])
+        start, count = rows.start * width, (rows.stop - rows.start) * width
+        if self.version < 2 or len(shape) == 1:
+            values = np.frombuffer(self.data, np.float32, count, offset + 4 * start)
+            return torch.from_numpy(values.copy()).view(-1, *shape[1:])
+        values = np.frombuffer(self.data, np.int8, count, offset + start).astype(np.float32)
+        scales_at = offset + math.prod(shape) + 4 * (start // self.group_size)
+        scales = np.frombuffer(self.data, np.float32, count // self.group_size, scales_at)
+        scaled = values.reshape(-1, self.group_size) * scales[:, None]
+        return torch.from_numpy(scaled).view(-1, *shape[1:])
+
+
+# --- folders of Meta and Hugging Face ------------------------------------------------------------
+
+
+def map_pt(path: str) -> dict[str, Tensor]:
+    """Return the tensors of a .pth or .bin, mapped: the disk is read where they are used."""
     try:
-        args = ModelArgs(**dict(zip(HEADER_FIELDS, numbers)))
-    except ValueError as error:
-        raise ValueError(f"{path}: damaged: {error}") from None
-    if version == 2 and (args.dim % group_size or args.hidden_dim % group_size):
-        raise ValueError(f"{path}: damaged: its rows are not made of groups of {group_size}")
-    # The size is checked before anything is built: a damaged header could ask for the whole memory.
-    size = llama2c_size(args, bool(tied), version, group_size)
-    if len(data) != size:
-        raise ValueError(f"{path}: damaged: {len(data)} bytes, its header asks for {size}")
-    model, offset = Transformer(args, bool(tied)), 28 if version == 0 else 256
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # what a damaged file raises depends on which byte is wrong
+        raise ValueError(f"{path}: damaged, or not a file of tensors") from None
+    if not isinstance(tensors, dict):
+        raise ValueError(f"{path}: not a file of tensors by name")
+    return tensors
 
-    def take(count: int, dtype) -> Tensor:
-        nonlocal offset
-        array = np.frombuffer(data, dtype=dtype, count=count, offset=offset)
-        offset += array.nbytes
-        return torch.from_numpy(array.astype(np.float32))
 
-    with torch.no_grad():
-        for tensor in v0_tensors(model) if version == 0 else norms(model):
-            tensor.copy_(take(tensor.numel(), np.float32).view(tensor.shape))
-        for tensor in matrices(model) if version else []:
-            if version == 1:
-                tensor.copy_(take(tensor.numel(), np.float32).view(tensor.shape))
-            else:
-                values = take(tensor.numel(), np.int8).view(-1, group_size)
-                scales = take(tensor.numel() // group_size, np.float32)
-                tensor.copy_((values * scales.unsqueeze(1)).view(tensor.shape))
-    return Checkpoint(model)
+class MetaFolder:
+    """params.json and consolidated.*.pth, the parts of Meta's model parallelism."""
+
+    step = 0
+    config: dict = {}
+    tied = False
+
+    def __init__(self, path: str):
+        self.path = path
+        params = read_json_object(os.path.join(path, "params.json"))
+        if params.get("use_scaled_rope"):
+            lacks = "this model has no scaled rotary embedding (Llama 3.1 and later)"
+            raise ValueError(f"{path}: use_scaled_rope: {lacks}")
+        files = sorted(glob.glob(os.path.join(glob.escape(path), "consolidated.*.pth")))
+        self.parts = [map_pt(file) for file in files]
+        if not self.parts:
+            raise ValueError(f"{path}: no consolidated.*.pth beside params.json")
+        try:
+            self.args = self._args(params)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path}: params.json or the weights lack {error}") from None
+        self.eos_id = 2 if self.args.vocab_size < 128_000 else 128_001  # Llama 2's, Llama 3's
+        with torch.device("meta"):
+            model = Transformer(self.args, tied=False)
+        self.shapes = {name: weight.shape for name, weight in model.named_parameters()}
+
+    def _args(self, params: dict) -> ModelArgs:
+        embeddings = [part["tok_embeddings.weight"] for part in self.parts]
+        # Llama 3 splits the vocabulary over the parts, Llama 2 the width.
+        split = embeddings[0].shape[1] == params["dim"] and len(self.parts) > 1
+        hidden_rows = [len(part["layers.0.feed_forward.w1.weight"]) for part in self.parts]
+        return ModelArgs(
+            dim=params["dim"],
+            n_layers=params["n_layers"],
+            n_heads=params["n_heads"],
+            n_kv_heads=params.get("n_kv_heads"),
+            vocab_size=sum(map(len, embeddings)) if split else len(embeddings[0]),
+            hidden_dim=sum(hidden_rows),
+            norm_eps=params["norm_eps"],
+            rope_theta=float(params.get("rope_theta", 10000.0)),
+            max_seq_len=params.get("max_seq_len", 4096),
+        )
+
+    def rows(self, name: str, rows: slice) -> Tensor:
+        shape = self.shapes[name]
+        parts = [part[name] for part in self.parts if name in part]
+        if len(parts) != len(self.parts):
+            raise ValueError(f"{self.path}: has no {name}")
+        if parts[0].shape == shape:  # every part has all of it
+            return parts[0][rows]
+        if sum(map(len, parts)) != shape[0] or parts[0].shape[1:] != shape[1:]:
+            return torch.cat(
+                [part[rows] for part in parts], dim=1
+            )  # the parts are blocks of columns
+        cut, start = [], 0  # the parts are blocks of rows
+        for part in parts:
+            cut.append(part[max(0, rows.start - start) : max(0, rows.stop - start)])
+            start += len(part)
+        return torch.cat(cut)
+
+
+def hf_name(name: str) -> str:
+    """layers.3.attention.wq.weight -> model.layers.3.self_attn.q_proj.weight"""
+    if not name.startswith("layers."):
+        return HF_NAMES[name.removesuffix(".weight")] + ".weight"
+    _, layer, rest = name.split(".", 2)
+    return f"model.layers.{layer}.{HF_NAMES[rest.removesuffix('.weight')]}.weight"
+
+
+def has_rotated_heads(name: str) -> bool:
+    """Tell whether Hugging Face orders the rows of a weight by its other spelling of the rotary embedding."""
+    return name.endswith(("wq.weight", "wk.weight"))
+
+
+def interleave(weight: Tensor, head_dim: int) -> Tensor:
+    """Reorder rows of whole heads, (rows, D), from Hugging Face's order (first halves, then second) to ours.
+
+    A head of 4 rows [a, b, c, d] is [a, c, b, d] there: pairs (0, 1), (2, 3) become (0, 2), (1, 3).
+    """
+    heads = weight.view(-1, 2, head_dim // 2, weight.shape[1])
+    return heads.transpose(1, 2).reshape(weight.shape)
+
+
+class HuggingFaceFolder:
+    """config.json and model*.safetensors or pytorch_model*.bin, in one file or several with an index."""
+
+    step = 0
+    config: dict = {}
+
+    def __init__(self, path: str):
+        self.path = path
+        config = read_json_object(os.path.join(path, "config.json"))
+        self._refuse_what_the_model_lacks(config)
+        try:
+            self.args = self._args(config)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path}: config.json lacks {error}") from None
+        if config.get("head_dim") not in (None, self.args.head_dim):
+            head_dim = f"head_dim {config['head_dim']}"
+            raise ValueError(f"{path}: {head_dim} is not hidden_size / num_attention_heads")
+        self.tied = bool(config.get("tie_word_embeddings", False))
+        eos = config.get("eos_token_id", 2)
+        self.eos_id = eos[0] if isinstance(eos, list) else eos
+        self.files = self._open_files()
+
+    def _refuse_what_the_model_lacks(self, config: dict) -> None:
+        scaling = config.get("rope_scaling") or {}
+        parameters = config.get("rope_parameters") or {}
+        if scaling or parameters.get("rope_type", "default") != "default":
+            lacks = "this model has no scaled rotary embedding"
+            raise ValueError(f"{self.path}: rope_scaling {scaling or parameters}: {lacks}")
+        for name in ("attention_bias", "mlp_bias"):
+            if config.get(name):
+                raise ValueError(f"{self.path}: {name}: this model has no biases")
+        kind, activation = config.get("model_type", "llama"), config.get("hidden_act", "silu")
+        if kind != "llama" or activation != "silu":
+            raise ValueError(f"{self.path}: a {kind} with {activation}: only Llama is read")
+
+    def _args(self, config: dict) -> ModelArgs:
+        parameters = config.get("rope_parameters") or {}
+        theta = config.get("rope_theta") or parameters.get("rope_theta", 10000.0)
+        return ModelArgs(
+            dim=config["hidden_size"],
+            n_layers=config["num_hidden_layers"],
+            n_heads=config["num_attention_heads"],
+            n_kv_heads=config.get("num_key_value_heads"),
+            vocab_size=config["vocab_size"],
+            hidden_dim=config["intermediate_size"],
+            norm_eps=config["rms_norm_eps"],
+            rope_theta=float(theta),
+            max_seq_len=config["max_position_embeddings"],
+        )
+
+    def _open_files(self) -> dict:
+        """Return {published name: a slice of its mapped file}."""
+        pattern = os.path.join(glob.escape(self.path), "*.safetensors")
+        files: dict = {}
+        for file in sorted(glob.glob(pattern)):
+            try:
+                handle = safe_open(file, "pt")
+            except Exception as error:
+                raise ValueError(f"{file}: damaged: {error}") from None
+            files |= {name: handle.get_slice(name) for name in handle.keys()}
+        if not files:
+            pattern = os.path.join(glob.escape(self.path), "pytorch_model*.bin")
+            for file in sorted(glob.glob(pattern)):
+                files |= map_pt(file)
+        if not files:
+            none = "no model*.safetensors or pytorch_model*.bin beside config.json"
+            raise ValueError(f"{self.path}: {none}")
+        return files
+
+    def rows(self, name: str, rows: slice) -> Tensor:
+        weight = self.files.get(hf_name(name))
+        if weight is None:
+            raise ValueError(f"{self.path}: has no {hf_name(name)}")
+        if not has_rotated_heads(name):
+            return weight[rows.start : rows.stop]
+        # Read whole heads, put them into our order, and keep what was asked for.
+        size = self.args.head_dim
+        start = rows.start // size * size
+        stop = math.ceil(rows.stop / size) * size
+        return interleave(weight[start:stop], size)[rows.start - start : rows.stop - start]

@@ -1,21 +1,97 @@
-"""A dataclass's fields become --key=value flags. Knows nothing of this project."""
+"""A dataclass's fields become --key=value flags with their bounds; functions become commands. Knows nothing of this project."""
 
 import argparse
 import dataclasses
 import difflib
+import math
 import os
 import sys
 import types
 import typing
+from collections.abc import Callable
+from dataclasses import dataclass
 
 
-def flag(default, help: str, choices=None, positional: bool = False, alone=None):
-    """A dataclass field that is a command-line flag: its default, its line in --help, its choices.
+@dataclass(frozen=True)
+class Flag:
+    """What a flag is, besides its name, type and default.
 
-    alone  the value of --key without a value; None: it needs one
+    least, above, most, below  bounds of its value, of which any may be None
+    alone     the value of --key without a value; None: it needs one
+    free      a run that is resumed may change it: it changes nothing of what is computed
+    required  it has to be given
     """
-    metadata = {"help": help, "choices": choices, "positional": positional, "alone": alone}
-    return dataclasses.field(default=default, metadata=metadata)
+
+    help: str
+    choices: list | None = None
+    positional: bool = False
+    alone: object = None
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+    below: float | None = None
+    free: bool = False
+    required: bool = False
+
+
+def flag(default, help: str, **more):
+    """Declare a dataclass field that is a flag; `more` as in Flag."""
+    return dataclasses.field(default=default, metadata={"flag": Flag(help, **more)})
+
+
+def flags_of(config_class) -> dict[str, Flag]:
+    """Return {name: Flag} of a dataclass."""
+    return {field.name: field.metadata["flag"] for field in dataclasses.fields(config_class)}
+
+
+def non_default(config, config_class=None) -> dict[str, object]:
+    """Return {name: value} of the flags, those of config_class only, that are not at their defaults."""
+    fields = dataclasses.fields(config_class or config)
+    values = {field.name: getattr(config, field.name) for field in fields}
+    return {f.name: values[f.name] for f in fields if values[f.name] != f.default}
+
+
+# --- bounds --------------------------------------------------------------------------------------
+
+
+def check_bounds(config) -> None:
+    """ValueError, naming the flag, its value and its bounds, for the first value outside of them."""
+    for name, declared in flags_of(config).items():
+        value = getattr(config, name)
+        if value is None:
+            continue
+        if declared.required and value == "":
+            raise ValueError(f"--{name} is missing: {declared.help}")
+        if isinstance(value, int | float) and not _is_within(value, declared):
+            raise ValueError(f"--{name}={value}: must be {_bounds_in_words(declared, value)}")
+
+
+def _is_within(value: float, bounds: Flag) -> bool:
+    return (
+        (isinstance(value, int) or math.isfinite(value))
+        and (bounds.least is None or value >= bounds.least)
+        and (bounds.above is None or value > bounds.above)
+        and (bounds.most is None or value <= bounds.most)
+        and (bounds.below is None or value < bounds.below)
+    )
+
+
+def _bounds_in_words(bounds: Flag, value: float) -> str:
+    """least=0, below=1 -> "0 or more and below 1"; of a float: "finite, 0 or more and below 1"."""
+    words = []
+    if bounds.least is not None:
+        words.append(f"{bounds.least:g} or more")
+    if bounds.above is not None:
+        words.append(f"above {bounds.above:g}")
+    if bounds.most is not None:
+        words.append(f"at most {bounds.most:g}")
+    if bounds.below is not None:
+        words.append(f"below {bounds.below:g}")
+    finite = ["finite"] if isinstance(value, float) else []
+    return ", ".join([*finite, " and ".join(words)] if words else finite)
+
+
+# --- command lines -------------------------------------------------------------------------------
 
 
 def boolean(text: str) -> bool:
@@ -26,9 +102,11 @@ def boolean(text: str) -> bool:
 
 
 def underscored(word: str) -> str:
-    """--dry-run=x -> --dry_run=x; nothing else is changed."""
+    """--dry-run=a-b -> --dry_run=a-b; a word that is no flag is not changed."""
     name, equals, value = word.partition("=")
-    return name[:2] + name[2:].replace("-", "_") + equals + value if word.startswith("--") else word
+    if not word.startswith("--"):
+        return word
+    return "--" + name[2:].replace("-", "_") + equals + value
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -37,53 +115,92 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def parse(config_class, argv: list[str], prog: str, description: str = ""):
-    """argv -> an instance of the dataclass, each value typed by its field's annotation.
+    """Return an instance of the dataclass, each value typed by its field's annotation and within its bounds.
 
-    --key=value, --key value and, for a bool, --key alone. Exits with code 2 and one line on stderr
-    for an unknown flag (naming the nearest), a value of the wrong type, or a missing argument.
+    Reads --key=value, --key value and, for a bool, --key alone. Exits with code 2 and one line on stderr for an
+    unknown flag (naming the nearest), a value of the wrong type, or a missing argument. ValueError for a value that
+    is out of its bounds.
     """
     parser = OneLineParser(prog=prog, description=description, allow_abbrev=False)
     hints = typing.get_type_hints(config_class)
-    # a class's own flags first, then those that it inherits
+    # A class's own flags first, then those that it inherits.
     owners = [vars(owner).get("__annotations__", {}) for owner in config_class.__mro__]
     fields = sorted(
         dataclasses.fields(config_class),
-        key=lambda field: [field.name in own for own in owners].index(True),
+        key=lambda field: [field.name in names for names in owners].index(True),
     )
-    names = [field.name for field in fields]
     for field in fields:
-        kind, text = hints[field.name], field.metadata["help"].replace("%", "%%")
-        if isinstance(
-            kind, types.UnionType
-        ):  # `float | None`: a float, or None where it is not given
-            kind = next(t for t in kind.__args__ if t is not type(None))
-        if field.metadata["positional"]:
-            parser.add_argument(field.name, type=kind, help=text)
-            continue
-        if field.default not in (None, ""):
-            text += " (default: %(default)s)"
-        alone = True if kind is bool else field.metadata["alone"]
-        optional = {} if alone is None else {"nargs": "?", "const": alone}
-        parser.add_argument(
-            f"--{field.name}",
-            type=boolean if kind is bool else kind,
-            default=field.default,
-            choices=field.metadata["choices"],
-            metavar=kind.__name__.upper(),
-            help=text,
-            **optional,
-        )
+        _add_argument(parser, field, hints[field.name])
     values, unknown = parser.parse_known_args([underscored(word) for word in argv])
     if unknown:
-        name = unknown[0].lstrip("-").split("=")[0].replace("-", "_")
-        near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-        near.sort(key=lambda other: other[:1] != name[:1])  # of equals, the one that begins alike
-        hint = f"did you mean --{near[0]}?" if near else "see --help"
-        parser.error(f"{unknown[0].split('=')[0]}: no such option; {hint}")
-    return config_class(**vars(values))
+        given = unknown[0].split("=")[0]
+        hint = _nearest(given.lstrip("-").replace("-", "_"), [field.name for field in fields])
+        parser.error(f"{given}: no such option; {hint}")
+    config = config_class(**vars(values))
+    check_bounds(config)
+    return config
 
 
-def run(main) -> None:
+def _add_argument(parser: argparse.ArgumentParser, field: dataclasses.Field, kind) -> None:
+    declared: Flag = field.metadata["flag"]
+    text = declared.help.replace("%", "%%")
+    if isinstance(
+        kind, types.UnionType
+    ):  # `float | None` is a float, or None where it is not given
+        kind = next(t for t in kind.__args__ if t is not type(None))
+    if declared.positional:
+        parser.add_argument(field.name, type=kind, help=text)
+        return
+    if field.default not in (None, ""):
+        text += " (default: %(default)s)"
+    alone = True if kind is bool else declared.alone
+    parser.add_argument(
+        f"--{field.name}",
+        type=boolean if kind is bool else kind,
+        default=field.default,
+        choices=declared.choices,
+        metavar=kind.__name__.upper(),
+        help=text,
+        **({} if alone is None else {"nargs": "?", "const": alone}),
+    )
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    """name="bata", names=["beta", "data"] -> "did you mean --beta?" """
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    near.sort(key=lambda other: other[:1] != name[:1])  # of equals, the one that begins alike
+    return f"did you mean --{near[0]}?" if near else "see --help"
+
+
+class Commands:
+    """The commands of a script: functions of one dataclass of flags, registered by @commands.add."""
+
+    def __init__(self, script: str, documentation: str):
+        self.script = script
+        self.documentation = documentation
+        self.functions: dict[str, Callable] = {}
+
+    def add(self, function: Callable) -> Callable:
+        """Register a function under its name; the annotation of its argument says which flags it takes."""
+        self.functions[function.__name__] = function
+        return function
+
+    def config_class(self, name: str):
+        return next(iter(typing.get_type_hints(self.functions[name]).values()))
+
+    def run(self, argv: list[str]) -> None:
+        """Call the command that the first word names. ValueError if there is no such command."""
+        if not argv or argv[0] in ("-h", "--help"):
+            names = ", ".join(self.functions)
+            print(f"{self.documentation}\ncommands: {names}; `COMMAND --help` lists its flags")
+            return
+        name = argv[0]
+        if name not in self.functions:
+            raise ValueError(f"{name}: no such command; there are {', '.join(self.functions)}")
+        self.functions[name](parse(self.config_class(name), argv[1:], f"{self.script} {name}"))
+
+
+def main_program(main: Callable) -> None:
     """Call main(argv); what the user caused (ValueError, OSError) is one line on stderr and exit code 2.
 
     A server that cannot be reached (ConnectionError) is exit code 3. SPO_DEBUG=1 shows the traceback instead.
@@ -93,11 +210,8 @@ def run(main) -> None:
     except (ValueError, OSError) as error:
         if os.environ.get("SPO_DEBUG"):
             raise
-        text = (
-            f"{error.strerror}: {error.filename}"
-            if getattr(error, "filename", None)
-            else str(error)
-        )
+        file = getattr(error, "filename", None)
+        text = f"{error.strerror}: {file}" if file else str(error)
         print(f"{os.path.basename(sys.argv[0])}: {' '.join(text.split())}", file=sys.stderr)
         sys.exit(3 if isinstance(error, ConnectionError) else 2)
     except KeyboardInterrupt:

@@ -9,23 +9,28 @@ from typing import IO
 
 
 @contextlib.contextmanager
-def atomic_write(path: str) -> Iterator[IO[bytes]]:
-    """Open a binary file that appears under its name only when all of it is on the disk.
+def atomic_path(path: str) -> Iterator[str]:
+    """Yield a temporary name to write to. The file gets its own name only when all of it is on the disk.
 
-    It is written under a temporary name, flushed, and renamed, so a reader finds the old file or the
-    new one and never half of one.
+    A reader finds the old file or the new one, and never half of one.
     """
     temporary = f"{path}.tmp{os.getpid()}"
     try:
-        with open(temporary, "wb") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
+        yield temporary
+        flush(temporary)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.remove(temporary)
         raise
+
+
+@contextlib.contextmanager
+def atomic_write(path: str) -> Iterator[IO[bytes]]:
+    """Open a binary file for writing, as atomic_path does."""
+    with atomic_path(path) as temporary, open(temporary, "wb") as f:
+        yield f
+        f.flush()
 
 
 def write_text(path: str, text: str) -> None:

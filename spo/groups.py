@@ -1,187 +1,35 @@
-"""Ranked groups: files -> groups -> token ids -> batches. What every dataset is read as, and every loss trained on.
+"""Ranked groups -> token ids -> micro-batches: what every loss is trained on.
 
-A dataset is JSON Lines, one group a line, in any of these forms (unknown keys are kept):
-
-    {"prompt": "", "responses": ["...", "...", "..."], "ranking": [2, 0, 1]}     indices, best first
-    {"prompt": "", "responses": ["...", "..."], "best": 0}                       best-of-n: the rest is unordered
-    {"prompt": "...", "chosen": "...", "rejected": "..."}                        a pair, also with messages, as TRL has them
-    {"prompt": "...", "responses": ["..."]}  or  {"text": "..."}                 text for sft
-
-"finished": [true, ...] beside "responses" (true or false beside "text") marks those that ended by themselves (default:
-all): the others were cut at a length limit and get no terminator. Knows the tokenizer, and of a model its shape.
+Knows the tokenizer, and of a model its shape and device.
 """
 
+import bisect
+import glob
+import itertools
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from model import ModelArgs
-from spo.files import is_unicode, read_jsonl
+from model import Transformer
+from spo import parallel
+from spo.records import RankedGroup, read_groups, require
 from spo.tokenizer import Tokenizer
 
-# --- groups --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class RankedGroup:
-    """n responses to one prompt, best first as far as that is known.
-
-    order  "ranking": all of it is known; "best": responses[0] is the best, the rest unordered; "text": nothing is
-    """
-
-    prompt: str
-    responses: tuple[str, ...]
-    finished: tuple[bool, ...]
-    order: str
-    line: int
-
-
-def parse_group(record, where: str, line: int) -> RankedGroup:
-    """One line's record -> a group. ValueError, beginning with `where`, for anything but the forms above."""
-
-    def need(condition, message: str):
-        if not condition:
-            raise ValueError(f"{where}: {message}")
-
-    need(isinstance(record, dict), "not a JSON object")
-    if any(isinstance(record.get(name), list) for name in ("prompt", "chosen", "rejected")):
-        record = record | plain_texts(record, need)
-    prompt, finished = record.get("prompt", ""), record.get("finished")
-    if "chosen" in record or "rejected" in record:
-        responses, ranking = [record.get("chosen"), record.get("rejected")], [0, 1]
-    elif "text" in record and "responses" not in record:
-        responses, ranking = [record["text"]], None
-        finished = [finished] if isinstance(finished, bool) else finished
-    else:
-        responses, ranking = record.get("responses"), record.get("ranking")
-    need(isinstance(prompt, str) and is_unicode(prompt), "prompt is not a text")
-    need(
-        isinstance(responses, list) and responses,
-        'needs "responses", "chosen" and "rejected", or "text"',
-    )
-    need(
-        all(isinstance(r, str) and is_unicode(r) for r in responses),
-        "a response is missing or not a text",
-    )
-    n, best = len(responses), record.get("best")
-    finished = [True] * n if finished is None else finished
-    need(
-        isinstance(finished, list)
-        and len(finished) == n
-        and all(isinstance(f, bool) for f in finished),
-        f'"finished" is not a list of {n} true or false',
-    )
-    order = "text"
-    if ranking is not None:
-        whole = isinstance(ranking, list) and all(type(i) is int for i in ranking)
-        need(
-            whole and sorted(ranking) == list(range(n)),
-            f'"ranking" {ranking} is no permutation of 0..{n - 1}',
-        )
-        order = "ranking"
-    elif best is not None:
-        need(type(best) is int and 0 <= best < n, f'"best" {best} is not an index below {n}')
-        ranking = [best] + [i for i in range(n) if i != best]
-        order = "ranking" if n == 2 else "best"
-    ranking = ranking or list(range(n))
-    ordered, ended = tuple(responses[i] for i in ranking), tuple(finished[i] for i in ranking)
-    return RankedGroup(prompt, ordered, ended, order, line)
-
-
-def plain_texts(record: dict, need: Callable) -> dict[str, str]:
-    """Chat messages -> texts, in Llama 2's chat format. The prompt is apart, or begins both conversations.
-
-    One turn: a system message perhaps, a user's, and the assistant's that is chosen or rejected.
-    """
-    sides = [record.get("chosen"), record.get("rejected")]
-    prompt = record.get("prompt")
-    for messages in [*sides, prompt] if prompt is not None else sides:
-        need(
-            isinstance(messages, list)
-            and messages
-            and all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages),
-            'messages and texts are mixed, or a message has no "content"',
-        )
-    if prompt is None:
-        prompt = sides[0][:-1]
-        need(
-            sides[1][:-1] == prompt,
-            "chosen and rejected are different before their last message, and there is no prompt",
-        )
-        sides = [side[-1:] for side in sides]
-    roles = [m.get("role") for m in prompt]
-    need(
-        roles in (["user"], ["system", "user"])
-        and all([m.get("role") for m in side] == ["assistant"] for side in sides),
-        f"a conversation of {roles}: only one turn is read, (system,) user, assistant",
-    )
-    system = f"<<SYS>>\n{prompt[0]['content']}\n<</SYS>>\n\n" if len(prompt) == 2 else ""
-    texts = [f" {side[0]['content'].strip()}" for side in sides]
-    return {
-        "prompt": f"[INST] {system}{prompt[-1]['content'].strip()} [/INST]",
-        "chosen": texts[0],
-        "rejected": texts[1],
-    }
-
-
-def parse_prompt(record, where: str) -> str:
-    """The "prompt" of a line that is to be continued. ValueError, beginning with `where`."""
-    prompt = record.get("prompt") if isinstance(record, dict) else None
-    if not isinstance(prompt, str) or not is_unicode(prompt):
-        raise ValueError(f'{where}: no "prompt", or none in Unicode')
-    return prompt
-
-
-def read_groups(path: str) -> list[RankedGroup]:
-    """A dataset file -> its groups. ValueError naming file and line for the first malformed one."""
-    groups = [
-        parse_group(record, f"{path} line {number}", number) for number, record in read_jsonl(path)
-    ]
-    if not groups:
-        raise ValueError(f"{path}: holds no groups")
-    return groups
-
-
-def require(groups: list[RankedGroup], need: str, path: str, loss: str) -> None:
-    """ValueError, naming the line, where a group does not tell what the loss has to know.
-
-    need  as in losses.objective: "text", "best", "pair" or "ranking"
-    """
-    size = len(groups[0].responses)
-    convert = f"python tinystories_data.py pairs --data={path} --out=pairs.jsonl"
-    for group in groups:
-        where, n = f"{path} line {group.line}", len(group.responses)
-        if n != size:
-            raise ValueError(
-                f"{where}: group has {n} responses, expected {size} as in line {groups[0].line}"
-            )
-        if need == "pair" and n != 2:
-            raise ValueError(
-                f"{where}: --loss={loss} compares pairs, the group has {n} responses; "
-                f"make some: {convert}"
-            )
-        if need in ("pair", "ranking") and group.order != "ranking":
-            raise ValueError(
-                f"{where}: --loss={loss} needs a full ranking, the group tells only "
-                f"{'its best' if group.order == 'best' else 'texts'}"
-            )
-        if need == "best" and group.order == "text" and n > 1:
-            raise ValueError(
-                f'{where}: --loss={loss} needs the best response named ("best" or "ranking")'
-            )
-
-
-# --- tokens and batches --------------------------------------------------------------------------
+# Micro-batches are a multiple of this wide: oneDNN keeps code and memory for every shape that it meets.
+TOKENS_ROUNDED_TO = 32
 
 
 @dataclass(frozen=True)
 class EncodedGroup:
     """A group in token ids: the prompt from BOS on; each response with the terminator, if it has ended.
 
-    reference_logps  what the reference says of each response, in nats; None: nobody has asked
+    line             of the dataset; of a sample, its number
+    reference_logps  the reference's log-prob of each response, in nats; None: not computed
     """
 
     prompt: list[int]
@@ -189,21 +37,30 @@ class EncodedGroup:
     line: int
     reference_logps: tuple[float, ...] | None = None
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the prompt and the longest response."""
+        return len(self.prompt) + max(map(len, self.responses))
+
+    @property
+    def scored_tokens(self) -> int:
+        return sum(map(len, self.responses))
+
 
 @dataclass
 class Batch:
     """N = B * n sequences, group by group, padded on the right.
 
-    tokens  (N, T) ids, BOS first
-    mask    (N, T) bool: the tokens that are scored, i.e. the responses; by length, never by token value,
-            since BOS, terminator and padding may share an id
-    n       responses per group
+    tokens           (N, T) ids, BOS first
+    mask             (N, T) bool: True on the tokens that are scored, which are the responses. It goes by length and
+                     never by value, since BOS, terminator and padding may share an id
+    n                responses per group
     reference_logps  (B, n) float64, or None where the groups have none
     """
 
     tokens: Tensor
     mask: Tensor
-    n: int = 1
+    n: int
     reference_logps: Tensor | None = None
 
     @property
@@ -211,119 +68,200 @@ class Batch:
         """Scored tokens of each response, (B, n)."""
         return self.mask.sum(1).view(-1, self.n)
 
-    def to(self, device) -> "Batch":
-        logps = None if self.reference_logps is None else self.reference_logps.to(device)
-        return Batch(self.tokens.to(device), self.mask.to(device), self.n, logps)
 
-
-def collate(sequences: list[tuple[list[int], list[int]]], n: int = 1, width: int = 0) -> Batch:
-    """(prompt ids, response ids) pairs -> a Batch of as many tokens as the longest has, or `width` if that is more."""
-    width = max(width, *(len(prompt) + len(response) for prompt, response in sequences))
+def make_batch(groups: Sequence[EncodedGroup], width: int = 0, device="cpu") -> Batch:
+    """Lay groups side by side in as many tokens as the longest has, or `width` if that is more."""
+    sequences = [(group.prompt, response) for group in groups for response in group.responses]
+    width = max(width, *(group.longest for group in groups))
     tokens = torch.zeros(len(sequences), width, dtype=torch.long)
     mask = torch.zeros(len(sequences), width, dtype=torch.bool)
     for row, (prompt, response) in enumerate(sequences):
         end = len(prompt) + len(response)
         tokens[row, :end] = torch.tensor(prompt + response)
         mask[row, len(prompt) : end] = True
-    return Batch(tokens, mask, n)
-
-
-def make_batch(groups: list[EncodedGroup], width: int = 0) -> Batch:
-    sequences = [(group.prompt, response) for group in groups for response in group.responses]
-    batch = collate(sequences, n=len(groups[0].responses), width=width)
+    reference_logps = None
     if all(group.reference_logps for group in groups):
-        batch.reference_logps = torch.tensor(
-            [group.reference_logps for group in groups], dtype=torch.float64
-        )
-    return batch
+        logps = [group.reference_logps for group in groups]
+        reference_logps = torch.tensor(logps, dtype=torch.float64, device=device)
+    n = len(groups[0].responses)
+    return Batch(tokens.to(device), mask.to(device), n, reference_logps)
+
+
+# --- from texts to token ids ---------------------------------------------------------------------
 
 
 def encode_groups(
     groups: list[RankedGroup], tokenizer: Tokenizer, eos_id: int, max_seq_len: int
 ) -> tuple[list[EncodedGroup], dict[str, list[int]]]:
-    """Groups -> token ids; and those dropped, as {reason: their lines}.
+    """Encode groups; return them, and those that were dropped as {reason: their lines}.
 
     Prompt and response are encoded apart, so that the boundary does not depend on the text around it. A response is
     what follows the prompt to the letter: it brings its own leading space, if there is one. A group with an empty
     response, two identical ones, or a sequence longer than max_seq_len is dropped: it teaches nothing, or something
     else than what was judged.
     """
-    encoded, drops = [], {}
+    encoded: list[EncodedGroup] = []
+    drops: dict[str, list[int]] = {}
     for group in groups:
         prompt = tokenizer.encode(group.prompt, bos=True)
-        responses = [
-            tokenizer.encode_after(group.prompt, text) + [eos_id] * ended
-            for text, ended in zip(group.responses, group.finished)
-        ]
-        if any(not text.strip() for text in group.responses):
-            reason = "an empty response"
-        elif len(set(group.responses)) < len(group.responses):
-            reason = "identical responses"
-        elif len(prompt) + max(map(len, responses)) > max_seq_len:
-            reason = f"longer than {max_seq_len} tokens"
+        responses = []
+        for text, finished in zip(group.responses, group.finished, strict=True):
+            ids = tokenizer.encode_after(group.prompt, text)
+            responses.append([*ids, eos_id] if finished else ids)
+        candidate = EncodedGroup(prompt, responses, group.line)
+        reason = reason_to_drop(group, candidate, max_seq_len)
+        if reason:
+            drops.setdefault(reason, []).append(group.line)
         else:
-            encoded.append(EncodedGroup(prompt, responses, group.line))
-            continue
-        drops.setdefault(reason, []).append(group.line)
+            encoded.append(candidate)
     return encoded, drops
 
 
-def longest_sequence(group: EncodedGroup) -> int:
-    """Tokens of the prompt and the longest response."""
-    return len(group.prompt) + max(map(len, group.responses))
+def reason_to_drop(group: RankedGroup, encoded: EncodedGroup, max_seq_len: int) -> str:
+    """Say why a group cannot be trained on; "" if it can."""
+    if any(not text.strip() for text in group.responses):
+        return "an empty response"
+    if len(set(group.responses)) < len(group.responses):
+        return "identical responses"
+    if encoded.longest > max_seq_len:
+        return f"longer than {max_seq_len} tokens"
+    return ""
 
 
-WIDTH = 32  # micro-batches are a multiple of this wide: oneDNN keeps code and memory for every shape that it meets
+def load_dataset(
+    path: str, loss: str, need: str, tokenizer: Tokenizer, model: Transformer
+) -> tuple[Sequence[EncodedGroup], list[str]]:
+    """Read a dataset; return its groups, encoded, and the different prompts of those that can be used.
+
+    need  what the loss has to know of a group, as in losses.Loss.data
+    Prints what is dropped. ValueError if the file does not suit the loss.
+    """
+    context = model.args.max_seq_len
+    if os.path.isdir(path) or path.endswith(".bin"):
+        if need != "text":
+            kind = "token files are text for --loss=sft"
+            raise ValueError(f"--data={path}: {kind}; {loss} needs groups (JSONL)")
+        return TokenWindows(path, context, model.args.vocab_size), [""]
+    groups = read_groups(path)
+    require(groups, need, path, loss)
+    encoded, drops = encode_groups(groups, tokenizer, model.eos_id, context)
+    for reason, lines in drops.items():
+        dropped = f"{len(lines)} of {len(groups)} groups dropped, {reason}"
+        parallel.print0(f"{path}: {dropped} (first in line {lines[0]})")
+    if not encoded:
+        reasons = ", ".join(drops)
+        raise ValueError(f"{path}: none of its {len(groups)} groups can be used: {reasons}")
+    used = {group.line for group in encoded}
+    return encoded, sorted({group.prompt for group in groups if group.line in used})
+
+
+# --- micro-batches -------------------------------------------------------------------------------
 
 
 def micro_batches(
-    groups: list[EncodedGroup],
-    size: int | None,
-    args: ModelArgs,
-    device: str,
-    agree: Callable[[int], int] = int,
+    groups: Sequence[EncodedGroup], size: int | None, model: Transformer
 ) -> list[Batch]:
-    """The groups, by length, in batches of at most `size`, so that neighbours need little padding.
+    """Cut groups, by length, into batches of at most `size`, so that neighbours need little padding.
 
-    size   None: whatever is fastest, of up to 4,096 tokens on a CPU, fewer for wide models: no larger than keeps it busy
-    args   the model's
-    agree  from the number of batches that this process would make to the one that all make
+    size  None: whatever is fastest, and no larger than keeps the device busy
+    Collective: every process makes the same number of batches, since sharded models need all at every pass.
     """
-    groups = sorted(groups, key=longest_sequence)
-    n, widths = (
-        len(groups[0].responses),
-        [min(args.max_seq_len, -(-longest_sequence(g) // WIDTH) * WIDTH) for g in groups],
-    )
-    if size is not None:
-        count = math.ceil(len(groups) / size)
-        ends = [i * len(groups) // count for i in range(count + 1)]
-    elif str(device) == "cpu":
-        ends = cut([n * width for width in widths], min(4096, 300_000 // args.dim), overhead=128)
-    else:
-        ends = cut(
-            [n * width for width in widths], 2**23 // args.dim, overhead=4096
-        )  # a guess: measured on CPUs only
-    count = agree(len(ends) - 1)
-    while len(ends) <= count:  # other processes make more
+    groups = sorted(groups, key=lambda group: group.longest)
+    n = len(groups[0].responses)
+    widths = [padded_width(group.longest, model.args.max_seq_len) for group in groups]
+    costs = [n * width for width in widths]
+    ends = split_groups(costs, size, model.args.dim, model.device.type)
+    count = parallel.all_reduce_max(len(ends) - 1)
+    while len(ends) <= count:  # other processes make more: halve the largest
         i = max(range(1, len(ends)), key=lambda i: ends[i] - ends[i - 1])
         ends.insert(i, (ends[i - 1] + ends[i]) // 2)
-    return [make_batch(groups[a:b], widths[b - 1]).to(device) for a, b in zip(ends, ends[1:])]
+    batches = []
+    for start, end in itertools.pairwise(ends):
+        batches.append(make_batch(groups[start:end], widths[end - 1], model.device))
+    return batches
 
 
-def cut(tokens: list[int], most: int, overhead: int) -> list[int]:
-    """Where to cut groups, the longest last, into batches: 0, ..., len(tokens), at the least cost in tokens.
+def split_groups(tokens: list[int], size: int | None, dim: int, device_type: str) -> list[int]:
+    """Return the boundaries 0 = e0 < e1 < ... = len(tokens) of micro-batches of groups that are sorted by length.
 
-    tokens    of a group when it is padded to its own width: all of a batch are padded to its last one's
-    most      of a batch, unless one group has more
-    overhead  what a batch costs besides its tokens
+    tokens  of each group, padded
+    size    groups in each; None: up to 4,096 tokens on a CPU, fewer for wide models
     """
-    costs, starts = [0], [0]
+    if size is not None:
+        count = math.ceil(len(tokens) / size)
+        return [i * len(tokens) // count for i in range(count + 1)]
+    if device_type == "cpu":
+        return split_by_cost(tokens, most=min(4096, 300_000 // dim), overhead=128)
+    return split_by_cost(tokens, most=2**23 // dim, overhead=4096)  # a guess: not yet run on a GPU
+
+
+def padded_width(tokens: int, context: int) -> int:
+    """tokens=33, context=256 -> 64, the next multiple of TOKENS_ROUNDED_TO"""
+    return min(context, math.ceil(tokens / TOKENS_ROUNDED_TO) * TOKENS_ROUNDED_TO)
+
+
+def split_by_cost(tokens: list[int], most: int, overhead: int) -> list[int]:
+    """Split groups, sorted by length, into batches by dynamic programming; return 0 = e0 < e1 < ... = len(tokens).
+
+    tokens    of each group, padded to its own width; in a batch all are padded to the width of the last
+    most      tokens of a batch, unless one group has more
+    overhead  what a batch costs besides its padded tokens, in tokens
+
+    tokens=[1, 1, 9], most=20, overhead=3 -> [0, 2, 3]: 2 + 9 tokens in two batches, instead of 27 in one
+    """
+    costs = [0]  # of the best split of the first i groups
+    starts = [0]  # where its last batch begins
     for end, width in enumerate(tokens, 1):
-        first = end - max(1, min(end, most // width))
-        start = min(range(first, end), key=lambda i: costs[i] + (end - i) * width)
+        fewest = end - max(1, min(end, most // width))
+        start = min(range(fewest, end), key=lambda i: costs[i] + (end - i) * width)
         costs.append(costs[start] + (end - start) * width + overhead)
         starts.append(start)
     ends = [len(tokens)]
     while ends[0] > 0:
         ends.insert(0, starts[ends[0]])
     return ends
+
+
+# --- token files ---------------------------------------------------------------------------------
+
+
+def token_files(folder: str) -> list[str]:
+    files = sorted(glob.glob(os.path.join(folder, "*.bin")))
+    return [file for file in files if os.path.basename(file) != "tokenizer.bin"]
+
+
+class TokenWindows(Sequence):
+    """Token files as groups of one for sft, as llama2.c trains: windows of `length` tokens, whatever stories they cut.
+
+    Window i ends with the token that window i + 1 begins with, so that every token but the first is scored once; a
+    BOS in the middle is scored as the terminator of the story before it.
+    """
+
+    def __init__(self, path: str, length: int, vocab_size: int):
+        """path: a .bin file or a folder of them. ValueError if there is no window in it."""
+        self.length = length
+        self.vocab_size = vocab_size
+        candidates = token_files(path) or [path]
+        self.files = [f for f in candidates if os.path.isfile(f) and os.path.getsize(f) > 1]
+        self.streams = [np.memmap(file, np.uint16, "r") for file in self.files]
+        windows = [(len(stream) - 1) // (length - 1) for stream in self.streams]
+        self.ends = list(itertools.accumulate(windows))
+        if not self.ends or self.ends[-1] == 0:
+            make = "python tinystories_data.py pretokenize makes them"
+            raise ValueError(f"{path}: holds no token file of {length} tokens; {make}")
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, index: int) -> EncodedGroup:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        file = bisect.bisect_right(self.ends, index)
+        windows_before = self.ends[file - 1] if file else 0
+        start = (index - windows_before) * (self.length - 1)
+        window = self.streams[file][start : start + self.length].tolist()
+        if max(window) >= self.vocab_size:
+            held = f"holds id {max(window)}, the model has {self.vocab_size}"
+            mend = "pretokenize the text with this model's tokenizer"
+            raise ValueError(f"{self.files[file]}: {held}; {mend}")
+        return EncodedGroup(window[:1], [window[1:]], index)

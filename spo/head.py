@@ -1,96 +1,179 @@
-"""What is read of the classifier, from hidden states: log-probs and KL, with no (N, T, V) tensor.
+"""Log-probs and KL of a model straight from its hidden states, without ever holding all logits.
 
-Equal to `losses.sequence_logps` and `losses.token_kl` of the logits. Only scored tokens meet the classifier, a block of
-them at a time. Of a block its gradient is kept, written over the logits themselves, and only if there is to be a backward
-pass: nothing is computed twice, and micro-batches bound how many blocks there are.
+`sequence_logps` and `token_kl` equal the functions of the same names in losses.py, applied to `model(tokens)`. The
+vocabulary projection runs on blocks of scored tokens; each block's gradient overwrites its logits and is kept for the
+backward pass, so nothing is computed twice, and the size of a micro-batch bounds how many blocks there are.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from losses import sum_scored
+from model import Transformer
+from spo import parallel
+from spo.groups import Batch
 
-BLOCK = {
-    "cpu": 2**23,
-    "cuda": 2**27,
-}  # numbers in a block of logits: on a CPU 32 MiB, about its cache
-ROUND = (
-    64  # rows come in multiples of this: oneDNN keeps scratch memory for every shape that it meets
-)
+# Numbers in a block of logits. On a CPU they are 32 MiB, about the size of its cache.
+NUMBERS_PER_BLOCK = {"cpu": 2**23, "cuda": 2**27}
+ROWS_ROUNDED_TO = 64  # oneDNN keeps scratch memory for every shape that it meets
 
 
-def sequence_logps(hidden: Tensor, classifier: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-    """`losses.sequence_logps` of the logits hidden @ classifier.T.
+@dataclass
+class ReferenceStates:
+    """What the KL needs of the reference for one batch.
 
-    hidden      (N, T, D) final hidden states, of any dtype;  classifier (V, D)
+    hidden      (N, T, D) its final hidden states
+    classifier  (V, D), gathered if the reference is sharded
+    """
+
+    hidden: Tensor
+    classifier: Tensor
+
+
+# --- of a model and a batch ----------------------------------------------------------------------
+
+
+def sequence_logps(policy: Transformer, batch: Batch) -> Tensor:
+    """Equal `losses.sequence_logps(policy(batch.tokens), batch.tokens, batch.mask)`, as (B, n).
+
+    In nats, float32 (float64 for a float64 model).
+    """
+
+    def compute(policy: Transformer) -> Tensor:
+        hidden = policy.hidden(batch.tokens)
+        return logps_from_hidden(hidden, policy.output.weight, batch.tokens, batch.mask)
+
+    return parallel.with_weights(policy, compute).view(-1, batch.n)
+
+
+def token_kl(
+    policy: Transformer, batch: Batch, reference: ReferenceStates
+) -> tuple[Tensor, Tensor]:
+    """Equal `losses.token_kl(policy(tokens), reference(tokens), mask)`; return it and the policy's entropy.
+
+    Both are (B, n), summed over the scored tokens, in nats. The entropy carries no gradient.
+    """
+
+    def compute(policy: Transformer) -> tuple[Tensor, Tensor]:
+        hidden = policy.hidden(batch.tokens)
+        return kl_from_hidden(hidden, policy.output.weight, reference, batch.mask)
+
+    kl, entropy = parallel.with_weights(policy, compute)
+    return kl.view(-1, batch.n), entropy.view(-1, batch.n)
+
+
+def logps_and_kl(
+    policy: Transformer, batch: Batch, reference: ReferenceStates
+) -> tuple[Tensor, Tensor]:
+    """Return `sequence_logps` and `token_kl`'s KL, (B, n) each, from one pass of the policy."""
+
+    def compute(policy: Transformer) -> tuple[Tensor, Tensor]:
+        hidden = policy.hidden(batch.tokens)
+        classifier = policy.output.weight
+        logps = logps_from_hidden(hidden, classifier, batch.tokens, batch.mask)
+        kl, _ = kl_from_hidden(hidden, classifier, reference, batch.mask)
+        return logps, kl
+
+    logps, kl = parallel.with_weights(policy, compute)
+    return logps.view(-1, batch.n), kl.view(-1, batch.n)
+
+
+@torch.no_grad()
+def hidden_states(reference: Transformer, batch: Batch) -> Tensor:
+    """Return the reference's final hidden states (N, T, D)."""
+    return parallel.with_weights(reference, lambda model: model.hidden(batch.tokens))
+
+
+def full_classifier(reference: Transformer, dtype: torch.dtype) -> Tensor:
+    """Return the classifier (V, D), gathered if the model is sharded. Collective."""
+    return parallel.full_tensor(reference.output.weight.detach()).to(dtype)
+
+
+@torch.no_grad()
+def reference_states(reference: Transformer, batch: Batch) -> ReferenceStates:
+    hidden = hidden_states(reference, batch)
+    return ReferenceStates(hidden, full_classifier(reference, hidden.dtype))
+
+
+# --- from hidden states --------------------------------------------------------------------------
+
+
+def logps_from_hidden(hidden: Tensor, classifier: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+    """Equal `losses.sequence_logps(hidden @ classifier.T, tokens, mask)`.
+
+    hidden        (N, T, D) final hidden states, of any dtype;  classifier (V, D)
     tokens, mask  (N, T) ids, and bool: True on scored tokens
-    returns     (N,) nats, float32 (float64 for float64)
+    returns       (N,) nats, float32 (float64 for float64)
     """
     scored = mask[:, 1:]
-    targets = rounded(tokens[:, 1:][scored].unsqueeze(1))  # (S, 1)
+    targets = rounded_up(tokens[:, 1:][scored].unsqueeze(1))  # (S, 1)
 
     def negative_logp(logits: Tensor, rows: slice, with_gradient: bool) -> Tensor:
         logps = torch.log_softmax(logits, -1, out=logits)
         values = -logps.gather(1, targets[rows]).squeeze(1)
         if with_gradient:  # softmax - one-hot
-            logits.exp_().scatter_add_(1, targets[rows], logits.new_full((len(values), 1), -1.0))
+            minus_one = logits.new_full((len(values), 1), -1.0)
+            logits.exp_().scatter_add_(1, targets[rows], minus_one)
         return values
 
     return -per_sequence(hidden, classifier, scored, negative_logp)
 
 
-def token_kl(
-    hidden: Tensor,
-    classifier: Tensor,
-    reference_hidden: Tensor,
-    reference_classifier: Tensor,
-    mask: Tensor,
-) -> Tensor:
-    """`losses.token_kl` of the logits of both models: no gradient flows into the reference.
+def kl_from_hidden(
+    hidden: Tensor, classifier: Tensor, reference: ReferenceStates, mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Equal `losses.token_kl` of the logits of both models; return it and the policy's entropy.
 
-    hidden, reference_hidden  (N, T, D);  both classifiers (V, D);  mask (N, T) bool
-    returns                   (N,) nats, as above
+    hidden   (N, T, D);  classifier (V, D);  mask (N, T) bool
+    returns  (N,) and (N,) nats, as above; no gradient flows into the reference, nor through the entropy
     """
     scored = mask[:, 1:]
-    reference_hidden = rounded(reference_hidden[:, :-1][scored].detach())
+    reference_rows = rounded_up(reference.hidden[:, :-1][scored].detach())  # (S, D)
+    reference_classifier = reference.classifier.detach()
+    entropies: list[Tensor] = []
 
     def kl(logits: Tensor, rows: slice, with_gradient: bool) -> Tensor:
         logps = torch.log_softmax(logits, -1, out=logits)
-        reference = logits_of(reference_hidden[rows], reference_classifier.detach())
-        gap = torch.sub(logps, torch.log_softmax(reference, -1, out=reference), out=reference)
-        p = logits.exp_()
+        reference_logits = logits_of(reference_rows[rows], reference_classifier)
+        reference_logps = torch.log_softmax(reference_logits, -1, out=reference_logits)
+        gap = torch.sub(logps, reference_logps, out=reference_logits)
+        p = torch.exp(logps, out=block_like(logits))
         values = torch.linalg.vecdot(p, gap)
+        entropies.append(-torch.linalg.vecdot(p, logps))
         if with_gradient:  # p (log p - log ref - KL)
-            p.mul_(gap.sub_(values.unsqueeze(1)))
-        give_back(reference)
+            torch.mul(p, gap.sub_(values.unsqueeze(1)), out=logits)
+        give_back(p)
+        give_back(reference_logits)
         return values
 
-    return per_sequence(hidden, classifier, scored, kl)
+    values = per_sequence(hidden, classifier, scored, kl)
+    entropy = torch.cat(entropies)[: int(scored.sum())] if entropies else values.new_empty(0)
+    return values, sum_scored(entropy, scored)
 
 
 def per_sequence(hidden: Tensor, classifier: Tensor, scored: Tensor, value: Callable) -> Tensor:
-    """The sum over each sequence's scored tokens of what `value` makes of their logits, (N,)."""
+    """Sum over each sequence's scored tokens what `value` makes of their logits: (N,)."""
     rows = hidden[:, :-1][scored]  # (S, D)
-    return sum_scored(
-        ValuePerToken.apply(rounded(rows), classifier, value, torch.is_grad_enabled())[: len(rows)],
-        scored,
-    )
+    recording = torch.is_grad_enabled()
+    values = ValuePerToken.apply(rounded_up(rows), classifier, value, recording)
+    return sum_scored(values[: len(rows)], scored)
 
 
-def rounded(rows: Tensor) -> Tensor:
-    """(S, ...) with zeros below, up to a multiple of ROUND."""
-    return F.pad(rows, (0, 0, 0, -len(rows) % ROUND))
+def rounded_up(rows: Tensor) -> Tensor:
+    """Add rows of zeros to (S, ...), up to a multiple of ROWS_ROUNDED_TO."""
+    return F.pad(rows, (0, 0, 0, -len(rows) % ROWS_ROUNDED_TO))
 
 
 class ValuePerToken(torch.autograd.Function):
     """hidden (S, D), classifier (V, D) -> (S,): one value of each token's logits.
 
-    value(logits, rows, with_gradient)  the values (R,) of a block of logits (R, V), which are those of the tokens `rows`;
-                                        writes their gradient over the logits
-    One backward pass, and none of second order.
+    value(logits, rows, with_gradient)  returns the values (R,) of a block of logits (R, V), which are those of the
+                                        tokens `rows`; writes their gradient over the logits
+    There is one backward pass, and none of second order.
     """
 
     @staticmethod
@@ -102,8 +185,9 @@ class ValuePerToken(torch.autograd.Function):
         recording: bool,
     ):
         with_gradient = recording and any(ctx.needs_input_grad)
-        values, ctx.gradients = [hidden.new_empty(0, dtype=wide(hidden))], []
-        size = block_size(hidden, classifier)
+        values = [hidden.new_empty(0, dtype=wide(hidden))]
+        ctx.gradients = []
+        size = rows_per_block(hidden, classifier)
         for start in range(0, len(hidden), size):
             rows = slice(start, start + size)
             logits = logits_of(hidden[rows], classifier)
@@ -123,15 +207,15 @@ class ValuePerToken(torch.autograd.Function):
         hidden, classifier = ctx.saved_tensors
         upstream = upstream.to(hidden.dtype).unsqueeze(1)
         weighed = hidden * upstream
-        to_hidden, to_classifier = torch.empty_like(hidden), torch.empty_like(classifier)
+        to_hidden = torch.empty_like(hidden)
+        to_classifier = torch.empty_like(classifier)
         done = 0
         for gradient in ctx.gradients:
             rows = slice(done, done + len(gradient))
             narrow = gradient.to(hidden.dtype)
             torch.mm(narrow, classifier, out=to_hidden[rows])
-            to_classifier.addmm_(
-                narrow.t(), weighed[rows], beta=min(done, 1)
-            )  # the first block needs no zeros to be added to
+            # beta=0 for the first block: it is written, and needs no zeros to be added to.
+            to_classifier.addmm_(narrow.t(), weighed[rows], beta=min(done, 1))
             give_back(gradient)
             done = rows.stop
         ctx.gradients = None
@@ -150,24 +234,36 @@ def wide(hidden: Tensor) -> torch.dtype:
     return torch.promote_types(hidden.dtype, torch.float32)
 
 
-def block_size(hidden: Tensor, classifier: Tensor) -> int:
-    """Tokens in a block."""
-    return max(1, BLOCK.get(hidden.device.type, 2**27) // len(classifier) // ROUND) * ROUND
+def rows_per_block(hidden: Tensor, classifier: Tensor) -> int:
+    numbers = NUMBERS_PER_BLOCK.get(hidden.device.type, 2**27)
+    return max(1, numbers // len(classifier) // ROWS_ROUNDED_TO) * ROWS_ROUNDED_TO
 
 
 def logits_of(hidden: Tensor, classifier: Tensor) -> Tensor:
-    """(R, D), R of a block at most -> logits (R, V), float32 at least."""
-    shape, dtype = (block_size(hidden, classifier), len(classifier)), wide(hidden)
+    """hidden (R, D), a block at most -> logits (R, V), float32 at least."""
+    dtype = wide(hidden)
     if hidden.device.type != "cpu":
         return (hidden @ classifier.t()).to(dtype)
-    blocks = spare.setdefault((shape, dtype), [])
-    logits = (blocks.pop() if blocks else torch.empty(shape, dtype=dtype))[: len(hidden)]
+    shape = (rows_per_block(hidden, classifier), len(classifier))
+    logits = take_block(shape, dtype)[: len(hidden)]
     if hidden.dtype == dtype:
         return torch.mm(hidden, classifier.t(), out=logits)
     return logits.copy_(hidden @ classifier.t())
 
 
+def block_like(logits: Tensor) -> Tensor:
+    """Return another block of this shape, with any content."""
+    if logits.device.type != "cpu":
+        return torch.empty_like(logits)
+    return take_block(logits._base.shape, logits.dtype)[: len(logits)]
+
+
+def take_block(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    blocks = spare.setdefault((tuple(shape), dtype), [])
+    return blocks.pop() if blocks else torch.empty(shape, dtype=dtype)
+
+
 def give_back(logits: Tensor) -> None:
-    """Nobody reads these logits any more."""
+    """Let the next block of logits have this one's memory."""
     if logits.device.type == "cpu":
-        spare[logits._base.shape, logits.dtype].append(logits._base)
+        spare[tuple(logits._base.shape), logits.dtype].append(logits._base)

@@ -4,14 +4,38 @@ An estimate for deciding what to rent and which flags to give. Weights, gradient
 activations are what autograd keeps of a layer (tests/test_plan.py compares); an allocator's fragmentation is not in it.
 """
 
+import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from model import QUERIES, SHORT, ModelArgs, Transformer
+from model import ModelArgs, Transformer
+from spo.fast import MOST_TOKENS_FOR_BLOCKS, QUERIES_PER_BLOCK
+from spo.generate import STORIES_AT_A_TIME
+from spo.groups import EncodedGroup, padded_width, split_groups
 
 GIB = 2**30
+GROUPS_LOOKED_AT = 1000  # for the longest of a dataset
+ALWAYS = ("weights", "AdamW's moments", "reference", "reference's states of the samples")
+PHASES = {
+    "training": (
+        *ALWAYS,
+        "gradients",
+        "gathered layers",
+        "activations",
+        "gradient of the logits",
+        "classifier for the KL",
+    ),
+    "generation and evaluation": (
+        *ALWAYS,
+        "whole policy to generate",
+        "whole reference to judge",
+        "weights laid out to generate",
+        "key-value cache",
+    ),
+}
 
 
 @dataclass
@@ -30,117 +54,122 @@ class Load:
     activation_checkpointing: bool
 
 
-def saved_by_layer(args: ModelArgs, sequences: int, length: int, width: int, on_cpu: bool) -> int:
-    """Bytes that autograd keeps of one layer for sequences of `length` tokens, at `width` bytes a number.
+def first_groups(groups: Sequence[EncodedGroup]) -> list[EncodedGroup]:
+    """Return as many groups as tell what a large dataset is like."""
+    return [groups[i] for i in range(min(GROUPS_LOOKED_AT, len(groups)))]
 
-    Inputs of the matrices, and what attention, SwiGLU and RMSNorm need of themselves. The norms upcast 16-bit numbers, and so
-    does attention on a CPU, which keeps its probabilities, too.
+
+def load_of(config, objective, args: ModelArgs, groups: Sequence[EncodedGroup]) -> Load:
+    """Return what `spo_train.py` with these flags, this objective and this data works on."""
+    longest = max(group.longest for group in first_groups(groups))
+    width = padded_width(longest, args.max_seq_len)
+    n = len(groups[0].responses)
+    groups_each = max(1, config.batch_size // config.plan)
+    device_type = config.device.split(":")[0]
+    ends = split_groups([n * width] * groups_each, config.micro_batch_size, args.dim, device_type)
+    return Load(
+        processes=config.plan,
+        device=config.device,
+        dtype=config.dtype,
+        reference=objective.needs_reference or config.eval_stories > 0,
+        online=config.kl_batch_size if objective.online else 0,
+        eval_stories=config.eval_stories,
+        sequences=n * ends[1],
+        longest=width,
+        new_tokens=config.max_new_tokens,
+        activation_checkpointing=config.activation_checkpointing,
+    )
+
+
+def saved_by_layer(args: ModelArgs, sequences: int, length: int, width: int, on_cpu: bool) -> int:
+    """Return the bytes that autograd keeps of one layer for sequences of `length` tokens, at `width` bytes a number.
+
+    They are the inputs of the matrices, and what attention, SwiGLU and RMSNorm need besides. The norms upcast 16-bit
+    numbers, and so does attention on a CPU, which keeps its probabilities, too.
     """
     kv_dim = args.n_kv_heads * args.head_dim
     upcast = 4 if width == 2 else 0
     norms = 2 * args.dim * (2 * width + upcast) + 2 * 4
-    attention = (args.dim + 2 * kv_dim) * width + 2 * args.dim * width + args.n_heads * 4
+    qkv = args.dim + 2 * kv_dim
+    attention = qkv * width + 2 * args.dim * width + args.n_heads * 4
     swiglu = 4 * args.hidden_dim * width
     scores = 0
-    if on_cpu and length <= SHORT:
-        attention += (args.dim + 2 * kv_dim) * upcast
-        scores = (
-            4
-            * args.n_heads
-            * sum(
-                (min(i + QUERIES, length) - i) * min(i + QUERIES, length)
-                for i in range(0, length, QUERIES)
-            )
-        )
+    if on_cpu and length <= MOST_TOKENS_FOR_BLOCKS:
+        attention += qkv * upcast
+        for first in range(0, length, QUERIES_PER_BLOCK):
+            last = min(first + QUERIES_PER_BLOCK, length)
+            scores += 4 * args.n_heads * (last - first) * last
     return sequences * (length * (norms + attention + swiglu) + scores)
 
 
 def memory(args: ModelArgs, tied: bool, load: Load) -> dict[str, int]:
-    """Bytes of each kind, for one process."""
+    """Return the bytes of each kind, for one process."""
     with torch.device("meta"):
         model = Transformer(args, tied)
     numbers = sum(p.numel() for p in model.parameters())
     layer = sum(p.numel() for p in model.layers[0].parameters())
     root = numbers - layer * args.n_layers
-    share = -(-numbers // load.processes)
+    share = math.ceil(numbers / load.processes)
     width = 2 if load.dtype == "bfloat16" else 4
     sharded = load.processes > 1 or load.dtype == "bfloat16"
-    tokens = load.sequences * load.longest
-    samples = -(-load.online // load.processes)
-    stories = max(samples, min(128, -(-load.eval_stories // load.processes)))
     on_cpu = load.device == "cpu"
-    of_layer = saved_by_layer(args, load.sequences, load.longest, width, on_cpu)
-    kept = (
-        tokens * args.dim * width * args.n_layers + of_layer
-        if load.activation_checkpointing
-        else of_layer * args.n_layers
-    )
-    cache_tokens = min(args.max_seq_len, load.new_tokens + load.longest)
-    return {
+    tokens = load.sequences * load.longest
+    samples = math.ceil(load.online / load.processes)
+    stories = min(STORIES_AT_A_TIME, math.ceil(load.eval_stories / load.processes))
+    activations = saved_by_layer(args, load.sequences, load.longest, width, on_cpu)
+    if load.activation_checkpointing:  # one layer's, and the inputs of all
+        activations += tokens * args.dim * width * args.n_layers
+    else:
+        activations *= args.n_layers
+    sample_tokens = samples * min(load.new_tokens, args.max_seq_len)
+    cached_tokens = max(samples, stories) * min(args.max_seq_len, load.new_tokens + load.longest)
+    cached_numbers = 2 * args.n_layers * args.n_kv_heads * args.head_dim
+    classifier = args.vocab_size * args.dim
+    kinds = {
         "weights": 4 * share,
         "gradients": 4 * share,
         "AdamW's moments": 8 * share,
-        "reference": 4 * share if load.reference else 0,
-        "gathered layers": width * (2 * layer + root) if sharded else 0,
-        "activations": kept,
+        "activations": activations,
         "gradient of the logits": 4 * tokens * args.vocab_size,  # written over the logits
-        "classifier for the KL": width * args.vocab_size * args.dim
-        if sharded and load.online
-        else 0,
-        "reference's states of the samples": width
-        * samples
-        * min(load.new_tokens, args.max_seq_len)
-        * args.dim,
-        "whole policy to generate": width * numbers if sharded else 0,
-        "whole reference to judge": width * numbers if sharded and load.eval_stories else 0,
-        "weights laid out to generate": width * numbers if on_cpu else 0,
-        "key-value cache": 2
-        * stories
-        * cache_tokens
-        * args.n_layers
-        * args.n_kv_heads
-        * args.head_dim
-        * (4 if on_cpu else width),
+        "reference's states of the samples": width * sample_tokens * args.dim,
+        "key-value cache": cached_tokens * cached_numbers * (4 if on_cpu else width),
+        "reference": 4 * share if load.reference else 0,
     }
+    if sharded:
+        kinds["gathered layers"] = width * (2 * layer + root)
+        kinds["classifier for the KL"] = width * classifier if load.online else 0
+        kinds["whole policy to generate"] = width * numbers
+        kinds["whole reference to judge"] = width * numbers if load.eval_stories else 0
+    if on_cpu:
+        kinds["weights laid out to generate"] = width * numbers
+    return kinds
+
+
+def peaks(kinds: dict[str, int]) -> dict[str, int]:
+    """Return the bytes of each phase at its peak."""
+    return {phase: sum(kinds.get(kind, 0) for kind in names) for phase, names in PHASES.items()}
 
 
 def report(args: ModelArgs, tied: bool, load: Load) -> str:
-    """A table of the kinds, the peak of training and of generation, and whether they fit."""
+    """Return a table of the kinds, the peaks of training and of generation, and whether they fit."""
     kinds = memory(args, tied, load)
-    always = ("weights", "AdamW's moments", "reference", "reference's states of the samples")
-    phases = {
-        "training": (
-            *always,
-            "gradients",
-            "gathered layers",
-            "activations",
-            "gradient of the logits",
-            "classifier for the KL",
-        ),
-        "generation and evaluation": (
-            *always,
-            "whole policy to generate",
-            "whole reference to judge",
-            "weights laid out to generate",
-            "key-value cache",
-        ),
-    }
-    peaks = {phase: sum(kinds[kind] for kind in names) for phase, names in phases.items()}
-    lines = [
-        f"memory of each of {load.processes} processes, {load.dtype}, {load.sequences} sequences of up to "
-        f"{load.longest} tokens at a time:"
-    ]
-    lines += [f"  {kind:<36}{size / GIB:9.3f} GiB" for kind, size in kinds.items() if size]
-    lines += [f"  peak of {phase:<28}{size / GIB:9.3f} GiB" for phase, size in peaks.items()]
+    at_a_time = f"{load.sequences} sequences of up to {load.longest} tokens at a time"
+    lines = [f"memory of each of {load.processes} processes, {load.dtype}, {at_a_time}:"]
+    for kind, size in kinds.items():
+        if size:
+            lines.append(f"  {kind:<36}{size / GIB:9.3f} GiB")
+    for phase, size in peaks(kinds).items():
+        lines.append(f"  peak of {phase:<28}{size / GIB:9.3f} GiB")
     there, what = available(load.device, load.processes)
-    verdict = "fits" if max(peaks.values()) <= 0.95 * there else "does not fit"
+    verdict = "fits" if max(peaks(kinds).values()) <= 0.95 * there else "does not fit"
     lines.append(f"  {verdict}: {what} has {there / GIB:.1f} GiB for each")
     return "\n".join(lines)
 
 
 def available(device: str, processes: int) -> tuple[int, str]:
-    """Bytes for each process, and of what."""
+    """Return the bytes that there are for each process, and of what."""
     if device.startswith("cuda"):
         properties = torch.cuda.get_device_properties(device)
         return properties.total_memory, properties.name
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // processes, "this machine"
+    pages = os.sysconf("SC_PHYS_PAGES")
+    return os.sysconf("SC_PAGE_SIZE") * pages // processes, "this machine"

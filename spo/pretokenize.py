@@ -3,10 +3,8 @@
 A token file is the stream of all stories of a shard in uint16, BOS before each: llama2.c's format.
 """
 
-import bisect
 import glob
 import itertools
-import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -16,10 +14,10 @@ import numpy as np
 import sentencepiece
 from tqdm import tqdm
 
-from spo.checkpoint import copy_tokenizer
-from spo.files import atomic_write, is_unicode, read_jsonl
-from spo.groups import EncodedGroup, parse_group
-from spo.tokenizer import Tokenizer
+from spo.files import atomic_write, is_unicode, read_json, read_jsonl
+from spo.groups import token_files
+from spo.records import parse_group
+from spo.tokenizer import Tokenizer, copy_tokenizer
 
 
 def train_tokenizer(text_file: str, vocab_size: int, prefix: str) -> None:
@@ -65,12 +63,9 @@ def stories_of(shard: str) -> Iterator[str]:
             yield parse_group(record, f"{shard} line {number}", number).responses[0].strip()
         return
     try:
-        with open(shard, encoding="utf-8") as f:
-            records = json.load(f)
-    except (ValueError, RecursionError):
-        raise ValueError(
-            f"{shard}: not JSON in UTF-8; remove its folder and download it again"
-        ) from None
+        records = read_json(shard)
+    except ValueError as error:
+        raise ValueError(f"{error}; remove its folder and download it again") from None
     for index, record in enumerate(records if isinstance(records, list) else [None]):
         story = record.get("story") if isinstance(record, dict) else None
         if not isinstance(story, str) or not is_unicode(story):
@@ -78,7 +73,7 @@ def stories_of(shard: str) -> Iterator[str]:
         yield story.strip()
 
 
-def train_vocab(data: str, vocab_size: int, out: str, num_shards: int) -> None:
+def make_vocab(data: str, vocab_size: int, out: str, num_shards: int) -> None:
     """A tokenizer of vocab_size pieces on the first num_shards shards -> out, a .model file."""
     prefix = f"{out}.tmp"
     text, made = f"{prefix}.txt", f"{prefix}.model"
@@ -109,7 +104,7 @@ def pretokenize_shard(shard: str, tokenizer_path: str, out: str) -> int:
     return sum(map(len, stories))
 
 
-def pretokenize(data: str, tokenizer_path: str, folder: str, workers: int) -> int:
+def make_token_files(data: str, tokenizer_path: str, folder: str, workers: int) -> int:
     """Every shard of data -> a .bin in folder, and the tokenizer beside them; returns how many tokens.
 
     workers  processes. What goes wrong in one ends all, with the shard's name
@@ -150,52 +145,3 @@ def pretokenize(data: str, tokenizer_path: str, folder: str, workers: int) -> in
         finally:
             pool.shutdown(cancel_futures=True)
     return tokens
-
-
-def token_files(folder: str) -> list[str]:
-    return sorted(
-        f
-        for f in glob.glob(os.path.join(folder, "*.bin"))
-        if os.path.basename(f) != "tokenizer.bin"
-    )
-
-
-class TokenWindows:
-    """Token files as groups of one for sft, as llama2.c trains: windows of `length` tokens, whatever stories they cut.
-
-    Window i ends with the token that window i + 1 begins with, so that every token but the first is scored once; a
-    BOS in the middle is scored as the terminator of the story before it.
-    """
-
-    def __init__(self, path: str, length: int, vocab_size: int):
-        """path: a .bin file or a folder of them. ValueError if there is no window in it."""
-        self.length, self.vocab_size = length, vocab_size
-        candidates = token_files(path) or [path]
-        self.files = [
-            file for file in candidates if os.path.isfile(file) and os.path.getsize(file) > 1
-        ]
-        self.streams = [np.memmap(file, np.uint16, "r") for file in self.files]
-        self.ends = list(
-            itertools.accumulate((len(stream) - 1) // (length - 1) for stream in self.streams)
-        )
-        if not self.ends or self.ends[-1] == 0:
-            raise ValueError(
-                f"{path}: holds no token file of {length} tokens; python tinystories_data.py pretokenize "
-                "makes them"
-            )
-
-    def __len__(self) -> int:
-        return self.ends[-1]
-
-    def __getitem__(self, index: int) -> EncodedGroup:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        which = bisect.bisect_right(self.ends, index)
-        start = (index - (self.ends[which - 1] if which else 0)) * (self.length - 1)
-        window = self.streams[which][start : start + self.length].tolist()
-        if max(window) >= self.vocab_size:
-            raise ValueError(
-                f"{self.files[which]}: holds id {max(window)}, the model has {self.vocab_size}; pretokenize "
-                "the text with this model's tokenizer"
-            )
-        return EncodedGroup(window[:1], [window[1:]], index)

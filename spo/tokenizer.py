@@ -6,6 +6,8 @@ import struct
 
 from sentencepiece import SentencePieceProcessor
 
+from spo.files import atomic_write
+
 
 class Llama3:
     """A tiktoken file as Llama 3 has it, lines of (base64 piece, rank), behind the methods of sentencepiece used here."""
@@ -74,9 +76,16 @@ class Tokenizer:
         if self.bos_id < 0:
             raise ValueError(f"{path}: has no BOS, with which every sequence begins here")
 
+    @property
+    def story_end_id(self) -> int:
+        """The id that ends a story in text that is tokenized here: as in llama2.c, the next story's BOS."""
+        return self.bos_id
+
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         ids = self.model.encode(text)
-        return [self.bos_id] * bos + ids + [self.eos_id] * eos
+        if bos:
+            ids = [self.bos_id, *ids]
+        return [*ids, self.eos_id] if eos else ids
 
     def encode_after(self, prompt: str, text: str) -> list[int]:
         """The ids of a text that goes on where the prompt ended, not of one that begins.
@@ -111,6 +120,26 @@ class Tokenizer:
         return longest + b"".join(
             struct.pack("<fI", score, len(piece)) + piece for score, piece in pieces
         )
+
+
+def copy_tokenizer(tokenizer: Tokenizer, folder: str) -> None:
+    """Write tokenizer.model and, for run.c, tokenizer.bin into a folder.
+
+    ValueError if the tokenizer of another model is there already.
+    """
+    path = os.path.join(folder, "tokenizer.model")
+    with open(tokenizer.path, "rb") as f:
+        content = f.read()
+    if os.path.isfile(path):
+        with open(path, "rb") as f:
+            if f.read() != content:
+                mend = "choose another folder, or remove it"
+                raise ValueError(f"{path} is the tokenizer of another model; {mend}")
+    with atomic_write(path) as f:
+        f.write(content)
+    if tokenizer.kind == "sentencepiece":  # run.c reads no other
+        with atomic_write(os.path.join(folder, "tokenizer.bin")) as f:
+            f.write(tokenizer.to_llama2c())
 
 
 def tokenizer_path(checkpoint_path: str) -> str:

@@ -3,14 +3,14 @@
 import json
 
 import pytest
+from helpers import tiny, write
 from test_download import FakeHub
-from test_model import tiny
-from test_tinystories_data import tokenizer, write  # noqa: F401 (a fixture)
 
 import alpaca_data
 import sample
-from spo.checkpoint import Checkpoint, save_pt
-from spo.groups import encode_groups, read_groups, require
+from spo.checkpoint import save_pt
+from spo.groups import encode_groups
+from spo.records import read_groups, require
 
 HEAD = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
 
@@ -38,7 +38,7 @@ def test_prompts_are_alpacas_to_the_letter():
     )
 
 
-def test_preferences_become_pairs_with_only_the_response_scored(tmp_path, tokenizer, capsys):  # noqa: F811
+def test_preferences_become_pairs_with_only_the_response_scored(tmp_path, tokenizer, capsys):
     def record(preference, one="First.", two="Second.", given=""):
         return {
             "instruction": "Pick.",
@@ -208,10 +208,8 @@ def test_conversations_that_are_not_one_turn_are_refused_by_line(tmp_path, recor
 # --- answers for alpaca_eval ---------------------------------------------------------------------
 
 
-def test_answers_are_written_as_alpaca_eval_reads_them(tmp_path, tokenizer, monkeypatch):  # noqa: F811
-    save_pt(
-        str(tmp_path / "m.pt"), Checkpoint(tiny(vocab_size=512, max_seq_len=256), {"eos_id": 2})
-    )
+def test_answers_are_written_as_alpaca_eval_reads_them(tmp_path, tokenizer, monkeypatch):
+    save_pt(str(tmp_path / "m.pt"), tiny(vocab_size=512, max_seq_len=256, eos_id=2))
     prompts = write(
         tmp_path / "prompts.jsonl",
         *(

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from test_spo_train import ROOT
+from helpers import ROOT
 
 sys.path.insert(0, os.path.join(ROOT, "experiments"))
 import bench

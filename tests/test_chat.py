@@ -13,13 +13,14 @@ import time
 import urllib.parse
 
 import pytest
-from conftest import ROOT
 from fake_api import FINE, LOST, REFUSED, UNUSABLE, FakeApi
+from helpers import ROOT
 
 import judge
 import tinystories_data as data
 from judge import ApiJudge, JudgeFlags, rank_in_both_orders
-from spo.chat import BudgetSpent, Journal, Stopped, as_done
+from spo.chat import BudgetSpent, Stopped, as_done
+from spo.journal import Journal
 
 KEY = "sk-sentinel+/4711-abcdefgh"
 

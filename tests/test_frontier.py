@@ -7,16 +7,14 @@ import subprocess
 
 import frontier
 import pytest
-from test_spo_train import workshop  # noqa: F401 (a fixture)
-from test_tinystories_data import tokenizer  # noqa: F401 (a fixture)
 
 import tinystories_data as data
 from spo.config import parse
-from train_config import TrainConfig
+from spo_train import TrainConfig
 
 
 @pytest.fixture
-def flags(workshop, tokenizer, tmp_path):  # noqa: F811
+def flags(workshop, tokenizer, tmp_path):
     return [
         "--data=ranked.jsonl",
         "--init_from=start.pt",

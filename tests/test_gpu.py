@@ -11,19 +11,13 @@ import sys
 import bench
 import pytest
 import torch
-from conftest import ROOT
-from test_model import tiny
-from test_spo_train import log_of, objective_of, perturbed, random_groups, size_for, workshop  # noqa: F401 (a fixture)
-from test_tinystories_data import tokenizer  # noqa: F401 (a fixture)
+from helpers import ROOT, gradients_of, log_of, perturbed, random_groups, size_for, tiny
 
-import step as steps
-from losses import LOSSES
-from model import generate
-from spo import parallel
-from spo.groups import micro_batches
-from spo.parallel import World
+from losses import LOSSES, Objective
+from spo import fast, parallel
+from spo.generate import generate
 from spo.reference import with_reference_logps
-from train_config import TrainConfig
+from spo_train import PolicySamples, kl_gradient, preference_gradient
 
 DEVICE = os.environ.get("SPO_TEST_DEVICE", "cuda")
 pytestmark = [
@@ -41,18 +35,16 @@ def record(what: str, **values) -> None:
 def step_on(device: str, loss: str) -> tuple[float, float, torch.Tensor]:
     """(loss, KL, gradient) of one step's two terms in float64."""
     reference = tiny().double()
-    policy, world = perturbed(reference).to(device), World(device=device)
-    reference.to(device)
-    objective = objective_of(loss)
-    groups = with_reference_logps(random_groups(8, size_for(loss)), reference, 3, world)
-    logged = steps.preference_backward(
-        objective, policy, reference, micro_batches(groups, 3, policy.args, device), world
-    )
+    policy = fast.use(perturbed(reference).to(device))
+    fast.use(reference.to(device))
+    objective = Objective(loss)
+    groups = with_reference_logps(random_groups(8, size_for(loss)), reference, 3)
+    metrics = preference_gradient(objective, policy, reference, groups, 3)
     if objective.online:
-        samples = steps.online_of(TrainConfig(), random_groups(6, 1, seed=1), reference, world)
-        logged |= steps.regularizer_backward(objective, policy, reference, samples, world)
-    gradient = torch.cat([p.grad.flatten() for p in policy.parameters()]).cpu()
-    return float(logged["loss"]), float(logged.get("kl", 0)), gradient
+        samples = PolicySamples.of(random_groups(6, 1, seed=1), reference, 3)
+        metrics |= kl_gradient(objective.beta, policy, samples)
+    gradient = torch.cat([grad.flatten() for grad in gradients_of(policy)]).cpu()
+    return metrics["loss"], metrics.get("kl", 0.0), gradient
 
 
 @pytest.mark.parametrize("loss", list(LOSSES))
@@ -124,17 +116,16 @@ def trained(*flags: str) -> str:
     return done.stdout.splitlines()[-1]
 
 
-def test_a_resumed_run_ends_with_the_same_bits(workshop, tokenizer):  # noqa: F811
+def test_a_resumed_run_ends_with_the_same_bits(workshop, tokenizer):
     """Resumed between two refreshes of the policy's samples, which therefore come from the state."""
     flag = f"--tokenizer={tokenizer.path}"
-    unbroken = trained(flag)
-    log = [entry | {"tokens_per_second": 0} for entry in log_of("out")]
+    unbroken, log = trained(flag), log_of("out")
     assert trained(flag, "--resume=out/state/step_00000004") == unbroken
-    assert [entry | {"tokens_per_second": 0} for entry in log_of("out")] == log
+    assert log_of("out") == log
     record("resume with deterministic algorithms: the same weights and log, bit for bit")
 
 
-def test_one_process_in_bfloat16_is_near_float32_and_its_kl_begins_at_0(workshop):  # noqa: F811
+def test_one_process_in_bfloat16_is_near_float32_and_its_kl_begins_at_0(workshop):
     logs = []
     for dtype in ("float32", "bfloat16"):
         workshop("spo_rank", "--max_iters=4", f"--device={DEVICE}", f"--dtype={dtype}")

@@ -7,7 +7,7 @@ import sys
 
 import gpu
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 
 def results(folder) -> list[dict]:

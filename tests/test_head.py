@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from helpers import gradients_of, perturbed, random_groups, tiny
 
 import losses
 from spo import head
+from spo.groups import make_batch
+from spo.head import ReferenceStates
 
 D, V = 16, 300
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}
@@ -12,7 +15,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
 @pytest.fixture(params=[2**23, 64 * V], ids=["one block", "several blocks"])
 def block(request, monkeypatch):
-    monkeypatch.setattr(head, "BLOCK", {"cpu": request.param})
+    monkeypatch.setattr(head, "NUMBERS_PER_BLOCK", {"cpu": request.param})
     monkeypatch.setattr(head, "spare", {})
 
 
@@ -58,7 +61,7 @@ def test_sequence_logps_and_gradients_equal_those_of_the_logits(dtype, block):
     hidden, classifier, _, _, tokens, mask = problem(dtype)
     assert_equal(
         both(
-            lambda: head.sequence_logps(hidden, classifier, tokens, mask),
+            lambda: head.logps_from_hidden(hidden, classifier, tokens, mask),
             lambda: losses.sequence_logps(hidden @ classifier.t(), tokens, mask),
             [hidden, classifier],
         ),
@@ -71,13 +74,17 @@ def test_token_kl_and_gradients_equal_those_of_the_logits(dtype, block):
     hidden, classifier, other, other_classifier, _, mask = problem(dtype)
     assert_equal(
         both(
-            lambda: head.token_kl(hidden, classifier, other, other_classifier, mask),
+            lambda: head.kl_from_hidden(
+                hidden, classifier, ReferenceStates(other, other_classifier), mask
+            )[0],
             lambda: losses.token_kl(hidden @ classifier.t(), other @ other_classifier.t(), mask),
             [hidden, classifier],
         ),
         dtype,
     )
-    value = head.token_kl(hidden, classifier, other, other_classifier, mask)
+    value = head.kl_from_hidden(hidden, classifier, ReferenceStates(other, other_classifier), mask)[
+        0
+    ]
     assert torch.autograd.grad(value.sum(), [other, other_classifier], allow_unused=True) == (
         None,
         None,
@@ -97,8 +104,10 @@ def test_gradients_equal_finite_differences(block):
         mask[:2, :6],
     )
     functions = (
-        lambda h, c: head.sequence_logps(h, c, tokens, mask).sum(),
-        lambda h, c: head.token_kl(h, c, other, other_classifier, mask).sum(),
+        lambda h, c: head.logps_from_hidden(h, c, tokens, mask).sum(),
+        lambda h, c: head.kl_from_hidden(h, c, ReferenceStates(other, other_classifier), mask)[
+            0
+        ].sum(),
     )
     for function in functions:
         for which, gradient in enumerate(
@@ -119,7 +128,7 @@ def test_gradients_equal_finite_differences(block):
 
 def test_a_second_backward_pass_is_refused(block):
     hidden, classifier, _, _, tokens, mask = problem(torch.float32)
-    value = head.sequence_logps(hidden, classifier, tokens, mask).sum()
+    value = head.logps_from_hidden(hidden, classifier, tokens, mask).sum()
     value.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="second backward"):
         value.backward()
@@ -127,17 +136,22 @@ def test_a_second_backward_pass_is_refused(block):
 
 def test_a_policy_equal_to_its_reference_has_kl_zero(block):
     hidden, classifier, _, _, _, mask = problem(torch.float32)
-    assert head.token_kl(hidden, classifier, hidden, classifier, mask).tolist() == [0.0] * 5
+    assert (
+        head.kl_from_hidden(hidden, classifier, ReferenceStates(hidden, classifier), mask)[
+            0
+        ].tolist()
+        == [0.0] * 5
+    )
 
 
 def test_without_gradients_nothing_is_kept_and_blocks_are_used_again(block):
     hidden, classifier, _, _, tokens, mask = problem(torch.float32)
     with torch.no_grad():
-        value = head.sequence_logps(hidden, classifier, tokens, mask)
+        value = head.logps_from_hidden(hidden, classifier, tokens, mask)
         (blocks,) = head.spare.values()
         assert len(blocks) == 1
-    again = head.sequence_logps(hidden, classifier, tokens, mask)
-    other = head.sequence_logps(
+    again = head.logps_from_hidden(hidden, classifier, tokens, mask)
+    other = head.logps_from_hidden(
         hidden.detach() + 1, classifier, tokens, mask
     )  # a second graph before the first is used
     other.sum().backward()
@@ -149,5 +163,36 @@ def test_without_gradients_nothing_is_kept_and_blocks_are_used_again(block):
     scored = int(mask[:, 1:].sum())
     assert sum(len(b) for b in blocks) >= scored  # all are back
     count = len(blocks)
-    head.sequence_logps(hidden, classifier, tokens, mask).sum().backward()
+    head.logps_from_hidden(hidden, classifier, tokens, mask).sum().backward()
     assert len(blocks) == count
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_the_entropy_is_that_of_the_logits(dtype, block):
+    hidden, classifier, other, other_classifier, _, mask = problem(dtype)
+    reference = ReferenceStates(other, other_classifier)
+    _, entropy = head.kl_from_hidden(hidden, classifier, reference, mask)
+    logps = (hidden @ classifier.t()).log_softmax(-1)
+    expected = (-(logps.exp() * logps).sum(-1)[:, :-1] * mask[:, 1:]).sum(1)
+    assert not entropy.requires_grad
+    assert torch.allclose(entropy, expected, rtol=TOLERANCE[dtype])
+
+
+def test_the_functions_of_a_model_and_a_batch_equal_those_of_losses():
+    """sequence_logps, token_kl and logps_and_kl, as (B, n), against all logits of the models."""
+    policy, reference = perturbed(tiny().double()), tiny().double()
+    batch = make_batch(random_groups(5, 3))
+    logits, others = policy(batch.tokens), reference(batch.tokens)
+    logps = losses.sequence_logps(logits, batch.tokens, batch.mask).view(5, 3)
+    kl = losses.token_kl(logits, others, batch.mask).view(5, 3)
+    states = head.reference_states(reference, batch)
+    torch.testing.assert_close(head.sequence_logps(policy, batch), logps)
+    torch.testing.assert_close(head.token_kl(policy, batch, states)[0], kl)
+    torch.testing.assert_close(head.logps_and_kl(policy, batch, states), (logps, kl))
+    gradients = []
+    for value in (head.logps_and_kl(policy, batch, states), (logps, kl)):
+        policy.zero_grad()
+        (value[0].sum() + 2 * value[1].sum()).backward()
+        gradients.append(gradients_of(policy))
+    for ours, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, expected)

@@ -22,7 +22,7 @@ from judge import (
     rank_in_both_orders,
 )
 from spo import win_rate
-from spo.chat import Journal
+from spo.journal import Journal
 
 FENCE = "0a1b2c3d"
 
@@ -250,7 +250,7 @@ def test_a_judge_that_likes_what_comes_first_ranks_nothing():
         "shown first was ranked best in 100.0% of the rankings, the one shown last in 0.0% (without bias 33.3%)"
         in judge.position_bias(results, 3)
     )
-    assert judge.compare_all(FirstIsBest(), ["a"] * 4, ["b"] * 4).ties == 4
+    assert FirstIsBest().compare(["a"] * 4, ["b"] * 4).ties == 4
 
 
 def test_the_second_order_is_read_back_into_the_first():

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from judge import OfflineJudge, compare_all
+from judge import OfflineJudge
 from spo import demo_stories
 from spo import offline_judge as judge
 
@@ -24,7 +24,7 @@ RICH_LIST = sorted(judge.RICH_WORDS)
 
 
 def win_rate(policy: list[str], baseline: list[str]) -> float:
-    return compare_all(OfflineJudge(), policy, baseline).rate
+    return OfflineJudge().compare(policy, baseline).rate
 
 
 def run_on(text: str) -> str:

@@ -11,44 +11,33 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT
-from test_spo_train import workshop  # noqa: F401 (a fixture)
-from test_tinystories_data import tokenizer, write  # noqa: F401 (a fixture)
+from helpers import (
+    FILES,
+    ONE_THREAD,
+    ROOT,
+    assert_close_runs,
+    assert_same_runs,
+    command,
+    log_of,
+    run,
+    weights_of,
+    write,
+)
 
 from losses import LOSSES, REGULARIZERS
-from spo import checkpoint as checkpoints
 from spo import parallel
-from spo.parallel import World
-
-ONE = {"OMP_NUM_THREADS": "1"}
-
-
-def command(processes: int, *flags: str) -> list[str]:
-    script = os.path.join(ROOT, "spo_train.py")
-    if processes == 1:
-        return [sys.executable, script, *flags]
-    return [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={processes}",
-        script,
-        *flags,
-    ]
+from spo import run as run_folder
 
 
 @pytest.fixture
-def flags(workshop, tokenizer, tmp_path):  # noqa: F811
+def flags(workshop, tokenizer, tmp_path):
     """The flags of a small run in the workshop's folder; pairs have prompts, so that prompts and lengths are uneven."""
     prompts = ["", "the owl", "found a golden key under", "an"]
     lines = [json.loads(line) for line in (tmp_path / "ranked.jsonl").read_text().splitlines()]
     write(tmp_path / "ranked.jsonl", *(r | {"prompt": prompts[i % 4]} for i, r in enumerate(lines)))
 
     def make(loss: str, out_dir: str, *others: str) -> list[str]:
-        file = {"ranking": "ranked", "best": "best", "pair": "pair", "text": "best"}[
-            LOSSES[loss].data
-        ]
+        file = FILES[LOSSES[loss].data]
         return [
             f"--loss={loss}",
             "--init_from=start.pt",
@@ -70,48 +59,6 @@ def flags(workshop, tokenizer, tmp_path):  # noqa: F811
     return make
 
 
-def run(processes: int, flags: list[str]) -> str:
-    done = subprocess.run(
-        command(processes, *flags),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=os.environ | ONE,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
-def log_of(folder: str) -> list[dict]:
-    with open(f"{folder}/log.jsonl") as f:
-        entries = [json.loads(line) for line in f]
-    for entry in entries:
-        entry.pop("tokens_per_second", None)
-    return entries
-
-
-def weights_of(folder: str) -> dict[str, torch.Tensor]:
-    return checkpoints.load(f"{folder}/ckpt.pt").model.state_dict()
-
-
-def assert_same(a: str, b: str) -> None:
-    """Every logged number, and every bit of the weights."""
-    assert log_of(a) == log_of(b)
-    for name, weight in weights_of(a).items():
-        assert torch.equal(weight, weights_of(b)[name]), name
-
-
-def assert_close(a: str, b: str, relative: float) -> None:
-    """Every logged number to a relative error; the sum of weights is not compared: Adam amplifies rounding."""
-    first, second = log_of(a), log_of(b)
-    assert [e["step"] for e in first] == [e["step"] for e in second]
-    for x, y in zip(first, second):
-        for name, value in x.items():
-            if name == "padding":  # another layout pads otherwise
-                continue
-            assert y[name] == pytest.approx(value, rel=relative, abs=1e-5), (x["step"], name)
-
-
 # --- several processes ---------------------------------------------------------------------------
 
 
@@ -121,9 +68,9 @@ def test_two_processes_equal_one(flags, loss):
     extra = [] if loss == "kto" else ["--kl_batch_size=6", "--kl_interval=2"]
     run(1, flags(loss, "one", "--max_iters=4", *extra))
     run(2, flags(loss, "two", "--max_iters=4", *extra))
-    assert_close("one", "two", 2e-4)
+    assert_close_runs("one", "two", 2e-4)
     run(2, flags(loss, "small", "--max_iters=4", "--micro_batch_size=1", *extra))
-    assert_close("two", "small", 2e-4)
+    assert_close_runs("two", "small", 2e-4)
     one, two = (
         [json.loads(line)["text"] for line in open(f"{f}/stories/step_000000.jsonl")]
         for f in ("one", "two")
@@ -141,7 +88,7 @@ def test_every_objective_has_one_gradient_whatever_the_layout():
         "--nproc_per_node=2",
         os.path.join(ROOT, "tests", "layouts.py"),
     ]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120, env=os.environ | ONE)
+    done = subprocess.run(words, capture_output=True, text=True, env=os.environ | ONE_THREAD)
     assert done.returncode == 0, done.stderr[-3000:]
     errors = json.loads(done.stdout.splitlines()[-1])
     assert len(errors) == 2 * 3 * (len(LOSSES) + len(REGULARIZERS)) + 2
@@ -149,7 +96,7 @@ def test_every_objective_has_one_gradient_whatever_the_layout():
         assert error < (1e-12 if "float64" in case else 1e-5), case
 
 
-def test_activation_checkpointing_changes_nothing(workshop):  # noqa: F811
+def test_activation_checkpointing_changes_nothing(workshop):
     workshop("spo_rank")
     plain, weights = log_of("out"), weights_of("out")
     workshop("spo_rank", "--activation_checkpointing")
@@ -173,13 +120,19 @@ def test_bfloat16_is_close_to_float32_and_its_kl_begins_at_0(flags, processes):
         random.Random(0),
     )
     run(processes, flags("spo_rank", "again", "--max_iters=4", "--dtype=bfloat16", "--resume=auto"))
-    assert_same("low", "again")
+    assert_same_runs("low", "again")
 
 
-def test_a_share_is_a_part_and_all_shares_are_the_whole():
-    for size in (1, 2, 3, 7):
-        parts = [list(range(10))[World(rank, size).share(10)] for rank in range(size)]
-        assert sum(parts, []) == list(range(10))
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_shares_and_dealt_parts_are_all_of_the_things(monkeypatch, size):
+    things, shares, dealt = list(range(10)), [], []
+    monkeypatch.setattr(parallel, "world_size", lambda: size)
+    for rank in range(size):
+        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+        shares += things[parallel.share(10)]
+        dealt.append(parallel.deal(things))
+    assert shares == things == parallel.undeal(dealt)
+    assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
 
 
 def test_what_does_not_divide_by_the_processes_is_one_line(flags):
@@ -187,7 +140,7 @@ def test_what_does_not_divide_by_the_processes_is_one_line(flags):
         command(2, *flags("spo_rank", "out", "--batch_size=5")),
         capture_output=True,
         text=True,
-        env=os.environ | ONE,
+        env=os.environ | ONE_THREAD,
     )
     assert (
         "--batch_size=5: must be a multiple of the number of processes, 2" in done.stderr
@@ -205,7 +158,7 @@ def killed_at(processes: int, flags: list[str], after_lines: int, rng: random.Ra
         command(processes, *flags),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        env=os.environ | ONE,
+        env=os.environ | ONE_THREAD,
         start_new_session=True,
     )
     log, deadline = f"{folder}/log.jsonl", time.monotonic() + 60
@@ -226,10 +179,10 @@ def kill_campaign(flags, loss: str, processes: int, kills: int) -> None:
     for _ in range(kills):
         killed_at(processes, flags(loss, "killed", "--resume=auto"), rng.randrange(1, lines), rng)
         assert not os.path.exists("killed/state") or [
-            parallel.damage(p) for p in parallel.states_in("killed/state")
-        ].count(None) == len(parallel.states_in("killed/state"))
+            run_folder.damage(p) for p in run_folder.states_in("killed/state")
+        ].count(None) == len(run_folder.states_in("killed/state"))
     run(processes, flags(loss, "killed", "--resume=auto"))
-    assert_same("unbroken", "killed")
+    assert_same_runs("unbroken", "killed")
 
 
 @pytest.mark.parametrize("loss,processes", [("spo_rank", 1), ("spo_rank", 2)])
@@ -249,10 +202,10 @@ def test_a_resumed_run_may_have_another_number_of_processes(flags):
     run(1, flags("spo_rank", "one"))
     rng = random.Random(0)
     killed_at(1, flags("spo_rank", "moved"), 6, rng)
-    assert parallel.states_in("moved/state")
+    assert run_folder.states_in("moved/state")
     killed_at(2, flags("spo_rank", "moved", "--resume=auto"), 11, rng)
     run(1, flags("spo_rank", "moved", "--resume"))
-    assert_close("one", "moved", 5e-3)
+    assert_close_runs("one", "moved", 5e-3)
 
 
 def test_sigterm_keeps_the_state_and_exits_0(flags):
@@ -262,7 +215,7 @@ def test_sigterm_keeps_the_state_and_exits_0(flags):
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        env=os.environ | ONE,
+        env=os.environ | ONE_THREAD,
     )
     while not os.path.exists("out/log.jsonl") or len(log_of("out")) < 4:
         time.sleep(0.005)
@@ -270,7 +223,7 @@ def test_sigterm_keeps_the_state_and_exits_0(flags):
     printed, _ = process.communicate(timeout=30)
     assert process.returncode == 0 and "stopped by SIGTERM before step" in printed
     run(1, flags("spo_rank", "out", "--max_iters=40", "--eval_interval=40", "--resume"))
-    assert_same("unbroken", "out")
+    assert_same_runs("unbroken", "out")
 
 
 def test_torchrun_recovers_from_a_lost_worker(flags):
@@ -279,7 +232,11 @@ def test_torchrun_recovers_from_a_lost_worker(flags):
     words = command(2, *flags("spo_rank", "out", "--resume=auto"))
     words.insert(words.index("--standalone"), "--max-restarts=3")
     process = subprocess.Popen(
-        words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | ONE
+        words,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | ONE_THREAD,
     )
     while not os.path.exists("out/log.jsonl") or len(log_of("out")) < 7:
         time.sleep(0.005)
@@ -289,7 +246,7 @@ def test_torchrun_recovers_from_a_lost_worker(flags):
     os.kill(int(workers[0]), signal.SIGKILL)
     _, errors = process.communicate(timeout=100)
     assert process.returncode == 0, errors[-2000:]
-    assert_same("unbroken", "out")
+    assert_same_runs("unbroken", "out")
 
 
 # --- states that cannot be used ------------------------------------------------------------------
@@ -312,9 +269,9 @@ def spoil(path: str, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["flip", "cut", "zeros", "gone"])
-def test_a_damaged_state_is_refused_by_name_and_the_one_before_it_offered(workshop, capsys, how):  # noqa: F811
+def test_a_damaged_state_is_refused_by_name_and_the_one_before_it_offered(workshop, capsys, how):
     workshop("dpo_rank", "--max_iters=8")
-    older, newer = parallel.states_in("out/state")
+    older, newer = run_folder.states_in("out/state")
     unbroken = weights_of("out")
     spoil(newer, how)
     with pytest.raises(ValueError, match=f"{newer}: damaged: .*; use --resume={older}"):
@@ -327,7 +284,7 @@ def test_a_damaged_state_is_refused_by_name_and_the_one_before_it_offered(worksh
     assert all(torch.equal(weight, weights_of("out")[name]) for name, weight in unbroken.items())
 
 
-def test_only_the_very_run_is_resumed(workshop, tmp_path):  # noqa: F811
+def test_only_the_very_run_is_resumed(workshop, tmp_path):
     with pytest.raises(ValueError, match="--resume: there is no state of a run in out/state"):
         workshop("dpo_rank", "--resume")
     workshop("dpo_rank", "--resume=auto")  # nothing there: a new run
@@ -347,35 +304,35 @@ def test_only_the_very_run_is_resumed(workshop, tmp_path):  # noqa: F811
         workshop("dpo_rank", "--resume")
 
 
-def test_a_new_run_leaves_no_state_of_the_former(workshop):  # noqa: F811
+def test_a_new_run_leaves_no_state_of_the_former(workshop):
     workshop("dpo_rank")
     workshop("dpo_rank", "--max_iters=2")
-    assert [os.path.basename(p) for p in parallel.states_in("out/state")] == [
+    assert [os.path.basename(p) for p in run_folder.states_in("out/state")] == [
         "step_00000000",
         "step_00000002",
     ]
 
 
-def test_a_state_holds_nothing_that_could_run_code(workshop):  # noqa: F811
+def test_a_state_holds_nothing_that_could_run_code(workshop):
     workshop("spo_rank", "--max_iters=2")
-    path = parallel.states_in("out/state")[-1]
+    path = run_folder.states_in("out/state")[-1]
     assert {os.path.splitext(name)[1] for name in os.listdir(path)} == {".safetensors", ".json", ""}
     assert subprocess.run(["sha256sum", "--quiet", "-c", "SHA256SUMS"], cwd=path).returncode == 0
 
 
-def test_a_full_disk_leaves_the_former_state(workshop, monkeypatch):  # noqa: F811
+def test_a_full_disk_leaves_the_former_state(workshop, monkeypatch):
     workshop("dpo_rank", "--max_iters=4")
-    before = {p: parallel.damage(p) for p in parallel.states_in("out/state")}
+    before = {p: run_folder.damage(p) for p in run_folder.states_in("out/state")}
     shutil.rmtree("out/state/step_00000004")
 
     def full(*_):
         raise OSError(28, "No space left on device", "out/state")
 
     with monkeypatch.context() as broken:
-        broken.setattr(parallel, "flush", full)
+        broken.setattr(run_folder, "flush", full)
         with pytest.raises(OSError, match="No space left"):
             workshop("dpo_rank", "--max_iters=4", "--resume")
-    assert [parallel.damage(p) for p in parallel.states_in("out/state")] == [None]
+    assert [run_folder.damage(p) for p in run_folder.states_in("out/state")] == [None]
     workshop("dpo_rank", "--max_iters=4", "--resume")
-    assert {p: parallel.damage(p) for p in parallel.states_in("out/state")} == before
+    assert {p: run_folder.damage(p) for p in run_folder.states_in("out/state")} == before
     assert not [name for name in os.listdir("out/state") if name.endswith(".tmp")]

@@ -6,12 +6,10 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
-from test_model import tiny
-from test_spo_train import workshop  # noqa: F401 (a fixture)
-from test_tinystories_data import tokenizer  # noqa: F401 (a fixture)
+from helpers import ROOT, tiny
 
 from model import KVCache, ModelArgs, Transformer
+from spo import fast
 from spo.plan import GIB, Load, memory, saved_by_layer
 
 LLAMA2 = ModelArgs(
@@ -44,7 +42,7 @@ def test_activations_are_what_autograd_keeps(dtype, length):
     args = ModelArgs(
         dim=128, n_layers=3, n_heads=4, n_kv_heads=2, vocab_size=64, hidden_dim=320, max_seq_len=256
     )
-    model = Transformer(args).to(dtype)
+    model = fast.use(Transformer(args)).to(dtype)
     own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
     kept = {}
 
@@ -94,7 +92,7 @@ def test_the_shards_of_a_7b_are_what_the_plan_says():
         "from spo import parallel\nfrom model import Transformer\nfrom test_plan import LLAMA2\n"
         "dist.init_process_group('fake', store=FakeStore(), rank=0, world_size=4)\n"
         "with torch.device('meta'):\n    model = Transformer(LLAMA2, tied=False)\n"
-        "parallel.shard(model, parallel.World(0, 4))\n"
+        "parallel.shard(model)\n"
         "print(sum(4 * p.to_local().numel() for p in model.parameters()))"
     )
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{os.path.join(ROOT, 'tests')}"}
@@ -105,7 +103,7 @@ def test_the_shards_of_a_7b_are_what_the_plan_says():
     assert int(done.stdout) == memory(LLAMA2, False, load(processes=4))["weights"]
 
 
-def test_the_flag_prints_and_trains_nothing(workshop, tmp_path, capsys):  # noqa: F811
+def test_the_flag_prints_and_trains_nothing(workshop, tmp_path, capsys):
     workshop("spo_rank", "--plan=4", "--dtype=bfloat16")
     printed = capsys.readouterr().out
     assert (

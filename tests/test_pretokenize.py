@@ -10,8 +10,8 @@ import pytest
 import spo_train
 import tinystories_data as data
 from spo import demo_stories
-from spo.checkpoint import load
-from spo.pretokenize import TokenWindows
+from spo.checkpoint import open_weights
+from spo.groups import TokenWindows
 from spo.tokenizer import Tokenizer
 
 STORIES = [demo_stories.story(random.Random(seed)) for seed in range(120)]
@@ -74,7 +74,7 @@ def test_from_text_to_a_model_trained_on_it(folder, capsys):
     with open("out/log.jsonl") as f:
         losses = [json.loads(line)["loss"] for line in f]
     assert losses[0] > 5.5 and losses[-1] < 5.0  # log(400) = 5.99
-    assert load("out/ckpt.pt").step == 30
+    assert open_weights("out/ckpt.pt").step == 30
     with pytest.raises(
         ValueError, match="token files are text for --loss=sft; spo_rank needs groups"
     ):

@@ -4,20 +4,12 @@ import json
 import os
 
 import pytest
-from test_model import tiny
-from test_spo_train import (
-    perturbed,
-    random_groups,
-    workshop,  # noqa: F401 (a fixture)
-)
-from test_tinystories_data import tokenizer  # noqa: F401 (a fixture)
+from helpers import perturbed, random_groups, tiny
 
 from losses import sequence_logps
-from spo import checkpoint as checkpoints
-from spo.checkpoint import Checkpoint
+from spo import checkpoint
 from spo.groups import make_batch
-from spo.parallel import World
-from spo.reference import ReferenceCache, complete, with_reference_logps
+from spo.reference import ReferenceCache, add_reference_logps, with_reference_logps
 
 
 def test_the_numbers_are_those_of_the_groups_in_their_order():
@@ -30,19 +22,23 @@ def test_the_numbers_are_those_of_the_groups_in_their_order():
     assert [g.line for g in with_reference_logps(groups, model, 2)] == [g.line for g in groups]
 
 
-def asked(groups, wanted, model, cache):
-    """(the numbers of the wanted groups, what was said)."""
-    said = []
-    done = complete(groups, set(wanted), model, cache, None, World(), said.append)
-    assert [g.reference_logps is not None for g in done] == [
-        i in wanted for i in range(len(groups))
-    ]
-    return [done[i].reference_logps for i in wanted], said
+@pytest.fixture
+def asked(capsys):
+    """(groups, wanted, model, cache) -> (the numbers of the wanted groups, what was said)."""
+
+    def ask(groups, wanted, model, cache):
+        capsys.readouterr()
+        done = add_reference_logps(groups, wanted, model, cache, None)
+        known = [group.reference_logps is not None for group in done]
+        assert known == [i in wanted for i in range(len(groups))]
+        return [done[i].reference_logps for i in wanted], capsys.readouterr().out.splitlines()
+
+    return ask
 
 
-def test_only_what_is_wanted_is_computed_and_only_once(tmp_path):
+def test_only_what_is_wanted_is_computed_and_only_once(tmp_path, asked):
     model, groups, data = tiny(), random_groups(6, 2), str(tmp_path / "data.jsonl")
-    checkpoints.save_pt(start := str(tmp_path / "start.pt"), Checkpoint(model, {"eos_id": 1}))
+    checkpoint.save_pt(start := str(tmp_path / "start.pt"), model)
     cache = ReferenceCache(data, groups, start, "float32")
     first, said = asked(groups, [1, 4], model, cache)
     assert said == ["the reference reads 2 groups, once"]
@@ -55,20 +51,20 @@ def test_only_what_is_wanted_is_computed_and_only_once(tmp_path):
 
 
 @pytest.mark.parametrize("what", ["data and tokenizer", "weights", "dtype", "damaged", "folder"])
-def test_what_is_of_something_else_is_computed_anew_and_said(tmp_path, what):
+def test_what_is_of_something_else_is_computed_anew_and_said(tmp_path, what, asked):
     model, groups, data, dtype = (
         tiny(),
         random_groups(6, 2),
         str(tmp_path / "data.jsonl"),
         "float32",
     )
-    checkpoints.save_pt(start := str(tmp_path / "start.pt"), Checkpoint(model, {"eos_id": 1}))
+    checkpoint.save_pt(start := str(tmp_path / "start.pt"), model)
     cache = ReferenceCache(data, groups, start, dtype)
     asked(groups, range(6), model, cache)
     if what == "data and tokenizer":
         groups = random_groups(6, 2, seed=5)
     elif what == "weights":
-        checkpoints.save_pt(start, Checkpoint(model := perturbed(model), {"eos_id": 1}))
+        checkpoint.save_pt(start, model := perturbed(model))
     elif what == "dtype":
         dtype = "bfloat16"
     elif what == "damaged":
@@ -81,7 +77,7 @@ def test_what_is_of_something_else_is_computed_anew_and_said(tmp_path, what):
     assert what == "folder" or what in said[0] and "computed anew" in said[0]
 
 
-def test_a_run_reads_the_reference_once_and_a_second_run_not_at_all(workshop, capsys):  # noqa: F811
+def test_a_run_reads_the_reference_once_and_a_second_run_not_at_all(workshop, capsys):
     logs = []
     for said in (True, False):
         folder = workshop("dpo", "--eval_stories=0", "--max_iters=4")

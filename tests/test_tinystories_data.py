@@ -1,49 +1,21 @@
 """Text -> ranked groups -> files -> batches: formats, what is refused, what is scored."""
 
 import itertools
-import json
 import math
 import random
 import re
 
 import pytest
 import torch
+from helpers import tiny, write
 
 import tinystories_data as data
 from judge import BothOrders
-from model import ModelArgs
-from spo import demo_stories
-from spo.checkpoint import Checkpoint, save_pt
-from spo.groups import (
-    EncodedGroup,
-    RankedGroup,
-    cut,
-    encode_groups,
-    make_batch,
-    micro_batches,
-    read_groups,
-    require,
-)
-from spo.sampling import spread
-from spo.tokenizer import Tokenizer
-
-
-@pytest.fixture(scope="session")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    (folder / "lines.txt").write_text(
-        "\n".join(demo_stories.story(random.Random(i)) for i in range(300))
-    )
-    data.train_tokenizer(str(folder / "lines.txt"), 512, str(folder / "tokenizer"))
-    return Tokenizer(str(folder / "tokenizer.model"))
-
-
-def write(path, *lines) -> str:
-    path.write_text(
-        "".join((x if isinstance(x, str) else json.dumps(x)) + "\n" for x in lines),
-        encoding="utf-8",
-    )
-    return str(path)
+from spo import parallel, pretokenize
+from spo.checkpoint import save_pt
+from spo.generate import tile_evenly
+from spo.groups import EncodedGroup, encode_groups, make_batch, micro_batches, split_by_cost
+from spo.records import RankedGroup, read_groups, require
 
 
 def test_every_format_is_read_best_first(tmp_path):
@@ -219,7 +191,7 @@ def test_groups_never_mix_prompts():
         ["y0", "y1"],
         ["z0", "z1"],
     ] and not left_out
-    assert spread(["x", "y"], 6) == ["x", "x", "x", "y", "y", "y"]
+    assert tile_evenly(["x", "y"], 6) == ["x", "x", "x", "y", "y", "y"]
 
 
 def test_groups_that_no_judge_could_rank_are_left_out_and_counted():
@@ -230,10 +202,8 @@ def test_groups_that_no_judge_could_rank_are_left_out_and_counted():
 
 def test_from_generate_to_check(tmp_path, tokenizer, capsys):
     """The files of one command are what the next one reads."""
-    from test_model import tiny
-
     model, file = tiny(vocab_size=512), lambda name: str(tmp_path / name)
-    save_pt(file("m.pt"), Checkpoint(model, {"eos_id": 1}))
+    save_pt(file("m.pt"), model)
     common = [
         f"--checkpoint={file('m.pt')}",
         f"--tokenizer={tokenizer.path}",
@@ -265,7 +235,9 @@ def test_the_demos_text_is_seeded_and_an_interrupted_build_goes_on(tmp_path, mon
     monkeypatch.setattr(data, "DEMO_STORIES", 200)
     monkeypatch.setattr(data, "DEMO_VOCAB", 512)
     with monkeypatch.context() as broken:  # killed while the tokenizer was made
-        broken.setattr(data, "train_tokenizer", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        broken.setattr(
+            pretokenize, "train_tokenizer", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         with pytest.raises(KeyboardInterrupt):
             data.demo_text()
     stories = (tmp_path / "data/demo/stories.jsonl").read_bytes()
@@ -307,14 +279,16 @@ def test_groups_are_cut_where_padding_and_passes_cost_least():
             for k in range(len(tokens))
             for some in itertools.combinations(inner, k)
         )
-        assert cost(cut(tokens, most, overhead)) == min(map(cost, every_way))
+        assert cost(split_by_cost(tokens, most, overhead)) == min(map(cost, every_way))
 
 
-def test_micro_batches_hold_every_group_once_and_agree_on_their_number():
-    args = ModelArgs(dim=32, n_layers=1, n_heads=2, max_seq_len=250)
+def test_micro_batches_hold_every_group_once_and_agree_on_their_number(monkeypatch):
+    model = tiny(max_seq_len=250)
     groups = [EncodedGroup([1, 2], [[i] * (1 + 7 * i), [i] * 3], i) for i in range(1, 32)]
     for size, agreed in ((None, None), (None, 17), (4, None), (4, 9)):
-        batches = micro_batches(groups, size, args, "cpu", lambda own: agreed or own)
+        others = (lambda own, agreed=agreed: agreed) if agreed else (lambda own: own)
+        monkeypatch.setattr(parallel, "all_reduce_max", others)
+        batches = micro_batches(groups, size, model)
         assert not agreed or len(batches) == agreed
         firsts = [int(row[2]) for batch in batches for row in batch.tokens[::2]]
         assert sorted(firsts) == list(range(1, 32))

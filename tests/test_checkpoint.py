@@ -1,25 +1,24 @@
-"""Weights of Meta and Hugging Face: the same model whichever way it comes, whole or in any shard; and written again."""
+"""Weights in every format: the same model whichever way it comes, whole or in any shard; damaged files; export."""
 
 import base64
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ONE_THREAD, ROOT, assert_close_runs, run, same_weights, tiny, write
 from safetensors.torch import save_file
-from test_model import tiny
-from test_parallel import ONE, assert_close, run
-from test_tinystories_data import tokenizer, write  # noqa: F401 (a fixture)
 
 import export
+from export import halve, largest_group_size, save_llama2c
 from model import Transformer
-from spo import checkpoint as checkpoints
-from spo.checkpoint import Checkpoint
-from spo.folders import HF_NAMES, fill, halve, interleave, on_meta, open_folder
-from spo.tokenizer import Tokenizer
+from spo import checkpoint
+from spo.checkpoint import HF_NAMES, interleave, load_rows, open_weights, without_weights
+from spo.tokenizer import Tokenizer, copy_tokenizer
 
 TOKENS = torch.randint(0, 512, (2, 20), generator=torch.Generator().manual_seed(0))
 
@@ -119,28 +118,23 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 def test_a_folder_is_the_model(tmp_path, layout):
     model = untied()
-    loaded = checkpoints.load(LAYOUTS[layout](tmp_path / "model", model))
-    assert loaded.model.args == model.args and loaded.eos_id == 2
+    loaded = checkpoint.load(LAYOUTS[layout](tmp_path / "model", model))
+    assert loaded.args == model.args and loaded.eos_id == 2
     assert all(
-        torch.equal(a, b)
-        for a, b in zip(model.state_dict().values(), loaded.model.state_dict().values())
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values())
     )
-    assert torch.equal(loaded.model(TOKENS), model(TOKENS))
+    assert torch.equal(loaded(TOKENS), model(TOKENS))
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 @pytest.mark.parametrize("size", [2, 3, 5])
 def test_every_shard_reads_its_rows_and_all_are_the_whole(tmp_path, layout, size):
     model = untied()
-    folder = open_folder(LAYOUTS[layout](tmp_path / "model", model))
+    folder = open_weights(LAYOUTS[layout](tmp_path / "model", model))
     for name, weight in model.named_parameters():
         rows = -(-len(weight) // size)
         cut = [
-            folder.rows(
-                name,
-                slice(min(r * rows, len(weight)), min((r + 1) * rows, len(weight))),
-                tuple(weight.shape),
-            )
+            folder.rows(name, slice(min(r * rows, len(weight)), min((r + 1) * rows, len(weight))))
             for r in range(size)
         ]
         assert torch.equal(torch.cat(cut), weight), name
@@ -148,9 +142,9 @@ def test_every_shard_reads_its_rows_and_all_are_the_whole(tmp_path, layout, size
 
 def test_a_model_on_meta_is_filled_with_its_tables(tmp_path):
     model = untied()
-    folder = open_folder(hf_folder(tmp_path / "model", model))
-    empty = on_meta(folder).to_empty(device="cpu")
-    fill(empty, folder)
+    folder = open_weights(hf_folder(tmp_path / "model", model))
+    empty = without_weights(folder)
+    load_rows(empty, folder, "cpu")
     assert torch.equal(empty(TOKENS), model(TOKENS))
 
 
@@ -161,9 +155,9 @@ def test_the_order_of_rows_is_turned_and_turned_back():
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_an_exported_folder_is_the_model_again(tmp_path, tied, tokenizer, capsys):  # noqa: F811
+def test_an_exported_folder_is_the_model_again(tmp_path, tied, tokenizer, capsys):
     model = tiny(tied=tied, vocab_size=512)
-    checkpoints.save_pt(str(tmp_path / "m.pt"), Checkpoint(model, {"eos_id": 1}))
+    checkpoint.save_pt(str(tmp_path / "m.pt"), model)
     export.main(
         [
             str(tmp_path / "hf"),
@@ -172,21 +166,17 @@ def test_an_exported_folder_is_the_model_again(tmp_path, tied, tokenizer, capsys
             "--version=-1",
         ]
     )
-    loaded = checkpoints.load(str(tmp_path / "hf"))
-    assert (
-        loaded.model.tied == tied
-        and loaded.eos_id == 1
-        and torch.equal(loaded.model(TOKENS), model(TOKENS))
-    )
+    loaded = checkpoint.load(str(tmp_path / "hf"))
+    assert loaded.tied == tied and loaded.eos_id == 1 and torch.equal(loaded(TOKENS), model(TOKENS))
     export.main(
         [str(tmp_path / "again.pt"), f"--hf={tmp_path / 'hf'}"]
     )  # with the tokenizer that lies in it
-    assert torch.equal(checkpoints.load(str(tmp_path / "again.pt")).model(TOKENS), model(TOKENS))
+    assert torch.equal(checkpoint.load(str(tmp_path / "again.pt"))(TOKENS), model(TOKENS))
     export.main(
         [str(tmp_path / "model.bin"), "--meta-llama", meta_folder(tmp_path / "meta", untied())]
     )
     assert torch.equal(
-        checkpoints.load(str(tmp_path / "model.bin")).model.output.weight, untied().output.weight
+        checkpoint.load(str(tmp_path / "model.bin")).output.weight, untied().output.weight
     )
     with pytest.raises(ValueError, match="one of --checkpoint, --meta-llama and --hf"):
         export.main(["x.bin", "--hf=a", "--checkpoint=b"])
@@ -197,7 +187,7 @@ def test_an_exported_folder_is_the_model_again(tmp_path, tied, tokenizer, capsys
 def test_transformers_computes_the_same_logits(tmp_path, tied):
     transformers = pytest.importorskip("transformers")
     model = tiny(tied=tied, vocab_size=512, rope_theta=500.0)
-    checkpoints.save_pt(str(tmp_path / "m.pt"), Checkpoint(model, {"eos_id": 1}))
+    checkpoint.save_pt(str(tmp_path / "m.pt"), model)
     export.main([str(tmp_path / "hf"), f"--checkpoint={tmp_path / 'm.pt'}", "--version=-1"])
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         str(tmp_path / "hf"), dtype=torch.float32
@@ -225,35 +215,35 @@ def test_transformers_computes_the_same_logits(tmp_path, tied):
 )
 def test_what_the_model_lacks_is_refused_in_words(tmp_path, config, message):
     with pytest.raises(ValueError, match=message):
-        checkpoints.load(hf_folder(tmp_path / "model", untied(), **config))
+        checkpoint.load(hf_folder(tmp_path / "model", untied(), **config))
 
 
 def test_damaged_folders_are_refused_by_name(tmp_path):
     path = meta_folder(tmp_path / "meta", untied())
     (tmp_path / "meta" / "consolidated.00.pth").write_bytes(b"PK\x03\x04 no")
     with pytest.raises(ValueError, match="consolidated.00.pth: damaged"):
-        checkpoints.load(path)
+        checkpoint.load(path)
     (tmp_path / "meta" / "params.json").write_text("{}")
     with pytest.raises(ValueError, match="params.json|damaged"):
-        checkpoints.load(path)
+        checkpoint.load(path)
     path = hf_folder(tmp_path / "hf", untied())
     (file,) = [f for f in os.listdir(path) if f.endswith("safetensors")]
     content = (tmp_path / "hf" / file).read_bytes()
     (tmp_path / "hf" / file).write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match="safetensors: damaged"):
-        checkpoints.load(path)
+        checkpoint.load(path)
     (tmp_path / "hf" / file).unlink()
     with pytest.raises(ValueError, match="no model.*safetensors"):
-        checkpoints.load(path)
+        checkpoint.load(path)
     with pytest.raises(ValueError, match="neither Meta's folder"):
-        checkpoints.load(str(tmp_path))
+        checkpoint.load(str(tmp_path))
 
 
-def test_two_processes_train_from_a_folder_as_one_does(tmp_path, tokenizer, monkeypatch):  # noqa: F811
+def test_two_processes_train_from_a_folder_as_one_does(tmp_path, tokenizer, monkeypatch):
     """Each of the two reads only its rows; the model has an untied classifier, as Llama 2 has."""
     monkeypatch.chdir(tmp_path)
     folder = hf_folder(tmp_path / "model", untied(), 2)
-    checkpoints.copy_tokenizer(tokenizer, folder)
+    copy_tokenizer(tokenizer, folder)
     texts = [[f"the owl sang {i} {j} times." for j in range(3)] for i in range(8)]
     write(
         tmp_path / "ranked.jsonl",
@@ -272,22 +262,22 @@ def test_two_processes_train_from_a_folder_as_one_does(tmp_path, tokenizer, monk
     ]
     run(1, [*flags, "--out_dir=one"])
     printed = run(2, [*flags, "--out_dir=two"])
-    assert_close("one", "two", 2e-4)
+    assert_close_runs("one", "two", 2e-4)
     assert (
-        checkpoints.load("two/ckpt.pt").eos_id == 2 and "best (step" in printed
+        checkpoint.load("two/ckpt.pt").eos_id == 2 and "best (step" in printed
     )  # best.pt was read shard by shard
     flags[0] = "--init_from=one/ckpt.pt"  # and so is a .pt to begin with
     run(1, [*flags, "--out_dir=three", "--report=false"])
     run(2, [*flags, "--out_dir=four", "--report=false"])
-    assert_close("three", "four", 2e-4)
+    assert_close_runs("three", "four", 2e-4)
 
 
 def test_a_bfloat16_run_keeps_bfloat16_checkpoints_that_load_and_export(
     tmp_path, tokenizer, monkeypatch
-):  # noqa: F811
+):
     monkeypatch.chdir(tmp_path)
     folder = hf_folder(tmp_path / "model", untied())
-    checkpoints.copy_tokenizer(tokenizer, folder)
+    copy_tokenizer(tokenizer, folder)
     texts = [[f"the owl sang {i} {j} times." for j in range(3)] for i in range(8)]
     write(tmp_path / "ranked.jsonl", *({"responses": t, "ranking": [2, 0, 1]} for t in texts))
     run(
@@ -308,8 +298,8 @@ def test_a_bfloat16_run_keeps_bfloat16_checkpoints_that_load_and_export(
     weights = torch.load("out/best.pt", weights_only=True)["model"]
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
     loaded, exported = (
-        checkpoints.load("out/best.pt").model,
-        checkpoints.load("out/model.bin").model,
+        checkpoint.load("out/best.pt"),
+        checkpoint.load("out/model.bin"),
     )
     for name, weight in untied().state_dict().items():
         assert torch.equal(loaded.state_dict()[name], weight.bfloat16().float()), name
@@ -350,7 +340,7 @@ def test_llama_3s_tokenizer(llama3, tmp_path):
         assert max(llama.encode(text), default=0) < 263  # no text can spell a special token
     assert llama.encode_after("a", "\nb") == llama.encode("\nb")
     os.makedirs(tmp_path / "copy")
-    checkpoints.copy_tokenizer(llama, str(tmp_path / "copy"))
+    copy_tokenizer(llama, str(tmp_path / "copy"))
     assert os.listdir(tmp_path / "copy") == ["tokenizer.model"]  # run.c reads no such
 
 
@@ -365,6 +355,144 @@ def test_a_llama_3_folder_tells_stories(llama3, tmp_path):
         "--max_new_tokens=20",
     ]
     done = subprocess.run(
-        words, capture_output=True, text=True, env=os.environ | ONE
+        words, capture_output=True, text=True, env=os.environ | ONE_THREAD
     )  # its tokenizer is one level up
     assert done.returncode == 0, done.stderr
+
+
+# --- .pt and .bin ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["model.pt", "model.bin"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_saved_model_comes_back(tmp_path, name, tied):
+    model, path = tiny(tied), str(tmp_path / name)
+    if name == "model.pt":
+        model.eos_id = 2
+        checkpoint.save_pt(path, model, 7, {"note": "kept"}, win_rate=0.5)
+    else:
+        save_llama2c(path, model)
+    file, loaded = checkpoint.open_weights(path), checkpoint.load(path)
+    assert same_weights(loaded, model) and loaded.tied == file.tied == tied
+    assert (loaded.output.weight is loaded.tok_embeddings.weight) == tied
+    assert (loaded.eos_id, file.step) == ((2, 7) if name == "model.pt" else (1, 0))
+    assert file.config == ({"note": "kept", "eos_id": 2} if name == "model.pt" else {})
+    assert len(list(tmp_path.iterdir())) == 1  # no temporary file stays
+
+
+def test_llama2c_checkpoints_load_with_their_prefix_and_entries(tmp_path):
+    model, path = tiny(), str(tmp_path / "stories.pt")
+    args = dataclasses.asdict(model.args)
+    del args["rope_theta"]
+    weights = {f"_orig_mod.{k}": v for k, v in model.state_dict().items()}
+    torch.save(
+        {"model": weights, "model_args": args, "iter_num": 5, "config": {"dataset": "tinystories"}},
+        path,
+    )
+    assert same_weights(checkpoint.load(path), model) and checkpoint.load(path).eos_id == 1
+
+
+@pytest.mark.parametrize("version", [0, 1, 2])
+@pytest.mark.parametrize("tied", [True, False])
+def test_export_twice_gives_the_same_bytes_and_leaves_the_model_alone(tmp_path, version, tied):
+    model = tiny(tied)
+    before, args = (
+        {k: v.clone() for k, v in model.state_dict().items()},
+        dataclasses.asdict(model.args),
+    )
+    for name in ("a.bin", "b.bin"):
+        save_llama2c(str(tmp_path / name), model, version)
+    assert (tmp_path / "a.bin").read_bytes() == (tmp_path / "b.bin").read_bytes()
+    assert dataclasses.asdict(model.args) == args
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    back = checkpoint.load(str(tmp_path / "a.bin"))
+    if version < 2:
+        assert same_weights(back, model)
+    else:
+        for a, b in zip(back.parameters(), model.parameters(), strict=True):
+            if b.dim() == 1:
+                assert torch.equal(a, b)
+                continue
+            scales = b.detach().reshape(-1, 16).abs().amax(1, keepdim=True) / 127
+            assert ((a - b).reshape(-1, 16).abs() <= scales * 0.5001).all()
+
+
+def test_a_group_size_that_does_not_divide_a_row_is_refused(tmp_path):
+    assert largest_group_size(tiny().args) == 16  # dim 32, hidden_dim 48
+    with pytest.raises(ValueError, match="--group_size=32 does not divide hidden_dim 48; 16 fits"):
+        save_llama2c(str(tmp_path / "m.bin"), tiny(), 2, group_size=32)
+    assert not list(tmp_path.iterdir())
+
+
+def test_damaged_files_are_refused_by_name(tmp_path):
+    for name in ("model.pt", "model.bin"):
+        path = str(tmp_path / name)
+        (checkpoint.save_pt(path, tiny()) if name == "model.pt" else save_llama2c(path, tiny()))
+        whole = open(path, "rb").read()
+        for damaged in (b"", whole[:20], whole[: len(whole) // 2], b"<html>not found</html>" * 99):
+            open(path, "wb").write(damaged)
+            with pytest.raises(ValueError, match=name):
+                checkpoint.load(path)
+
+
+def test_a_checkpoint_with_wrong_entries_is_refused_by_name(tmp_path):
+    model, path = tiny(), str(tmp_path / "model.pt")
+    args, weights = dataclasses.asdict(model.args), model.state_dict()
+    wrong = [
+        {"model": weights, "model_args": None},
+        {"model": None, "model_args": args},
+        {"model": weights},
+        {"model": weights, "model_args": args | {"dim": "32"}},
+        {"model": weights, "model_args": args | {"n_heads": 0}},
+        {"model": weights | {"norm.weight": 3}, "model_args": args},
+        [1, 2],
+        {"model": {k: v for k, v in weights.items() if k != "norm.weight"}, "model_args": args},
+        {"model": weights, "model_args": args | {"rope_scaling": 2}},
+    ]
+    for entries in wrong:
+        torch.save(entries, path)
+        with pytest.raises(ValueError, match="model.pt"):
+            checkpoint.load(path)
+
+
+def test_bit_flips_load_or_are_refused_by_name(tmp_path):
+    """A flipped bit of a weight cannot be told from a weight; everything else is refused, in words."""
+    model, random = tiny(), np.random.default_rng(0)
+    for name in ("model.pt", "model.bin"):
+        path = str(tmp_path / name)
+        checkpoint.save_pt(path, model) if name == "model.pt" else save_llama2c(path, model)
+        with open(path, "rb") as f:
+            whole = f.read()
+        for _ in range(150):
+            damaged, position = bytearray(whole), int(random.integers(len(whole)))
+            position = position % 256 if random.random() < 0.5 else position
+            damaged[position] ^= 1 << int(random.integers(8))
+            with open(path, "wb") as f:
+                f.write(damaged)
+            try:
+                checkpoint.load(path)
+            except ValueError as error:
+                assert name in str(error)
+
+
+def test_a_header_that_asks_for_too_much_is_refused_before_anything_is_built(tmp_path):
+    path = str(tmp_path / "model.bin")
+    with open(path, "wb") as f:
+        f.write(
+            np.array([4096, 11008, 2**20, 32, 32, 32000, 2048], dtype=np.int32).tobytes()
+            + b"\0" * 1000
+        )
+    with pytest.raises(ValueError, match="model.bin: damaged: 1028 bytes, its header asks for"):
+        checkpoint.load(path)
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "executed"), "w"))
+
+    path = str(tmp_path / "evil.pt")
+    torch.save({"model": {}, "model_args": {}, "config": Evil()}, path)
+    with pytest.raises(ValueError, match="evil.pt: not loaded"):
+        checkpoint.load(path)
+    assert not (tmp_path / "executed").exists()

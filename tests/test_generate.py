@@ -1,4 +1,4 @@
-"""Stories that a kill does not lose."""
+"""Sampling: streams, terminators, distributions; stories that a kill does not lose."""
 
 import json
 import os
@@ -9,21 +9,65 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
-from test_model import tiny
+import torch
+from helpers import ROOT, tiny
 
 import tinystories_data as data
-from spo import sampling
-from spo.checkpoint import Checkpoint, save_pt
+from spo import generate as generation
+from spo.checkpoint import save_pt
 from spo.demo_stories import story
+from spo.generate import generate, sample_token
 from spo.pretokenize import train_tokenizer
+
+
+def test_a_rows_text_depends_on_neither_neighbours_nor_batch_size():
+    model = tiny()
+    prompts = [[1], [1, 5, 9], [1, 7], [1], [1, 2, 3, 4, 5]]
+    together = generate(model, prompts, 40, stop_ids=[3], seed=11)
+    for row, prompt in enumerate(prompts):
+        assert generate(model, [prompt], 40, stop_ids=[3], seed=11, first_row=row) == [
+            together[row]
+        ]
+    assert generate(model, prompts, 40, stop_ids=[3], seed=12) != together
+    assert generate(model, torch.tensor([[1], [1]]), 9, seed=5) == generate(
+        model, [[1], [1]], 9, seed=5
+    )
+
+
+def test_a_sequence_ends_with_its_terminator_and_never_holds_it_before():
+    rows = generate(tiny(), [[1, 3]] * 32, 30, stop_ids=[3, 8], seed=0)
+    ended = [row for row in rows if row[-1] in (3, 8)]
+    assert ended and all(len(row) == 30 for row in rows if row not in ended)
+    assert not any(token in (3, 8) for row in rows for token in row[:-1])
+
+
+def test_sampling_follows_the_distribution():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(20000, 4)
+    uniforms = torch.rand(20000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    share = torch.bincount(sample_token(logits.clone(), uniforms, 1.0), minlength=4) / 20000
+    assert torch.allclose(share, logits[0].softmax(0), atol=0.01)
+    assert set(sample_token(logits.clone(), uniforms, 1.0, top_k=2).tolist()) == {0, 1}
+    assert set(sample_token(logits.clone(), uniforms, 1.0, top_p=0.7).tolist()) == {
+        0,
+        1,
+    }  # 0.64 alone is less than 0.7
+    assert set(sample_token(logits.clone(), uniforms, 1.0, top_p=0.6).tolist()) == {0}
+
+
+def test_generate_ends_with_the_context_and_refuses_a_prompt_that_fills_it():
+    assert [len(row) for row in generate(tiny(), [[1], [1] * 63], 500)] == [63, 1]
+    with pytest.raises(ValueError, match="64 tokens leaves no room in a context of 64"):
+        generate(tiny(), [[1] * 64], 5)
+
+
+# --- the command -----------------------------------------------------------------------------
 
 
 @pytest.fixture
 def common(tmp_path) -> list[str]:
     (tmp_path / "lines.txt").write_text("\n".join(story(random.Random(i)) for i in range(300)))
     train_tokenizer(str(tmp_path / "lines.txt"), 512, str(tmp_path / "tokenizer"))
-    save_pt(str(tmp_path / "m.pt"), Checkpoint(tiny(vocab_size=512), {"eos_id": 1}))
+    save_pt(str(tmp_path / "m.pt"), tiny(vocab_size=512))
     return [
         "generate",
         f"--checkpoint={tmp_path / 'm.pt'}",
@@ -34,14 +78,14 @@ def common(tmp_path) -> list[str]:
     ]
 
 
-def generate(tmp_path, command: list[str]) -> bytes:
+def generated(tmp_path, command: list[str]) -> bytes:
     data.main(command)
     return (tmp_path / "s.jsonl").read_bytes()
 
 
 def interrupted_at(call: int, calls: list):
-    """sampling.generate, but Ctrl-C at its n-th call; 0: never."""
-    original = sampling.generate
+    """generation.generate, but Ctrl-C at its n-th call; 0: never."""
+    original = generation.generate
 
     def generate(*arguments, **options):
         calls.append(1)
@@ -55,17 +99,17 @@ def interrupted_at(call: int, calls: list):
 def test_an_interrupted_run_goes_on_and_equals_an_unbroken_one(
     tmp_path, common, monkeypatch, capsys
 ):
-    unbroken = generate(tmp_path, common)
+    unbroken = generated(tmp_path, common)
     for stop in range(1, 7):
         os.remove(tmp_path / "s.jsonl")
         with monkeypatch.context() as broken:
-            broken.setattr(sampling, "generate", interrupted_at(stop, []))
+            broken.setattr(generation, "generate", interrupted_at(stop, []))
             with pytest.raises(KeyboardInterrupt):
                 data.main(common)
         assert not (tmp_path / "s.jsonl").exists()
         with monkeypatch.context() as counted:
-            counted.setattr(sampling, "generate", interrupted_at(0, calls := []))
-            assert generate(tmp_path, common) == unbroken
+            counted.setattr(generation, "generate", interrupted_at(0, calls := []))
+            assert generated(tmp_path, common) == unbroken
         assert len(calls) == 6 - (stop - 1)  # only what was missing
     assert "the first 20 from an interrupted run" in capsys.readouterr().out
     assert sorted(os.listdir(tmp_path))[-2:] == [
@@ -75,9 +119,9 @@ def test_an_interrupted_run_goes_on_and_equals_an_unbroken_one(
 
 
 def test_a_part_cut_anywhere_is_gone_on_with(tmp_path, common, monkeypatch):
-    unbroken = generate(tmp_path, common)
+    unbroken = generated(tmp_path, common)
     with monkeypatch.context() as broken:
-        broken.setattr(sampling, "generate", interrupted_at(4, []))
+        broken.setattr(generation, "generate", interrupted_at(4, []))
         with pytest.raises(KeyboardInterrupt):
             data.main(common)
     part = (tmp_path / "s.jsonl.part").read_bytes()
@@ -90,12 +134,12 @@ def test_a_part_cut_anywhere_is_gone_on_with(tmp_path, common, monkeypatch):
         len(part),
     ]:
         (tmp_path / "s.jsonl.part").write_bytes(part[:cut])
-        assert generate(tmp_path, common) == unbroken
+        assert generated(tmp_path, common) == unbroken
 
 
 def test_another_command_does_not_go_on_with_it(tmp_path, common, monkeypatch):
     with monkeypatch.context() as broken:
-        broken.setattr(sampling, "generate", interrupted_at(3, []))
+        broken.setattr(generation, "generate", interrupted_at(3, []))
         with pytest.raises(KeyboardInterrupt):
             data.main(common)
     part = (tmp_path / "s.jsonl.part").read_bytes()
@@ -106,7 +150,7 @@ def test_another_command_does_not_go_on_with_it(tmp_path, common, monkeypatch):
         ):
             data.main(common + changed)
     save_pt(
-        str(tmp_path / "m.pt"), Checkpoint(tiny(vocab_size=512, n_kv_heads=4), {"eos_id": 1})
+        str(tmp_path / "m.pt"), tiny(vocab_size=512, n_kv_heads=4)
     )  # the same name, other weights
     with pytest.raises(ValueError, match="another --checkpoint"):
         data.main(common)
@@ -130,7 +174,7 @@ def test_what_no_model_can_be_asked_is_refused(tmp_path, common):
     prompts.write_text('{"prompt": "\\ud800"}\n')
     for flag, message in (
         (f"--prompts={prompts}", 'p.jsonl line 1: no "prompt"'),
-        ("--temperature=nan", "temperature >= 0"),
+        ("--temperature=nan", "--temperature=nan: must be finite, 0 or more"),
     ):
         with pytest.raises(ValueError, match=message):
             data.main([*common, flag])
@@ -148,7 +192,7 @@ def test_stories_of_a_prompts_file_continue_their_prompts(tmp_path, common):
         + json.dumps({"prompt": "One day, Mia"})
         + "\n"
     )
-    generate(tmp_path, [*common, f"--prompts={prompts}"])
+    generated(tmp_path, [*common, f"--prompts={prompts}"])
     records = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
     assert [r["prompt"] for r in records] == ["Once upon a time"] * 12 + ["One day, Mia"] * 11
     assert [r["index"] for r in records] == list(range(23)) and not all(
@@ -177,4 +221,4 @@ def test_a_killed_process_goes_on(tmp_path, common):
     finished = subprocess.run(command, capture_output=True, text=True)
     assert finished.returncode == 0 and "from an interrupted run" in finished.stdout
     killed = (tmp_path / "s.jsonl").read_bytes()
-    assert generate(tmp_path, [*common, "--num_stories=1000", "--batch_size=100"]) == killed
+    assert generated(tmp_path, [*common, "--num_stories=1000", "--batch_size=100"]) == killed

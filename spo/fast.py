@@ -1,0 +1,240 @@
+"""What makes a model fast on this machine: attention and generation for a CPU, and how float32 matrices are multiplied.
+
+Everything in here acts on a model that it is handed, and computes what model.py computes, to rounding.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model import Attention, KVCache, ModelArgs, Transformer
+from spo import parallel
+
+QUERIES_PER_BLOCK = 96  # attention on a CPU
+MOST_TOKENS_FOR_BLOCKS = 512  # longer texts have no memory for their scores
+LEAST_DIM_FOR_ONEDNN = 256  # when decoding: oneDNN is slow at small products
+
+
+def use(model: Transformer) -> Transformer:
+    """Let a model on a CPU compute attention as two products; return the model. One on a GPU stays as it is."""
+    for layer in model.layers:
+        on_cpu = model.device.type == "cpu"
+        layer.attention.attend = attend_on_cpu if on_cpu else Attention.attend
+    return model
+
+
+# --- float32 products ----------------------------------------------------------------------------
+
+
+def enable_fast_matmul(device: str) -> str:
+    """Choose the fast way to multiply float32 matrices in this process; return a line that says which it is.
+
+    On a GPU it is TF32, which rounds the factors to three digits. On a CPU it is oneDNN, up to twice as fast as the
+    default, if a test product shows that it does not round to bfloat16 on this machine.
+    """
+    exact = matmul_error("highest", device)
+    if device.startswith("cuda"):
+        error = matmul_error("high", device)
+        torch.set_float32_matmul_precision("high")
+        return f"float32 products: TF32, relative error {error:.1e} (without {exact:.1e})"
+    if device != "cpu":
+        return f"float32 products: relative error {exact:.1e}"
+    error = matmul_error("medium", device)
+    if error <= 2 * exact:
+        torch.set_float32_matmul_precision("medium")
+        return f"float32 products: oneDNN, relative error {error:.1e} (without {exact:.1e})"
+    return f"float32 products: relative error {exact:.1e}; oneDNN's {error:.1e} was too much"
+
+
+def matmul_error(precision: str, device: str) -> float:
+    """Return the relative error of a float32 product at one of torch's precisions."""
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(256, 256, generator=generator)
+    b = torch.randn(256, 256, generator=generator)
+    exact = a.double() @ b.double()
+    with matmul_precision(precision):
+        product = (a.to(device) @ b.to(device)).cpu()
+    return float((product - exact).norm() / exact.norm())
+
+
+@contextlib.contextmanager
+def matmul_precision(precision: str) -> Iterator[None]:
+    """Multiply float32 matrices at this precision for a while. "highest": never by oneDNN."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+# --- attention on a CPU --------------------------------------------------------------------------
+
+
+def attend_on_cpu(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Equal `Attention.attend`, in half of its time on a CPU.
+
+    q (N, heads, T or 1, head_dim); k, v (N, KV, T, head_dim), shared by the heads of a group without a copy.
+    Returns as q.
+    """
+    n_kv_heads, T = k.shape[1], k.shape[2]
+    heads_by_key = (n_kv_heads, -1)
+    if q.shape[2] == 1:
+        # A single query attends to all keys, so no mask is needed, and the heads that share a key can be batched
+        # as queries.
+        queries = (
+            q.to(k.dtype).squeeze(2).unflatten(1, heads_by_key)
+        )  # (N, KV, heads per KV, head_dim)
+        y = F.scaled_dot_product_attention(queries, k, v)
+        return y.flatten(1, 2).unsqueeze(2).to(q.dtype)
+    assert q.shape[2] == T, "several tokens at once only from position 0: the mask is square"
+    if T > MOST_TOKENS_FOR_BLOCKS:
+        gqa = q.shape[1] != n_kv_heads
+        y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, is_causal=True, enable_gqa=gqa)
+        return y.to(q.dtype)
+    return _attend_by_blocks(q, k, v).unflatten(0, (-1, n_kv_heads)).flatten(1, 2).to(q.dtype)
+
+
+def _attend_by_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Multiply a block of queries with the keys up to its last: q, k, v -> (N KV, heads per KV, T, head_dim)."""
+    n_kv_heads, T = k.shape[1], k.shape[2]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    q = q.to(wide).unflatten(1, (n_kv_heads, -1)).flatten(0, 1) * q.shape[-1] ** -0.5
+    k = k.to(wide).flatten(0, 1)  # (N KV, T, head_dim)
+    v = v.to(wide).flatten(0, 1)
+    future = torch.full((T, T), -torch.inf, dtype=wide).triu(1)
+    blocks = []
+    for first in range(0, T, QUERIES_PER_BLOCK):
+        last = min(first + QUERIES_PER_BLOCK, T)
+        scores = q[:, :, first:last].flatten(1, 2) @ k[:, :last].transpose(1, 2)
+        scores = scores.unflatten(1, (-1, last - first)).add_(future[first:last, :last])
+        y = scores.softmax(-1).flatten(1, 2) @ v[:, :last]
+        blocks.append(y.unflatten(1, (-1, last - first)))
+    return torch.cat(blocks, 2)
+
+
+# --- generation ----------------------------------------------------------------------------------
+
+
+def next_logits(model: Transformer, tokens: Tensor, cache: KVCache) -> Tensor:
+    """Token ids (N, T) -> logits (N, V) of the token after the last: `model(tokens, cache)[:, -1]`."""
+    return model.output(model.hidden(tokens, cache)[:, -1])
+
+
+class Generation:
+    """The model, the cache and the position of one call of generate, in the way that is fastest on its device."""
+
+    def __init__(self, model: Transformer, rows: int, length: int):
+        """rows, length: the most that there will be, prompts included"""
+        self.model = use(model)
+        dtype = model.tok_embeddings.weight.dtype
+        self.on_cpu = model.device.type == "cpu"
+        if self.on_cpu:
+            dtype = torch.promote_types(
+                dtype, torch.float32
+            )  # small products are no faster in bfloat16
+            self.cache = CpuCache(model.args, rows, length, dtype)
+        else:
+            self.cache = KVCache(model.args, rows, length, model.device, dtype)
+        self.decoder = None
+
+    def prefill(self, tokens: Tensor) -> Tensor:
+        """Read the first tokens (N, T); return the logits (N, V) of the next."""
+        logits = parallel.with_weights(self.model, next_logits, tokens, self.cache)
+        if self.on_cpu:
+            self.decoder = CpuDecoder(self.model, len(tokens), self.cache.keys.dtype)
+        return logits
+
+    def next_logits(self, tokens: Tensor) -> Tensor:
+        """Read one more token (N, 1) of each row; return the logits (N, V) of the next."""
+        if self.decoder is not None:
+            return self.decoder.next_logits(tokens, self.cache)
+        return parallel.with_weights(self.model, next_logits, tokens, self.cache)
+
+    def keep(self, alive: Tensor) -> None:
+        """Drop the rows that have ended."""
+        self.cache.keep(alive)
+
+
+class CpuCache(KVCache):
+    """A KVCache whose keys are stored transposed, which is faster for a single query on a CPU."""
+
+    def __init__(self, args: ModelArgs, batch: int, length: int, dtype: torch.dtype):
+        super().__init__(args, batch, length, "cpu", dtype)
+        shape = self.keys.shape
+        self.keys = self.keys.view(*shape[:3], args.head_dim, length).transpose(3, 4)
+
+    def keep(self, rows: Tensor) -> None:
+        self.keys = self.keys.transpose(3, 4)[:, rows].transpose(3, 4)
+        self.values = self.values[:, rows]
+
+
+class CpuDecoder:
+    """Equal `next_logits` for one token a row, on a CPU, where calls and layouts decide.
+
+    wq, wk, wv are fused into one matrix, and so are w1 and w3; all are stored transposed, and 1/sqrt(head_dim) is
+    folded into wq. That is a copy of the weights, so one is built for each call of generate.
+    """
+
+    def __init__(self, model: Transformer, rows: int, dtype: torch.dtype):
+        """rows: the most that one call has. dtype: of keys, values and logits."""
+        self.args = model.args
+        self.embedding = model.tok_embeddings.weight
+        self.layers = [FusedLayer(layer, model.args) for layer in model.layers]
+        self.norm = model.norm
+        self.output = model.output.weight.t().contiguous()
+        self.logits = torch.empty(rows, model.args.vocab_size, dtype=dtype)
+        # (max_seq_len, head_dim / 2)
+        self.rotation = torch.complex(model.freqs_cos.float(), model.freqs_sin.float())
+
+    def next_logits(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """Token ids (N, 1) -> logits (N, V), in memory that the next call uses again."""
+        small = self.args.dim < LEAST_DIM_FOR_ONEDNN
+        with matmul_precision("highest") if small else contextlib.nullcontext():
+            x = self.embedding[tokens.squeeze(1)]  # (N, D)
+            rotation = self.rotation[cache.position]
+            for i, layer in enumerate(self.layers):
+                x = layer.forward(i, x, rotation, cache)
+            cache.position += 1
+            x = self.norm(x)
+            logits = self.logits[: len(x)]
+            if x.dtype == logits.dtype:
+                return torch.mm(x, self.output, out=logits)
+            return logits.copy_(x @ self.output)
+
+
+class FusedLayer:
+    """A TransformerBlock for one token a row."""
+
+    def __init__(self, layer, args: ModelArgs):
+        self.args = args
+        attention, ffn = layer.attention, layer.feed_forward
+        scale = args.head_dim**-0.5
+        wqkv = torch.cat((attention.wq.weight * scale, attention.wk.weight, attention.wv.weight))
+        self.wqkv = wqkv.t().contiguous()
+        self.w13 = torch.cat((ffn.w1.weight, ffn.w3.weight)).t().contiguous()
+        self.wo = attention.wo.weight.t().contiguous()
+        self.w2 = ffn.w2.weight.t().contiguous()
+        self.attention_norm = layer.attention_norm
+        self.ffn_norm = layer.ffn_norm
+
+    def forward(self, index: int, x: Tensor, rotation: Tensor, cache: KVCache) -> Tensor:
+        """x (N, D) -> (N, D). rotation (head_dim / 2,) complex: the angle of this position."""
+        N, KV = len(x), self.args.n_kv_heads
+        heads_per_key = self.args.n_heads // KV
+        qkv = (self.attention_norm(x) @ self.wqkv).to(cache.keys.dtype)
+        qkv = qkv.view(N, -1, self.args.head_dim // 2, 2)
+        qk = torch.view_as_real(torch.view_as_complex(qkv[:, :-KV]) * rotation).flatten(2)
+        q, k = qk.split((heads_per_key * KV, KV), 1)
+        v = qkv[:, -KV:].flatten(2)
+        keys, values = cache.extend(index, k.unsqueeze(2), v.unsqueeze(2))
+        with matmul_precision("highest"):  # oneDNN would compile a program for every length
+            queries = q.reshape(N * KV, heads_per_key, -1)
+            scores = torch.bmm(queries, keys.flatten(0, 1).transpose(1, 2))
+            y = torch.bmm(scores.softmax(-1), values.flatten(0, 1)).view(N, -1).to(x.dtype)
+        x = torch.addmm(x, y, self.wo)
+        gate, up = (self.ffn_norm(x) @ self.w13).chunk(2, 1)
+        return torch.addmm(x, F.silu(gate).mul_(up), self.w2)

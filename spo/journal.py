@@ -1,0 +1,96 @@
+"""What an API was asked and what came back, kept so that no reply is asked for, or paid, twice."""
+
+import json
+import math
+import os
+import threading
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs with one journal are not noticed there
+    fcntl = None
+
+
+class Journal:
+    """An append-only JSONL file of what was asked and what came back; flushed to the disk before it counts.
+
+        {"id": 7, "asked": KEY, "usd": the most that it can cost}
+        {"id": 7, "key": KEY, "reply": {...}, "usd": what it cost}     or     {"id": 7, "refused": 429}
+
+    An "asked" without a second line was lost, in a kill perhaps: it may be billed, so its bound counts as spent.
+    """
+
+    def __init__(self, path: str):
+        """Opens or creates the file. ValueError if it is another run's at the moment, or no journal."""
+        self.path, self.lock = path, threading.Lock()
+        self.replies: dict[str, list[dict]] = {}  # key -> its replies, in order
+        self.open_asks: dict[int, float] = {}  # id -> bound, of what has no second line
+        self.paid, self.next_id = 0.0, 0
+        if os.path.dirname(path):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+        self.file = open(path, "a+b")
+        if fcntl is not None:
+            try:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                self.file.close()
+                raise ValueError(
+                    f"--journal={path}: another run is writing it; wait, or give another file"
+                ) from None
+        self.file.seek(0)
+        content = self.file.read()
+        whole = content.rfind(b"\n") + 1
+        for number, line in enumerate(content[:whole].splitlines(), start=1):
+            try:
+                self.note(json.loads(line))
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
+                self.refuse(number)
+        if whole < len(
+            content
+        ):  # a kill while the last line was written; or another file altogether
+            start = b'{"id": '
+            if not (content[whole:].startswith(start) or start.startswith(content[whole:])):
+                self.refuse(content.count(b"\n") + 1)
+            self.file.truncate(whole)
+
+    def refuse(self, number: int) -> None:
+        self.file.close()
+        raise ValueError(
+            f"{self.path} line {number}: not a line of a journal; give another --journal"
+        )
+
+    def note(self, line: dict) -> None:
+        number, usd = int(line["id"]), float(line.get("usd", 0))
+        if not 0 <= usd < math.inf:
+            raise ValueError("usd is no price")
+        self.next_id = max(self.next_id, number + 1)
+        if "asked" in line:
+            self.open_asks[number] = usd
+            return
+        self.open_asks.pop(number, None)
+        if "reply" in line:
+            for name in ("text", "finish_reason", "fence"):
+                line["reply"][name]  # a KeyError if it is not there
+            self.paid += usd
+            self.replies.setdefault(str(line["key"]), []).append(line["reply"])
+
+    def append(self, line: dict) -> None:
+        with self.lock:
+            self.file.write(
+                (json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8", "replace")
+            )
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            self.note(line)
+
+    def ask(self, key: str, usd: float) -> int:
+        with self.lock:
+            number, self.next_id = self.next_id, self.next_id + 1
+        self.append({"id": number, "asked": key, "usd": usd})
+        return number
+
+    @property
+    def spent(self) -> float:
+        """US dollars: what the replies cost, and the bounds of what is on its way or was lost."""
+        with self.lock:
+            return self.paid + sum(self.open_asks.values())

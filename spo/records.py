@@ -1,0 +1,220 @@
+"""A line of a dataset, in any of its forms -> a ranked group.
+
+A dataset is JSON Lines, one group a line; unknown keys are kept:
+
+    {"prompt": "", "responses": ["...", "...", "..."], "ranking": [2, 0, 1]}     indices, best first
+    {"prompt": "", "responses": ["...", "..."], "best": 0}                       best-of-n: the rest is unordered
+    {"prompt": "...", "chosen": "...", "rejected": "..."}                        a pair, also with messages, as TRL has them
+    {"prompt": "...", "responses": ["..."]}  or  {"text": "..."}                 text for sft
+
+"finished": [true, ...] beside "responses" (true or false beside "text") marks those that ended by themselves; by
+default all did. The others were cut at a length limit and get no terminator.
+"""
+
+from dataclasses import dataclass
+
+from spo.files import is_unicode, read_jsonl
+
+
+@dataclass(frozen=True)
+class RankedGroup:
+    """n responses to one prompt, best first as far as that is known.
+
+    order  "ranking": all of it is known; "best": responses[0] is the best, the rest unordered; "text": nothing is
+    line   of the file
+    """
+
+    prompt: str
+    responses: tuple[str, ...]
+    finished: tuple[bool, ...]
+    order: str
+    line: int
+
+
+class Malformed(Exception):
+    """What is wrong with a record; the reader adds file and line."""
+
+
+def need(condition, message: str) -> None:
+    if not condition:
+        raise Malformed(message)
+
+
+def parse_group(record, where: str, line: int) -> RankedGroup:
+    """Read one line's record. ValueError, beginning with `where`, for anything but the forms above."""
+    try:
+        return _parse(record, line)
+    except Malformed as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _parse(record, line: int) -> RankedGroup:
+    need(isinstance(record, dict), "not a JSON object")
+    if any(isinstance(record.get(name), list) for name in ("prompt", "chosen", "rejected")):
+        record = record | plain_texts(record)
+    prompt = record.get("prompt", "")
+    need(isinstance(prompt, str) and is_unicode(prompt), "prompt is not a text")
+    responses = _responses(record)
+    n = len(responses)
+    finished = _finished(record, n)
+    order, ranking = _order(record, n)
+    return RankedGroup(
+        prompt,
+        tuple(responses[i] for i in ranking),
+        tuple(finished[i] for i in ranking),
+        order,
+        line,
+    )
+
+
+def _responses(record: dict) -> list[str]:
+    if "chosen" in record or "rejected" in record:
+        responses = [record.get("chosen"), record.get("rejected")]
+    elif "text" in record and "responses" not in record:
+        responses = [record["text"]]
+    else:
+        responses = record.get("responses")
+    missing = 'needs "responses", "chosen" and "rejected", or "text"'
+    need(isinstance(responses, list) and responses, missing)
+    are_texts = all(isinstance(text, str) and is_unicode(text) for text in responses)
+    need(are_texts, "a response is missing or not a text")
+    return responses
+
+
+def _finished(record: dict, n: int) -> list[bool]:
+    finished = record.get("finished")
+    if finished is None:
+        return [True] * n
+    if isinstance(finished, bool) and "text" in record and "responses" not in record:
+        finished = [finished]
+    is_list = isinstance(finished, list) and len(finished) == n
+    right = is_list and all(isinstance(value, bool) for value in finished)
+    need(right, f'"finished" is not a list of {n} true or false')
+    return finished
+
+
+def _order(record: dict, n: int) -> tuple[str, list[int]]:
+    """Return what is known of the order, and the indices of the responses, best first."""
+    if "chosen" in record or "rejected" in record:
+        return "ranking", [0, 1]
+    is_text = "text" in record and "responses" not in record
+    ranking = None if is_text else record.get("ranking")
+    best = record.get("best")
+    if ranking is not None:
+        indices = isinstance(ranking, list) and all(type(i) is int for i in ranking)
+        right = indices and sorted(ranking) == list(range(n))
+        need(right, f'"ranking" {ranking} is no permutation of 0..{n - 1}')
+        return "ranking", ranking
+    if best is not None:
+        need(type(best) is int and 0 <= best < n, f'"best" {best} is not an index below {n}')
+        rest = [i for i in range(n) if i != best]
+        return "ranking" if n == 2 else "best", [best, *rest]
+    return "text", list(range(n))
+
+
+# --- chat messages -------------------------------------------------------------------------------
+
+
+def plain_texts(record: dict) -> dict[str, str]:
+    """Turn chat messages into texts, in Llama 2's chat format.
+
+    One turn: a system message perhaps, a user's, and the assistant's that is chosen or rejected. The prompt stands
+    apart, or begins both conversations.
+    """
+    prompt = record.get("prompt")
+    sides = [record.get("chosen"), record.get("rejected")]
+    for messages in sides if prompt is None else [*sides, prompt]:
+        mixed = 'messages and texts are mixed, or a message has no "content"'
+        need(_are_messages(messages), mixed)
+    if prompt is None:
+        prompt = sides[0][:-1]
+        differ = (
+            "chosen and rejected are different before their last message, and there is no prompt"
+        )
+        need(sides[1][:-1] == prompt, differ)
+        sides = [side[-1:] for side in sides]
+    roles = [message.get("role") for message in prompt]
+    one_turn = roles in (["user"], ["system", "user"])
+    answers = all([message.get("role") for message in side] == ["assistant"] for side in sides)
+    turn = "only one turn is read, (system,) user, assistant"
+    need(one_turn and answers, f"a conversation of {roles}: {turn}")
+    system = f"<<SYS>>\n{prompt[0]['content']}\n<</SYS>>\n\n" if len(prompt) == 2 else ""
+    return {
+        "prompt": f"[INST] {system}{prompt[-1]['content'].strip()} [/INST]",
+        "chosen": f" {sides[0][0]['content'].strip()}",
+        "rejected": f" {sides[1][0]['content'].strip()}",
+    }
+
+
+def _are_messages(messages) -> bool:
+    return (
+        isinstance(messages, list)
+        and bool(messages)
+        and all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages)
+    )
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def read_groups(path: str) -> list[RankedGroup]:
+    """Read a dataset file. ValueError naming file and line for the first malformed group."""
+    groups = [parse_group(record, f"{path} line {line}", line) for line, record in read_jsonl(path)]
+    if not groups:
+        raise ValueError(f"{path}: holds no groups")
+    return groups
+
+
+def read_prompts(path: str) -> list[dict]:
+    """Read the records of a file of prompts. ValueError naming the line of one without a "prompt"."""
+    records = []
+    for line, record in read_jsonl(path):
+        prompt = record.get("prompt") if isinstance(record, dict) else None
+        if not isinstance(prompt, str) or not is_unicode(prompt):
+            raise ValueError(f'{path} line {line}: no "prompt", or none in Unicode')
+        records.append(record)
+    return records
+
+
+def read_stories(path: str) -> list[dict]:
+    """Read records of {"text", "prompt"}, as sample.py and generate write them; a missing prompt is "".
+
+    ValueError naming file and line for anything else.
+    """
+    stories = []
+    for line, record in read_jsonl(path):
+        where = f"{path} line {line}"
+        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+            raise ValueError(f'{where}: no "text"; expected {{"text": "..."}}, as sample.py writes')
+        parse_group(record, where, line)
+        stories.append(record | {"prompt": record.get("prompt", "")})
+    if not stories:
+        raise ValueError(f"{path}: holds no stories")
+    return stories
+
+
+def require(groups: list[RankedGroup], need: str, path: str, loss: str) -> None:
+    """ValueError, naming the line, where a group does not tell what the loss has to know.
+
+    need  as in losses.Loss.data: "text", "best", "pair" or "ranking"
+    """
+    size = len(groups[0].responses)
+    for group in groups:
+        where = f"{path} line {group.line}"
+        n = len(group.responses)
+        if n != size:
+            first = groups[0].line
+            raise ValueError(
+                f"{where}: group has {n} responses, expected {size} as in line {first}"
+            )
+        if need == "pair" and n != 2:
+            has = f"--loss={loss} compares pairs, the group has {n} responses"
+            convert = f"python tinystories_data.py pairs --data={path} --out=pairs.jsonl"
+            raise ValueError(f"{where}: {has}; make some: {convert}")
+        if need in ("pair", "ranking") and group.order != "ranking":
+            known = "its best" if group.order == "best" else "texts"
+            full = f"--loss={loss} needs a full ranking"
+            raise ValueError(f"{where}: {full}, the group tells only {known}")
+        if need == "best" and group.order == "text" and n > 1:
+            named = 'the best response named ("best" or "ranking")'
+            raise ValueError(f"{where}: --loss={loss} needs {named}")

@@ -1,0 +1,96 @@
+"""What makes a model fast equals what it replaces; devices and precisions."""
+
+import pytest
+import torch
+from helpers import tiny
+
+from spo import fast, parallel
+from spo.fast import QUERIES_PER_BLOCK, attend_on_cpu
+
+
+@pytest.fixture(autouse=True)
+def restored():
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+def test_float32_products_are_as_exact_after_the_choice_as_before():
+    said = fast.enable_fast_matmul("cpu")
+    a, b = torch.randn(64, 500), torch.randn(500, 64)
+    exact = a.double() @ b.double()
+    assert (a @ b - exact).norm() <= 1e-6 * exact.norm()
+    assert said.startswith("float32 products: ") and "e-07" in said
+
+
+def test_what_rounds_is_not_chosen(monkeypatch):
+    errors = {"highest": 2e-7, "medium": 3e-3}
+
+    monkeypatch.setattr(fast, "matmul_error", lambda precision, device: errors[precision])
+    assert (
+        fast.enable_fast_matmul("cpu")
+        == "float32 products: relative error 2.0e-07; oneDNN's 3.0e-03 was too much"
+    )
+    assert torch.get_float32_matmul_precision() == "highest"
+    errors["medium"] = 3e-7
+    assert "oneDNN" in fast.enable_fast_matmul("cpu")
+    assert torch.get_float32_matmul_precision() == "medium"
+
+
+def test_a_cpu_computes_in_float32_unless_asked():
+    assert parallel.pick_dtype("", "cpu") == "float32"
+    assert parallel.pick_dtype("bfloat16", "cpu") == "bfloat16"
+
+
+def test_a_gpu_computes_in_bfloat16_if_it_can(monkeypatch):
+    for can, dtype in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: can)
+        assert parallel.pick_dtype("", "cuda:1") == dtype
+        assert parallel.pick_dtype("float32", "cuda") == "float32"
+
+
+# --- attention and generation on a CPU ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "length", [1 + QUERIES_PER_BLOCK // 2, QUERIES_PER_BLOCK, 2 * QUERIES_PER_BLOCK + 5]
+)
+@pytest.mark.parametrize("kv", [1, 2, 4])
+def test_attention_by_blocks_equals_the_formula(length, kv):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(
+            3, heads, length, 6, generator=generator, dtype=torch.float64, requires_grad=True
+        )
+        for heads in (4, kv, kv)
+    )
+    keys, values = (x.repeat_interleave(4 // kv, 1) for x in (k, v))
+    scores = (q @ keys.transpose(2, 3) / 6**0.5).masked_fill(
+        torch.ones(length, length, dtype=torch.bool).triu(1), -torch.inf
+    )
+    expected, weights = (
+        scores.softmax(-1) @ values,
+        torch.randn(3, 4, length, 6, generator=generator, dtype=torch.float64),
+    )
+    torch.testing.assert_close(attend_on_cpu(q, k, v), expected)
+    ours = torch.autograd.grad((attend_on_cpu(q, k, v) * weights).sum(), (q, k, v))
+    theirs = torch.autograd.grad((expected * weights).sum(), (q, k, v))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(attend_on_cpu(q[:, :, -1:], k, v), expected[:, :, -1:])
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("tied,n_kv_heads", [(True, 4), (True, 2), (False, 1)])
+def test_the_decoder_equals_the_model(tied, n_kv_heads, dtype, tolerance):
+    model = tiny(tied, n_kv_heads).to(dtype)
+    tokens = torch.randint(64, (3, 12), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        decoder = fast.Generation(model, 3, 12)
+        decoder.prefill(tokens[:, :5])
+        for t in range(5, 12):
+            expected = model(tokens[:, : t + 1])[:, -1].float()
+            gap = decoder.next_logits(tokens[:, t : t + 1]).float() - expected
+            assert gap.norm() <= tolerance * expected.norm()
+            if t == 8:  # one row leaves
+                tokens = tokens[[0, 2]]
+                decoder.keep(torch.tensor([True, False, True]))
