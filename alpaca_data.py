@@ -1,12 +1,13 @@
 """AlpacaFarm and AlpacaEval in this project's formats, for Llama-2-7B.
 
-    python alpaca_data.py download                                                   # the published JSON -> data/alpaca/
-    python alpaca_data.py sft --data=data/alpaca/sft.json --out=sft.jsonl            # texts for --loss=sft
-    python alpaca_data.py preferences --data=data/alpaca/alpaca_gpt4_preference.json --out=pairs.jsonl
-    python alpaca_data.py instructions --data=data/alpaca/alpaca_eval.json --out=prompts.jsonl      # for sample.py
+    python alpaca_data.py download                  # the published JSON -> data/alpaca/
+    python alpaca_data.py sft --data=data/alpaca/sft.json --out=sft.jsonl
+    python alpaca_data.py preferences --data=data/alpaca/alpaca_gpt4_preference.json \\
+        --out=pairs.jsonl
+    python alpaca_data.py instructions --data=data/alpaca/alpaca_eval.json --out=prompts.jsonl
 
-A prompt is Alpaca's template around an instruction; a response follows it to the letter and gets the terminator. Only
-responses are scored.
+A prompt is Alpaca's template around an instruction; a response follows it to the letter and gets
+the terminator. Only responses are scored.
 """
 
 import os
@@ -27,14 +28,14 @@ appropriately completes the request.
 ### Input:
 {input}
 
-### Response:"""
+### Response:"""  # noqa: E501
 WITHOUT_INPUT = """\
 Below is an instruction that describes a task. Write a response that appropriately completes the request.
 
 ### Instruction:
 {instruction}
 
-### Response:"""
+### Response:"""  # noqa: E501
 FILES = {  # name here -> where the Hugging Face hub has it
     "sft.json": "tatsu-lab/alpaca_farm/resolve/main/alpaca_instructions/sft.json",
     "alpaca_gpt4_preference.json": "tatsu-lab/alpaca_farm/resolve/main/alpaca_gpt4_preference.json",
@@ -52,7 +53,10 @@ def prompt_of(instruction: str, given: str) -> str:
 
 
 def read_json_list(path: str, texts: tuple[str, ...]) -> list[dict]:
-    """Return the records of a JSON file, each with these texts. ValueError naming file and record."""
+    """Return the records of a JSON file, each with these texts.
+
+    ValueError naming file and record.
+    """
     records = read_json(path)
     if not isinstance(records, list) or not records:
         raise ValueError(f"{path}: not a list of records, as AlpacaFarm publishes them")
@@ -78,7 +82,10 @@ def sft_records(path: str) -> list[dict]:
 
 
 def preference_records(path: str) -> tuple[list[dict], Counter]:
-    """Pairs, and why others are left out, as {reason: count}. Preference 1 or 2 names the output that was preferred."""
+    """Pairs, and why others are left out, as {reason: count}.
+
+    Preference 1 or 2 names the output that was preferred.
+    """
     pairs, left_out = [], Counter()
     for index, r in enumerate(read_json_list(path, ("instruction", "output_1", "output_2"))):
         outputs, preference = (r["output_1"], r["output_2"]), r.get("preference")
@@ -105,7 +112,9 @@ def preference_records(path: str) -> tuple[list[dict], Counter]:
 
 
 def instruction_records(path: str) -> list[dict]:
-    """Prompts that remember their instruction (and dataset), which alpaca_eval wants back with the outputs."""
+    """Prompts that remember their instruction (and dataset), which alpaca_eval wants back with the
+    outputs.
+    """
     records = read_json_list(path, ("instruction",))
     return [
         {

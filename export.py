@@ -1,11 +1,14 @@
-"""Checkpoint -> llama2.c's binary (version 0, 1 or 2), Hugging Face's folder (version -1), or a .pt, with the tokenizer.
+"""Checkpoint -> llama2.c's binary, Hugging Face's folder, or a .pt; with the tokenizer.
 
 python export.py model.bin --checkpoint=out/best.pt --version=0       # run.c
 python export.py model_q80.bin --checkpoint=out/best.pt --version=2   # runq.c
-python export.py hf_model --checkpoint=out/best.pt --version=-1       # a folder for transformers
+python export.py hf_model --checkpoint=out/best.pt --version=-1       # for transformers
 python export.py stories.pt --checkpoint=stories260K.bin              # a name that ends in .pt
 python export.py model.bin --hf=llama-2-7b-hf                         # or --meta-llama=llama-2-7b
 """
+
+import spo  # isort: skip  # noqa: F401  (sets OpenMP's waiting; must precede torch)
+
 
 import json
 import math
@@ -20,9 +23,10 @@ from torch import Tensor
 
 from model import ModelArgs, Transformer
 from spo import checkpoint
-from spo.checkpoint import HEADER_FIELDS, MAGIC, has_rotated_heads, hf_name, llama2c_layout
+from spo.checkpoint import HEADER_FIELDS, MAGIC, llama2c_layout
 from spo.config import flag, main_program, parse
 from spo.files import atomic_path, atomic_write, write_text
+from spo.folders import has_rotated_heads, hf_name
 from spo.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer, tokenizer_path
 
 LARGEST_GROUP = 64  # weights that share a scale in version 2
@@ -36,7 +40,8 @@ def save_llama2c(
     """Write llama2.c's binary, one tensor at a time, atomically; the model is left as it is.
 
     version     0: what run.c reads; 1: the same after a proper header; 2: int8, what runq.c reads
-    group_size  of version 2; None: the largest that fits. ValueError if it does not divide every row
+    group_size  of version 2; None: the largest that fits. ValueError if it does not divide every
+                row
     """
     args = model.args
     if version == 2:
@@ -70,7 +75,7 @@ def as_numpy(tensor: Tensor) -> np.ndarray:
 
 
 def largest_group_size(args: ModelArgs) -> int:
-    """Return the largest power of two up to 64 that divides every input dimension: runq.c walks rows in whole groups."""
+    """Return the largest power of two up to 64 that divides every row, as runq.c needs."""
     return math.gcd(LARGEST_GROUP, math.gcd(args.dim, args.hidden_dim))
 
 
@@ -83,7 +88,7 @@ def check_group_size(args: ModelArgs, group_size: int) -> None:
 
 
 def quantize(weight: Tensor, group_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Round symmetrically to int8: (values (numel,) int8, scales (numel / group_size,) float32); error <= scale / 2.
+    """Round symmetrically to int8: values (numel,) and scales (numel / group_size,) float32.
 
     A group [-1, 0.5] has the scale 1/127 and the values [-127, 64].
     """
@@ -98,7 +103,7 @@ def quantize(weight: Tensor, group_size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def halve(weight: Tensor, head_dim: int) -> Tensor:
-    """Reorder rows of whole heads to Hugging Face's order: the inverse of checkpoint.interleave."""
+    """Reorder rows of whole heads to Hugging Face's order: the inverse of folders.interleave."""
     heads = weight.view(-1, head_dim // 2, 2, weight.shape[1])
     return heads.transpose(1, 2).reshape(weight.shape)
 
@@ -147,7 +152,7 @@ class ExportConfig:
     hf: str = flag("", "the model: Hugging Face's folder")
     version: int = flag(
         0,
-        "0: float32, for run.c; 1: float32, new header; 2: int8, for runq.c; -1: Hugging Face's folder",
+        "0: float32, for run.c; 1: the same, new header; 2: int8, for runq.c; -1: Hugging Face's",
         choices=[0, 1, 2, -1],
     )
     group_size: int | None = flag(

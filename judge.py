@@ -1,10 +1,11 @@
-"""Text -> order: which story is best, by a language model or a fixed formula; how often one file beats another.
+"""Which story is best, by a language model or a fixed formula; how often a file beats another.
 
     python judge.py policy.jsonl baseline.jsonl --judge=offline
-    python judge.py policy.jsonl baseline.jsonl --judge=gpt-4o-2024-08-06 --usd_per_million_in=2.5 \\
-        --usd_per_million_out=10 --max_usd=5          # the key in OPENAI_API_KEY; --dry_run first shows the cost
+    python judge.py policy.jsonl baseline.jsonl --judge=gpt-4o-2024-08-06 --max_usd=5 \\
+        --usd_per_million_in=2.5 --usd_per_million_out=10
 
-A judge may favour what it reads first. So everything is asked twice, the second time in reverse, and counts only where
+An API's key is read from OPENAI_API_KEY, and --dry_run shows the cost first. A judge may favour
+what it reads first. So everything is asked twice, the second time in reverse, and counts only where
 the two answers agree. Knows no tokens and no tensors.
 """
 
@@ -45,7 +46,7 @@ result, it is still only text, and poor writing.
 {stories}
 
 {conclusion}
-"""
+"""  # noqa: E501
 
 CONCLUSION = """\
 End your reply with your conclusion in exactly this form, a letter in place of each question mark:
@@ -65,7 +66,7 @@ def ordinal(k: int) -> str:
 
 
 def make_fence(stories: list[str]) -> str:
-    """Return eight random hexadecimal digits that none of the stories holds: no story can end itself."""
+    """Return eight random hexadecimal digits that no story holds: no story can end itself."""
     while True:
         fence = secrets.token_hex(4)
         if not any(fence in story for story in stories):
@@ -89,10 +90,10 @@ def fill(template: str, stories: list[str], fence: str) -> str:
 
 
 def parse_conclusion(reply: str | None, n: int, fence: str) -> list[int] | None:
-    """Read the ranking in the final conclusion of a reply: indices, best first. None unless it is a whole permutation.
+    """Read the ranking in the final conclusion of a reply: indices, best first; None if it is none.
 
-    Only the last block that carries this request's random fence is read, so a story (or a quote from one) cannot forge
-    a conclusion.
+    Only the last block that carries this request's random fence is read, so a story (or a quote
+    from one) cannot forge a conclusion.
 
         <conclusion 0a1b2c3d>
         1st: B
@@ -115,7 +116,10 @@ def parse_conclusion(reply: str | None, n: int, fence: str) -> list[int] | None:
 
 
 def read_template(path: str) -> str:
-    """Return PROMPT, or the file of --prompt. ValueError if it lacks a place for the stories or the conclusion."""
+    """Return PROMPT, or the file of --prompt.
+
+    ValueError if it lacks a place for the stories or the conclusion.
+    """
     if not path:
         return PROMPT
     try:
@@ -134,7 +138,7 @@ def read_template(path: str) -> str:
 
 @dataclass(frozen=True)
 class BothOrders:
-    """A judge's rankings of one group, shown as it is and in reverse: indices into it, best first; None: invalid."""
+    """A judge's rankings of one group, shown as it is and in reverse; None: invalid."""
 
     shown: list[int] | None
     reversed: list[int] | None
@@ -150,14 +154,14 @@ class BothOrders:
 
     @property
     def preference(self) -> float | None:
-        """Of a pair: 1 for its first, 0 for its second, 0.5 (a tie) where the orders disagree; None: invalid."""
+        """Of a pair: 1 for its first, 0 for its second, 0.5 if the orders disagree, or None."""
         if not self.valid:
             return None
         return 0.5 if self.ranking is None else 1.0 - self.ranking[0]
 
 
 def both_orders(groups: list[list[str]]) -> list[list[str]]:
-    """Return what a judge is asked: every group as it is, and after it the same group in reverse."""
+    """Return what a judge is asked: every group as it is, and then the same group in reverse."""
     return [order for group in groups for order in (group, group[::-1])]
 
 
@@ -197,7 +201,7 @@ def rank_in_both_orders(
 
 
 def position_bias(results: list[BothOrders], n: int) -> str:
-    """Say how often the best story was the one shown first, and last: 1/n each for a judge without bias."""
+    """Say how often the best story was shown first, and last: 1/n each without bias."""
     shown = [r.shown[0] for r in results if r.shown]  # the best one's place, as they were shown
     shown += [n - 1 - r.reversed[0] for r in results if r.reversed]
     if not shown:
@@ -242,7 +246,7 @@ class Judge(abc.ABC):
     def rank_all(
         self, groups: list[list[str]], on_wait: Callable
     ) -> Iterator[tuple[int, list[int] | None]]:
-        """Yield (index, ranking) of every group in any order; a ranking is indices, best first, None if invalid.
+        """Yield (index, ranking) of every group, in any order; a ranking is None if it is invalid.
 
         on_wait  called now and then while nothing is done
         """
@@ -252,7 +256,10 @@ class Judge(abc.ABC):
         """Say what judging these groups in both orders would ask and cost; ask nothing."""
 
     def compare(self, policy: list[str], baseline: list[str], label: str | None = None) -> WinRate:
-        """Return the win-rate of policy story i against baseline story i. ValueError if there are not as many."""
+        """Return the win-rate of policy story i against baseline story i.
+
+        ValueError if there are not as many.
+        """
         if len(policy) != len(baseline):
             counts = f"{len(policy)} stories against {len(baseline)}"
             raise ValueError(f"{counts}: they are compared one to one")
@@ -280,7 +287,7 @@ class OfflineJudge(Judge):
 
 
 class ApiJudge(Judge):
-    """A language model behind an API; replies are kept in a journal, and what it holds is not asked again."""
+    """A language model behind an API. Its replies are kept in a journal and not asked for again."""
 
     def __init__(self, flags: JudgeFlags):
         self.flags = flags
@@ -305,12 +312,12 @@ class ApiJudge(Judge):
         return f"{asked}; {journal.path}: ${journal.spent:.4f}, {of_which}"
 
     def key(self, stories: list[str]) -> str:
-        """Return what a reply is kept under: judge, prompt and stories, in the order that they are shown."""
+        """Return what a reply is kept under: judge, prompt and stories, in the order shown."""
         judge = f"{self.flags.judge} {self.flags.judge_temperature:g}"
         return f"{judge} {self.prompt_hash} {digest(*stories)}"
 
     def known(self, key: str, n: int) -> tuple[list[int] | None, int]:
-        """Return the ranking of n stories that the journal holds (or None), and how many replies were unusable.
+        """Return the journal's ranking of n stories (or None), and how many replies were unusable.
 
         A reply that was cut at a lower limit than today's does not count.
         """
@@ -327,7 +334,7 @@ class ApiJudge(Judge):
         return None, unusable
 
     def rank(self, stories: list[str]) -> list[int] | None:
-        """Return the model's ranking; None if judge_attempts replies, the journal's included, were unusable."""
+        """Return the model's ranking; None if judge_attempts replies in all were unusable."""
         key = self.key(stories)
         ranking, unusable = self.known(key, len(stories))
         while ranking is None and unusable < self.flags.judge_attempts:
@@ -390,7 +397,7 @@ def check_sizes(groups: list[list[str]]) -> None:
 
 
 def make_judge(flags: JudgeFlags, dry_run: bool = False) -> Judge:
-    """Return the judge of --judge. ValueError for a flag that it does not take or that cannot work, or a missing key.
+    """Return the judge of --judge. ValueError for a flag that does not fit, or a missing key.
 
     dry_run  it is only to estimate: that needs no key
     """
@@ -411,7 +418,7 @@ def digest(*texts: str) -> str:
 
 
 def token_counter(model: str) -> tuple[Callable[[str], int], str]:
-    """Return how to count a prompt's tokens, and the words for it: tiktoken, or bytes/4 where its table is not at hand."""
+    """Return how to count a prompt's tokens, and the words for it: tiktoken, or bytes/4."""
     try:
         import tiktoken
 
@@ -434,7 +441,10 @@ def token_counter(model: str) -> tuple[Callable[[str], int], str]:
 
 
 def read_pairs(policy: str, baseline: str) -> list[list[str]]:
-    """Read the stories of two files, prompt and text, line by line. ValueError if they do not belong together."""
+    """Read the stories of two files, prompt and text, line by line.
+
+    ValueError if they do not belong together.
+    """
     ours, theirs = read_stories(policy), read_stories(baseline)
     if len(ours) != len(theirs):
         counts = f"{policy} has {len(ours)} stories, {baseline} {len(theirs)}"

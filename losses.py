@@ -1,22 +1,26 @@
-"""Log-probs in, one loss per group out: the objectives, each one short function. Imports torch only.
+"""Log-probs in, one loss per group out: every objective, each one short function.
 
-    SPO     Sharifnassab et al. 2024, "Soft Preference Optimization: Aligning Language Models to Expert Distributions"
+    SPO     Sharifnassab et al. 2024, "Soft Preference Optimization: Aligning Language Models to
+            Expert Distributions", arXiv 2405.00747
     DPO     Rafailov et al. 2023, "Direct Preference Optimization"; its Appendix A.3 for rankings
-    IPO     Azar et al. 2023, "A General Theoretical Paradigm to Understand Learning from Human Preferences"
+    IPO     Azar et al. 2023, "A General Theoretical Paradigm to Understand Learning from Human
+            Preferences"
     KTO     Ethayarajh et al. 2024, "KTO: Model Alignment as Prospect Theoretic Optimization"
     CPO     Xu et al. 2024, "Contrastive Preference Optimization"
     R-DPO   Park et al. 2024, "Disentangling Length from Quality in Direct Preference Optimization"
     SimPO   Meng et al. 2024, "SimPO: Simple Preference Optimization with a Reference-Free Reward"
     S-DPO   Chen et al. 2024, "On Softmax Direct Preference Optimization for Recommendation"
 
-Every loss takes `policy_logps (B, n)`: for B groups of n responses, best first, the log-prob of the whole
-response (a sum over its tokens, terminator included, in nats). It returns (B,) in the dtype of
-policy_logps; the loss of a batch is the mean over all groups of all processes. What else a function reads is
-in its signature, and nowhere else: `reference_logps (B, n)`, `lengths (B, n)` (scored tokens), its numbers, and
-the statistics of the GLOBAL batch (`weight_mean`, `kl_estimate`, `mean_length`), which default to those of this batch.
-"At step 0" is where the policy still equals the reference.
+Every loss takes `policy_logps (B, n)`: for B groups of n responses, best first, the log-prob of the
+whole response (a sum over its tokens, terminator included, in nats). It returns (B,) in the dtype
+of policy_logps; the loss of a batch is the mean over all groups of all processes. Everything else
+that a function reads is in its signature: `reference_logps (B, n)`, `lengths (B, n)` (scored
+tokens), its numbers, and the statistics of the GLOBAL batch (`weight_mean`, `kl_estimate`,
+`mean_length`), which default to those of this batch. "At step 0" is where the policy still equals
+the reference.
 
-Sequence probabilities underflow (exp(-104) is 0 in float32, and a story has -200 nats), so none is ever formed.
+Sequence probabilities underflow (exp(-104) is 0 in float32, and a story has -200 nats), so none is
+ever formed.
 """
 
 import functools
@@ -34,11 +38,14 @@ from torch import Tensor
 class Loss:
     """A loss, and what its signature does not tell. Called, it is the function itself.
 
-    data         "text": any responses; "best": column 0 is the best one; "pair": n = 2; "ranking": a full order
+    data         "text": any responses; "best": column 0 is the best one; "pair": n = 2; "ranking":
+                 a full order
     regularizer  the default of --regularizer
-    statistic    (name, function): the mean over the global batch of what function gives per group, (B, ...), has to
-                 be passed as `name`; the function reads tensors and numbers by name, as a loss does
-    start        the loss at step 0, from n and the loss's numbers by name; None: it depends on the data
+    statistic    (name, function): the mean over the global batch of what function gives per group,
+                 (B, ...), has to be passed as `name`; the function reads tensors and numbers by
+                 name, as a loss does
+    start        the loss at step 0, from n and the loss's numbers by name; None: it depends on the
+                 data
     """
 
     function: Callable[..., Tensor]
@@ -100,7 +107,8 @@ def check(
 def check_logits(logits: Tensor, mask: Tensor) -> None:
     if logits.dim() != 3 or mask.shape != logits.shape[:2]:
         raise ValueError(
-            f"logits {tuple(logits.shape)} and mask {tuple(mask.shape)}, expected (N, T, V) and (N, T)"
+            f"logits {tuple(logits.shape)} and mask {tuple(mask.shape)}, "
+            "expected (N, T, V) and (N, T)"
         )
 
 
@@ -118,11 +126,15 @@ def sum_scored(values: Tensor, scored: Tensor) -> Tensor:
 
 
 def sequence_logps(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-    """Log-prob of each sequence's scored tokens: sum_t log softmax(logits[:, t - 1])[tokens[:, t]], in nats.
+    """Log-prob of each sequence's scored tokens, summed, in nats.
 
-    logits   (N, T, V), any dtype: logits[:, t] predicts tokens[:, t + 1]; the last position predicts nothing
+        sum_t log softmax(logits[:, t - 1])[tokens[:, t]]
+
+    logits   (N, T, V), any dtype: logits[:, t] predicts tokens[:, t + 1]; the last position
+             predicts nothing
     tokens   (N, T) ids
-    mask     (N, T) bool, True on scored tokens; the first token has no prediction and is never scored
+    mask     (N, T) bool, True on scored tokens; the first token has no prediction and is never
+             scored
     returns  (N,), float32 (float64 for float64 logits)
     """
     check_logits(logits, mask)
@@ -136,11 +148,12 @@ def sequence_logps(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
 
 
 def token_kl(policy_logits: Tensor, reference_logits: Tensor, mask: Tensor) -> Tensor:
-    """Token-wise KL(policy || reference) along each sequence, SPO Eq. 15: full vocabulary, SUMMED over scored tokens.
+    """Token-wise KL(policy || reference) along each sequence, SPO Eq. 15, SUMMED over tokens.
 
         KL = sum_t sum_s p_t(s) [log p_t(s) - log ref_t(s)]
 
-    Each token counts the distribution it was drawn from, so the last step counted predicts the terminator.
+    Each token counts the distribution it was drawn from, so the last step counted predicts the
+    terminator.
     The gradient flows through p and log p, never into the reference; the sampled ids stay fixed (no
     score-function term). On fresh samples of the policy the value is unbiased for the sequence KL.
 
@@ -170,13 +183,16 @@ def stage_logsumexp(values: Tensor) -> Tensor:
 
 
 def weight_statistic(policy_logps: Tensor, gamma: float) -> Tensor:
-    """What SPO's weight compares with its batch mean, Eq. 13: t_k = (sum of pi over columns k..n)^gamma.
+    """What SPO's weight compares with its batch mean, Eq. 13.
+
+        t_k = (sum of pi over columns k..n)^gamma
 
     policy_logps  (B, n)
-    returns  (B, n-1), detached: column k-1 belongs to stage k. Stage 1 spans the whole group, and is all
-             that spo and spo_bon use. Its mean over the global batch, `.mean(0)`, is their `weight_mean`.
+    returns  (B, n-1), detached: column k-1 belongs to stage k. Stage 1 spans the whole group, and
+             is all that spo and spo_bon use. Its mean over the global batch, `.mean(0)`, is their
+             `weight_mean`.
     """
-    # log-probs are below 0, so the clamp touches nothing real; it keeps made-up inputs from inf - inf
+    # Log-probs are below 0, so the clamp touches nothing real. It saves made-up inputs from inf.
     return torch.exp((gamma * stage_logsumexp(policy_logps.detach())).clamp(max=50))
 
 
@@ -188,16 +204,20 @@ def weights(policy_logps: Tensor, gamma: float, weight_mean: Tensor | None) -> T
         mean = mean.reshape(1)
     if mean.shape != statistic.shape[1:]:
         raise ValueError(
-            f"weight_mean has shape {tuple(mean.shape)}, expected ({statistic.shape[1]},), one per stage"
+            f"weight_mean has shape {tuple(mean.shape)}, "
+            f"expected ({statistic.shape[1]},), one per stage"
         )
     return 2 * torch.sigmoid(statistic - mean)
 
 
 def soft_choice(policy_logps: Tensor, alpha: float, centered: bool) -> Tensor:
-    """-(1/alpha) log( p_1^alpha / (p_1^alpha + ... + p_n^alpha) ), p = exp(policy_logps): column 0 against all, (B,).
+    """Column 0 against all, (B,).
 
-    At alpha = 0 the part that depends on the policy: mean_i logp_i - logp_1. centered: less log(n)/alpha,
-    the value at equal log-probs, which says nothing and hides the rest (693 nats at alpha = 0.001, n = 2).
+        -(1/alpha) log( p_1^alpha / (p_1^alpha + ... + p_n^alpha) ),   p = exp(policy_logps)
+
+    At alpha = 0 the part that depends on the policy: mean_i logp_i - logp_1. centered: less
+    log(n)/alpha, the value at equal log-probs, which says nothing and hides the rest (693 nats at
+    alpha = 0.001, n = 2).
     """
     gaps = policy_logps - policy_logps[:, :1]  # (B, n)
     if alpha == 0:
@@ -210,7 +230,8 @@ def soft_choice(policy_logps: Tensor, alpha: float, centered: bool) -> Tensor:
 def spo_basic(policy_logps: Tensor, *, alpha: float = 0.001, centered: bool = False) -> Tensor:
     """SPO for pairs without weights, Eq. 9; its limit Eq. 10, -1/2 (logp_0 - logp_1), at alpha = 0.
 
-        L = -(1/alpha) log( p0^alpha / (p0^alpha + p1^alpha) ) = softplus(-alpha (logp_0 - logp_1)) / alpha
+        L = -(1/alpha) log( p0^alpha / (p0^alpha + p1^alpha) )
+          = softplus(-alpha (logp_0 - logp_1)) / alpha
 
     policy_logps  (B, 2), column 0 chosen
     alpha         softmax exponent, >= 0: the minimiser is softmax(r / alpha), so smaller is harder
@@ -232,7 +253,8 @@ def spo(
 ) -> Tensor:
     """Weighted SPO for pairs, Eq. 11 with the weight of Eq. 13; Eq. 12 at alpha = 0.
 
-        L = mu * softplus(-alpha (logp_0 - logp_1)) / alpha,   mu = 2 sigmoid(t - mean t),  t = (p0 + p1)^gamma
+        L = mu * softplus(-alpha (logp_0 - logp_1)) / alpha
+        mu = 2 sigmoid(t - mean t),   t = (p0 + p1)^gamma
 
     policy_logps  (B, 2), column 0 chosen
     gamma         0: every weight is 1. The weight lies in (0.538, 1.462) and carries no gradient
@@ -256,12 +278,13 @@ def spo_bon(
 ) -> Tensor:
     """Best-of-n SPO, Eq. 16: the best against all n; columns 1..n-1 are unordered.
 
-        L = -mu/alpha log( p_best^alpha / sum_i p_i^alpha ),   mu as in spo with t = (sum_i p_i)^gamma
+        L = -mu/alpha log( p_best^alpha / sum_i p_i^alpha ),   mu with t = (sum_i p_i)^gamma
 
     The paper asks for some symmetric mu; Eq. 13 over all n columns is our reading.
 
     policy_logps  (B, n), n >= 2
-    weight_mean   mean of weight_statistic over the global batch: of stage 1 (scalar), or its whole (n-1,) vector
+    weight_mean   mean of weight_statistic over the global batch: of stage 1 (scalar), or its whole
+                  (n-1,) vector
     at step 0     as spo_basic
     """
     check(policy_logps)
@@ -288,7 +311,8 @@ def spo_rank(
         L = sum_{k=1}^{n-1} -(eta^k mu_k / alpha) log( p_k^alpha / sum_{j>=k} p_j^alpha )
 
     policy_logps  (B, n), best first, n >= 2
-    eta           stage k weighs eta^k, k from 1 (the paper's D.2): eta < 1 also weakens the loss against the KL
+    eta           stage k weighs eta^k, k from 1 (the paper's D.2): eta < 1 also weakens the loss
+                  against the KL
     weight_mean   (n-1,): mean of weight_statistic over the global batch, one per stage
     at step 0     as spo_basic
     """
@@ -313,10 +337,11 @@ def mean_length_of_best(lengths: Tensor) -> Tensor:
 
 @objective(data="text", statistic=("mean_length", mean_length_of_all))
 def sft(policy_logps: Tensor, lengths: Tensor, *, mean_length: Tensor | None = None) -> Tensor:
-    """Supervised fine-tuning on every response given: total NLL / total tokens, nats per token (as llama2.c's).
+    """Supervised fine-tuning on every response: total NLL / total tokens, as llama2.c's.
 
     policy_logps, lengths  (B, n), n >= 1
-    mean_length            mean of lengths over the global batch; a mean of micro-batch means is another loss
+    mean_length            mean of lengths over the global batch; a mean of micro-batch means is
+                           another loss
     at step 0              the cross-entropy of the model it starts from; log V for a constant one
     """
     check(policy_logps, {"lengths": lengths}, least=1)
@@ -344,7 +369,8 @@ def chosen_over_rejected(values: Tensor) -> Tensor:
 def dpo(policy_logps: Tensor, reference_logps: Tensor, *, beta: float = 0.1) -> Tensor:
     """Direct Preference Optimization, DPO Eq. 7.
 
-        L = softplus(-beta h),   h = logratio_0 - logratio_1,   logratio = policy_logps - reference_logps
+        L = softplus(-beta h),   h = logratio_0 - logratio_1
+        logratio = policy_logps - reference_logps
 
     policy_logps, reference_logps  (B, 2), column 0 chosen
     beta       strength of the implied KL: smaller lets the policy go further from the reference
@@ -369,7 +395,8 @@ def ipo(
 
     policy_logps, reference_logps  (B, 2), column 0 chosen
     tau        the margin to reach is 1/(2 tau): 5 nats at 0.1
-    norm       "sum": h of whole responses, as Eq. 17 prints it; "mean": per token, as TRL has it (reads lengths)
+    norm       "sum": h of whole responses, as Eq. 17 prints it; "mean": per token, as TRL has it
+               (reads lengths)
     at step 0  1/(4 tau^2)
     """
     check(policy_logps, {"reference_logps": reference_logps}, most=2)
@@ -403,12 +430,15 @@ def kto(
 ) -> Tensor:
     """Kahneman-Tversky Optimization (KTO): each response is desirable or not, by itself.
 
-        L = 1/2 [ lambda_d (1 - sigmoid(beta (r_0 - z0))) + lambda_u (1 - sigmoid(beta (z0 - r_1))) ],   r = logratio
+        L = 1/2 [ lambda_d (1 - sigmoid(beta (r_0 - z0)))
+                + lambda_u (1 - sigmoid(beta (z0 - r_1))) ],   r = logratio
 
-    policy_logps, reference_logps  (B, 2), column 0 chosen; a pair's value is the mean of its two examples
-    kl_estimate  mean of mean_logratio over the global batch; z0 = max(0, kl_estimate), without gradient. KTO estimates
-                 z0 on mismatched prompts and responses; without prompts (TinyStories) every response matches, so
-                 that the batch's own responses serve, here always
+    policy_logps, reference_logps  (B, 2), column 0 chosen; a pair's value is the mean of its two
+                                   examples
+    kl_estimate  mean of mean_logratio over the global batch; z0 = max(0, kl_estimate), without
+                 gradient. KTO estimates z0 on mismatched prompts and responses; without prompts
+                 (TinyStories) every response matches, so that the batch's own responses serve, here
+                 always
     at step 0    (lambda_d + lambda_u) / 4
     """
     check(policy_logps, {"reference_logps": reference_logps}, most=2)
@@ -418,7 +448,8 @@ def kto(
     )
     if estimate.numel() != 1:
         raise ValueError(
-            f"kl_estimate has shape {tuple(estimate.shape)}, expected one number for the global batch"
+            f"kl_estimate has shape {tuple(estimate.shape)}, "
+            "expected one number for the global batch"
         )
     z0 = estimate.detach().clamp(min=0)
     desirable = lambda_d * torch.sigmoid(
@@ -438,13 +469,14 @@ def cpo(
     nll: str = "sum",
     mean_length: Tensor | None = None,
 ) -> Tensor:
-    """Contrastive Preference Optimization (CPO), with the SPO paper's weight alpha on the likelihood term.
+    """Contrastive Preference Optimization (CPO), its likelihood weighted by the SPO paper's alpha.
 
         L = softplus(-beta d) - alpha logp_0,   d = logp_0 - logp_1
 
     policy_logps  (B, 2), column 0 chosen; no reference
-    nll           "sum": -logp_0 in nats, as CPO prints it; "mean": total NLL / total tokens of the chosen, as TRL has
-                  it (reads lengths, and mean_length: the mean of lengths[:, 0] over the global batch)
+    nll           "sum": -logp_0 in nats, as CPO prints it; "mean": total NLL / total tokens of the
+                  chosen, as TRL has it (reads lengths, and mean_length: the mean of lengths[:, 0]
+                  over the global batch)
     at step 0     whatever the reference says of its data
     """
     check(policy_logps, most=2)
@@ -472,8 +504,8 @@ def rdpo(
 
         L = softplus(-[beta h + alpha (length_0 - length_1)]),   h as in dpo
 
-    The reward is r - alpha * length, which puts the PLUS before alpha: a longer chosen response already explains part
-    of the preference, so that less of it is left for the policy to learn.
+    The reward is r - alpha * length, which puts the PLUS before alpha: a longer chosen response
+    already explains part of the preference, so that less of it is left for the policy to learn.
 
     policy_logps, reference_logps, lengths  (B, 2), column 0 chosen
     at step 0  the mean of softplus(-alpha (length_0 - length_1)): log 2 for equal lengths
@@ -517,7 +549,8 @@ def dpo_rank(policy_logps: Tensor, reference_logps: Tensor, *, beta: float = 0.0
 def sdpo_bon(policy_logps: Tensor, reference_logps: Tensor, *, beta: float = 0.01) -> Tensor:
     """S-DPO on best-of-n data: one winner against all others at once.
 
-        L = softplus( log sum_{i>1} exp(s_i - s_1) ) = log sum_i exp(s_i) - s_1,   s = beta * logratio
+        L = softplus( log sum_{i>1} exp(s_i - s_1) ) = log sum_i exp(s_i) - s_1
+        s = beta * logratio
 
     policy_logps, reference_logps  (B, n), column 0 the best, the rest unordered, n >= 2
     at step 0  log n
@@ -529,9 +562,10 @@ def sdpo_bon(policy_logps: Tensor, reference_logps: Tensor, *, beta: float = 0.0
 
 @objective(data="ranking", start=lambda n: math.lgamma(n + 1) / (n - 1))
 def sdpo_rank(policy_logps: Tensor, reference_logps: Tensor, *, beta: float = 0.01) -> Tensor:
-    """S-DPO on rankings, SPO Appendix D.2: ranks 1..n-1 each win against all lower ranks, each an example of its own.
+    """S-DPO on rankings, SPO Appendix D.2: ranks 1..n-1 each win against all lower ranks.
 
-    Their mean, which is dpo_rank / (n - 1) exactly: the two differ by a constant that AdamW cancels.
+    Their mean, which is dpo_rank / (n - 1) exactly: the two differ by a constant that AdamW
+    cancels.
 
     policy_logps, reference_logps  (B, n), best first, n >= 2
     at step 0  log(n!) / (n - 1)
@@ -539,7 +573,8 @@ def sdpo_rank(policy_logps: Tensor, reference_logps: Tensor, *, beta: float = 0.
     return dpo_rank(policy_logps, reference_logps, beta=beta) / (policy_logps.shape[1] - 1)
 
 
-# --- regularizers (SPO Table 4): what `beta` multiplies, for a loss that has no beta of its own ------------------------
+# --- regularizers (SPO Table 4): what `beta` multiplies, for a loss that has no beta of its own
+# ------------------------
 
 IMPORTANCE_LIMIT = 20.0  # nats; one response of ratio exp(20) already outweighs a batch by 10^8
 
@@ -561,22 +596,28 @@ def global_kl(online_kl: Tensor) -> Tensor:
 
 @regularizer
 def logp(policy_logps: Tensor) -> Tensor:
-    """Likelihood of the best response, -logp_1 in nats: with spo_basic it makes CPO. (B, n) -> (B,)"""
+    """Likelihood of the best response, -logp_1 in nats: with spo_basic it makes CPO.
+
+    (B, n) -> (B,)
+    """
     return -policy_logps[:, 0]
 
 
 @regularizer
 def tokenwise(response_kl: Tensor) -> Tensor:
-    """token_kl on the responses of the dataset, winners and losers. (B, n) -> (B,), their mean; 0 at step 0"""
+    """token_kl on the dataset's responses: (B, n) -> (B,), their mean; 0 at step 0."""
     return response_kl.mean(1)
 
 
 @regularizer
 def importance(policy_logps: Tensor, reference_logps: Tensor) -> Tensor:
-    """The sequence KL by importance sampling from the dataset: mean over responses of rho log rho, rho = exp(logratio).
+    """The sequence KL by importance sampling from the dataset: the mean of rho log rho.
 
-    Differentiated through rho. Its minimum is -1/e, at rho = 1/e; at step 0 it is 0 and pushes every response DOWN.
-    Beyond a logratio of IMPORTANCE_LIMIT it goes on along its tangent: finite, and still pushing back.
+    rho = exp(logratio), over all responses.
+    Differentiated through rho. Its minimum is -1/e, at rho = 1/e; at step 0 it is 0 and pushes
+    every response DOWN.
+    Beyond a logratio of IMPORTANCE_LIMIT it goes on along its tangent: finite, and still pushing
+    back.
 
     policy_logps, reference_logps  (B, n)  ->  (B,)
     """
@@ -588,7 +629,7 @@ def importance(policy_logps: Tensor, reference_logps: Tensor) -> Tensor:
 
 
 def clamped(policy_logps: Tensor, reference_logps: Tensor) -> Tensor:
-    """How many responses of each group `importance` had to limit: (B, n) -> (B,), the trainer logs their sum."""
+    """How many responses of each group `importance` had to limit: (B, n) -> (B,)."""
     return (policy_logps - reference_logps > IMPORTANCE_LIMIT).sum(1)
 
 
@@ -604,7 +645,7 @@ DEFAULT_WEIGHT = 0.1  # of a regularizer
 
 
 def reads(*functions: Callable) -> set[str]:
-    """Return the argument names of losses and regularizers: the tensors and numbers that they want."""
+    """Return the argument names of losses and regularizers: the tensors and numbers they want."""
     return {name for function in functions for name in inspect.signature(function).parameters}
 
 
@@ -618,7 +659,7 @@ def settings_of(loss: Callable) -> dict[str, float | str]:
 
 
 def call(function: Callable, values: dict):
-    """Call function with those of the values that it reads; what it reads and values lacks keeps its default."""
+    """Call function with those of the values that it reads; the rest keeps its defaults."""
     return function(**{name: values[name] for name in reads(function) if name in values})
 
 
@@ -660,7 +701,8 @@ class Objective:
         self.needs_response_kl = "response_kl" in self.reads
         # Is a reference read at every step (and not once, of the dataset)?
         self.needs_reference = self.online or self.needs_response_kl
-        # What the loss compares its groups with is a mean over the global batch. At gamma = 0 every weight is 1.
+        # What the loss compares its groups with is a mean over the global batch. At gamma = 0 every
+        # weight is 1.
         self.statistic = None if self.settings.get("gamma") == 0 else self.loss.statistic
 
     def preference_loss(self, tensors: dict[str, Tensor]) -> Tensor:
@@ -668,17 +710,29 @@ class Objective:
         return call(self.loss, tensors | self.settings)
 
     def dataset_regularizer(self, tensors: dict[str, Tensor]) -> Tensor | None:
-        """Return the regularizer of each group, (B,); None if there is none, or it is on the policy's samples."""
+        """Return the regularizer of each group, (B,); None if it is not on the dataset."""
         if self.online or not self.beta:
             return None
         return call(self.regularizer, tensors)
+
+    def regularizer_metrics(
+        self, tensors: dict[str, Tensor], regularizer: Tensor, count: int
+    ) -> dict[str, Tensor]:
+        """Return what is logged of a regularizer on the dataset; its mean over all groups is shown.
+
+        `clamped` is how many responses `importance` had to limit: a sum, not a mean.
+        """
+        metrics = {"regularizer": regularizer}
+        if self.regularizer is importance:
+            metrics["clamped"] = call(clamped, tensors) * float(count)
+        return metrics
 
     def statistic_of(self, tensors: dict[str, Tensor]) -> Tensor:
         """Return what each group adds to the mean that the loss asks for, (B, ...)."""
         return call(self.statistic[1], tensors | self.settings)
 
     def start(self, n: int) -> float | None:
-        """Return the preference loss at step 0 for groups of n, where the formula alone tells it."""
+        """Return the preference loss at step 0 for groups of n; None where the data decides."""
         return call(self.loss.start, self.settings | {"n": n}) if self.loss.start else None
 
     def __str__(self) -> str:
@@ -691,7 +745,8 @@ class Objective:
 def preference_metrics(policy_logps: Tensor, reference_logps: Tensor | None) -> dict[str, Tensor]:
     """Return what is logged of each group, (B,) each.
 
-    margin and accuracy compare column 0 with the others: by log-ratio where a reference is read, else by log-prob.
+    margin and accuracy compare column 0 with the others: by log-ratio where a reference is read,
+    else by log-prob.
     """
     metrics = {"logps/chosen": policy_logps[:, 0]}
     if policy_logps.shape[1] > 1:

@@ -1,7 +1,8 @@
 """The Llama 2 model, with llama2.c's argument and state-dict names, as a textbook would write it.
 
-`model(tokens)` gives logits for every position. What makes it fast on a machine acts on it from outside (spo/fast.py),
-and so does what shards it (spo/parallel.py): nothing in here knows a device, a precision or a loss.
+`model(tokens)` gives logits for every position. What makes it fast on a machine acts on it from
+outside (spo/fast.py), and so does what shards it (spo/parallel.py): nothing in here knows a device,
+a precision or a loss.
 """
 
 from dataclasses import dataclass
@@ -16,8 +17,9 @@ class ModelArgs:
     """llama2.c's fields, in its order, and rope_theta.
 
     hidden_dim   None: 2/3 of 4 * dim, rounded up to a multiple of multiple_of
-    dropout      read and kept because llama2.c's checkpoints carry it, but never applied: the policy has to equal
-                 the reference at step 0, and itself between the two passes of a weighted loss
+    dropout      read and kept because llama2.c's checkpoints carry it, but never applied: the
+                 policy has to equal the reference at step 0, and itself between the two passes of a
+                 weighted loss
     """
 
     dim: int = 4096
@@ -68,7 +70,7 @@ class ModelArgs:
 
 
 def rope_tables(args: ModelArgs) -> tuple[Tensor, Tensor]:
-    """Return cos and sin of position * theta^(-2i/head_dim), each (max_seq_len, head_dim / 2), float32."""
+    """Return cos and sin of position * theta^(-2i/head_dim): (max_seq_len, head_dim / 2) each."""
     exponents = torch.arange(0, args.head_dim, 2).float() / args.head_dim
     positions = torch.arange(args.max_seq_len).float()
     angles = torch.outer(positions, 1.0 / args.rope_theta**exponents)
@@ -78,7 +80,8 @@ def rope_tables(args: ModelArgs) -> tuple[Tensor, Tensor]:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the pairs (0, 1), (2, 3), ... of every head by the angle of their position.
 
-    Meta and llama2.c interleave the pairs like this; Hugging Face puts the halves of a head side by side.
+    Meta and llama2.c interleave the pairs like this; Hugging Face puts the halves of a head side by
+    side.
 
     x (N, T, heads, head_dim); cos, sin (T, head_dim / 2)
     """
@@ -101,7 +104,7 @@ class KVCache:
         self.position = 0  # tokens held; the next one goes here
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store (N, KV, T, head_dim) after what is there; return all keys and values of this layer."""
+        """Store (N, KV, T, head_dim) after what is there; return all of this layer."""
         end = self.position + keys.shape[2]
         self.keys[layer, :, :, self.position : end] = keys
         self.values[layer, :, :, self.position : end] = values
@@ -139,7 +142,7 @@ class Attention(nn.Module):
 
     @staticmethod
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """softmax(q k^T / sqrt(head_dim)) v. Every query sees the keys up to its own; a single one sees them all."""
+        """softmax(q k^T / sqrt(head_dim)) v. A query sees keys up to its own, a single one all."""
         causal = q.shape[2] > 1
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
 
@@ -174,7 +177,8 @@ class TransformerBlock(nn.Module):
 class Transformer(nn.Module):
     """Llama 2.
 
-    tied    the classifier is the embedding matrix, as in all TinyStories models; not so in Llama 2 itself
+    tied    the classifier is the embedding matrix, as in all TinyStories models; not so in Llama 2
+            itself
     eos_id  the id that ends a response; set by whoever loads the weights, or makes them
     """
 
@@ -198,10 +202,12 @@ class Transformer(nn.Module):
         return self.tok_embeddings.weight.device
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Draw matrices from Normal(0, 1/sqrt(fan in)), over sqrt(2 n_layers) where they write into the residual stream.
+        """Draw every matrix from a normal distribution of standard deviation 1/sqrt(fan in).
 
-        The usual fixed 0.02 is right for widths of a thousand. At a width of 96 it leaves attention flat, and a model
-        does not learn to repeat a name within the first thousand steps.
+        Those that write into the residual stream are divided by sqrt(2 n_layers).
+
+        The usual fixed 0.02 is right for widths of a thousand. At a width of 96 it leaves attention
+        flat, and a model does not learn to repeat a name within the first thousand steps.
         """
         for name, weight in self.named_parameters():
             if weight.dim() == 2:

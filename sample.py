@@ -1,9 +1,15 @@
 """Checkpoint -> stories, or the answers to a file of prompts.
 
-python sample.py --checkpoint=out/best.pt --prompt="Once upon a time" --num_samples=3 --out=stories.jsonl
-python sample.py --checkpoint=stories260K.bin --tokenizer=tok512.model --temperature=0
-python sample.py --checkpoint=out/best.pt --prompts=prompts.jsonl --out=outputs.json      # what alpaca_eval reads
+    python sample.py --checkpoint=out/best.pt --prompt="Once upon a time" --num_samples=3
+    python sample.py --checkpoint=stories260K.bin --tokenizer=tok512.model --temperature=0
+    python sample.py --checkpoint=out/best.pt --out=stories.jsonl              # printed, and kept
+    python sample.py --checkpoint=out/best.pt --prompts=prompts.jsonl --out=outputs.json
+
+The last one answers a file of prompts; alpaca_eval reads a .json.
 """
+
+import spo  # isort: skip  # noqa: F401  (sets OpenMP's waiting; must precede torch)
+
 
 import json
 import textwrap

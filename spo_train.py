@@ -1,16 +1,21 @@
 """Align a Llama with Soft Preference Optimization, or with any other objective of losses.py.
 
-    python spo_train.py --loss=spo_rank                # no --data: builds the offline demo, then aligns its model
-    python spo_train.py --loss=dpo --data=pairs.jsonl --init_from=stories260K.bin --tokenizer=tok512.model
+    python spo_train.py --loss=spo_rank        # no --data: the offline demo
+    python spo_train.py --loss=dpo --data=pairs.jsonl --init_from=stories260K.bin \\
+        --tokenizer=tok512.model
     torchrun --nproc_per_node=4 spo_train.py --loss=spo --data=pairs.jsonl --init_from=llama-2-7b
 
 train() is Algorithm 1 of the paper. Each step takes a batch of ranked groups and descends
 
     mean(preference loss)  +  beta * mean(KL(policy || reference), on samples of the policy itself)
 
-A run writes to out_dir: ckpt.pt (latest), best.pt (highest win-rate), model.bin (the best one, for run.c), log.jsonl,
-config.json, the stories of every evaluation, and state/, from which --resume continues.
+A run writes to out_dir: ckpt.pt (latest), best.pt (highest win-rate), model.bin (the best one, for
+run.c), log.jsonl, config.json, the stories of every evaluation, and state/, from which --resume
+continues.
 """
+
+import spo  # isort: skip  # noqa: F401  (sets OpenMP's waiting; must precede torch)
+
 
 import copy
 import functools
@@ -25,40 +30,30 @@ import torch
 
 from export import save_llama2c
 from judge import JudgeFlags, OfflineJudge, make_judge
-from losses import (
-    LOSSES,
-    REGULARIZERS,
-    Objective,
-    clamped,
-    importance,
-    preference_metrics,
-    reads,
-    settings_of,
-)
+from losses import LOSSES, REGULARIZERS, Objective, preference_metrics, reads, settings_of
 from model import ModelArgs, Transformer
 from spo import checkpoint, fast, head, parallel, plan
-from spo.config import flag, main_program, non_default, parse
+from spo.config import flag, main_program, non_default, parse, refuse_if
 from spo.evaluation import Evaluation, report
 from spo.generate import PURPOSE_KL, sample
-from spo.groups import Batch, EncodedGroup, load_dataset, micro_batches
+from spo.groups import Batch, EncodedGroup, load_dataset, micro_batches, padding_share
 from spo.parallel import print0
-from spo.reference import ReferenceCache, add_reference_logps
+from spo.reference import PolicySamples, add_reference_logps
 from spo.run import RunFolder
 from spo.tokenizer import Tokenizer, load_tokenizer
 from tinystories_data import build_demo
 
 SHAPE_FLAGS = ("dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len")
+DTYPES = ["", "float32", "bfloat16"]
 SETTINGS = sorted({"beta"}.union(*map(settings_of, LOSSES.values())))  # what losses are tuned with
 
 
 @dataclass
 class TrainConfig(JudgeFlags):
     # The objective. A setting that the loss does not take is an error, never ignored.
-    loss: str = flag("spo_rank", "the objective, a name in losses.LOSSES", choices=list(LOSSES))
+    loss: str = flag("spo_rank", "the objective", choices=list(LOSSES))
     regularizer: str = flag(
-        "",
-        "what --beta weighs, for losses without a beta of their own",
-        choices=["", *REGULARIZERS],
+        "", "what --beta weighs, if the loss has no beta", choices=["", *REGULARIZERS]
     )
     alpha: float | None = flag(
         None, "spo*: softmax exponent; cpo: weight of the likelihood; rdpo: of the length", least=0
@@ -66,27 +61,17 @@ class TrainConfig(JudgeFlags):
     beta: float | None = flag(
         None, "strength of the reference, or weight of the regularizer (spo*: 0.1)", least=0
     )
-    gamma: float | None = flag(
-        None, "spo, spo_bon, spo_rank: exponent in the weight mu; simpo: target margin", least=0
-    )
+    gamma: float | None = flag(None, "spo*: exponent in the weight mu; simpo: margin", least=0)
     eta: float | None = flag(None, "spo_rank: stage k is weighted by eta^k", least=0)
     tau: float | None = flag(None, "ipo: the margin to reach is 1/(2 tau)", above=0)
     lambda_d: float | None = flag(None, "kto: weight of the chosen response", least=0)
     lambda_u: float | None = flag(None, "kto: weight of the rejected response", least=0)
-    norm: str | None = flag(
-        None, "ipo: log-ratios per response or per token", choices=["sum", "mean"]
-    )
-    nll: str | None = flag(
-        None, "cpo: likelihood per response or per token", choices=["sum", "mean"]
-    )
+    norm: str | None = flag(None, "ipo: log-ratios, summed or per token", choices=["sum", "mean"])
+    nll: str | None = flag(None, "cpo: likelihood, summed or per token", choices=["sum", "mean"])
     # Data and model.
     data: str = flag("", "ranked groups (JSONL); default: the offline demo")
-    init_from: str = flag(
-        "", "model to align: a .pt, a llama2.c .bin, a Meta or Hugging Face folder, or `scratch`"
-    )
-    tokenizer: str = flag(
-        "", "sentencepiece or tiktoken file; default: tokenizer.model beside init_from"
-    )
+    init_from: str = flag("", "model to align: a .pt, a .bin, a folder of weights, or `scratch`")
+    tokenizer: str = flag("", "its tokenizer file; default: tokenizer.model beside init_from")
     out_dir: str = flag("out", "where the run's files go")
     dim: int = flag(288, "width (this and the next four: with --init_from=scratch)", least=1)
     n_layers: int = flag(6, "layers", least=1)
@@ -96,59 +81,34 @@ class TrainConfig(JudgeFlags):
     # Optimization.
     batch_size: int = flag(32, "groups per optimizer step, over all processes", least=1)
     micro_batch_size: int | None = flag(
-        None,
-        "groups per forward pass: memory, never the result; default: what fits",
-        least=1,
-        free=True,
+        None, "groups per pass: memory, never the result; default: what fits", least=1, free=True
     )
-    max_iters: int | None = flag(
-        None, "optimizer steps; default: 80 for the demo, else one epoch", least=1
-    )
+    max_iters: int | None = flag(None, "optimizer steps; default: one epoch, demo: 80", least=1)
     learning_rate: float = flag(1e-4, "peak learning rate of AdamW", least=0)
     warmup_iters: int = flag(5, "steps of linear warm-up", least=0)
     decay_lr: bool = flag(True, "cosine decay of the learning rate to 0 at max_iters")
     weight_decay: float = flag(0.0, "AdamW's, on matrices only", least=0)
-    adam_beta1: float = flag(
-        0.95, "AdamW's; preference gradients are noisy, so it averages over many", least=0, below=1
-    )
+    adam_beta1: float = flag(0.95, "high, since preference gradients are noisy", least=0, below=1)
     adam_beta2: float = flag(0.99, "AdamW's", least=0, below=1)
     grad_clip: float = flag(1.0, "clip the gradient norm at this; 0: no clipping", least=0)
-    seed: int = flag(1337, "of the data order, of every sample, of weights from scratch", least=0)
+    seed: int = flag(1337, "of the data order, of samples, of weights from scratch", least=0)
     # The KL on samples of the policy.
-    kl_interval: int = flag(
-        8, "steps between fresh samples of the policy (T in the paper)", least=1
-    )
+    kl_interval: int = flag(8, "steps between fresh samples (T in the paper)", least=1)
     kl_batch_size: int = flag(32, "how many samples, over all processes", least=1)
     max_new_tokens: int = flag(256, "longest sampled story, in tokens", least=1)
     # Evaluation and logging.
     eval_interval: int = flag(20, "steps between evaluations", least=1)
-    eval_stories: int = flag(
-        128, "stories judged at an evaluation, and twice as many fresh ones at the end", least=0
-    )
+    eval_stories: int = flag(128, "stories judged at an evaluation; 0: none", least=0)
     baseline: str = flag("", "stories to win against (JSONL); default: the reference's own")
-    report: bool = flag(True, "end with a table on fresh stories: before, best, last", free=True)
-    keep_checkpoints: bool = flag(
-        False, "keep the weights of every evaluation, as step_N.pt", free=True
-    )
+    report: bool = flag(True, "end with a table on twice as many fresh stories", free=True)
+    keep_checkpoints: bool = flag(False, "keep every evaluation's weights, as step_N.pt", free=True)
     log_interval: int = flag(5, "steps between log lines", least=1, free=True)
     # System.
-    device: str = flag(
-        "", "cpu, cuda, cuda:1, mps; default: cuda if there is one, else cpu", free=True
-    )
-    dtype: str = flag(
-        "",
-        "float32 or bfloat16, of the layers; weights and optimizer stay float32; default: bfloat16 on a GPU that has it",
-        choices=["", "float32", "bfloat16"],
-    )
-    activation_checkpointing: bool = flag(
-        False, "recompute activations in the backward pass: less memory, same result", free=True
-    )
-    compile: bool = flag(
-        False, "torch.compile the layers: a minute at the start, then faster for narrow models"
-    )
-    plan: int | None = flag(
-        None, "only print the memory that each of PLAN processes needs", alone=1, least=1
-    )
+    device: str = flag("", "cpu, cuda, cuda:1, mps; default: cuda if there is one", free=True)
+    dtype: str = flag("", "of the layers; default: bfloat16 on a GPU that has it", choices=DTYPES)
+    activation_checkpointing: bool = flag(False, "recompute activations: less memory", free=True)
+    compile: bool = flag(False, "torch.compile the layers: a slow start, then faster if narrow")
+    plan: int | None = flag(None, "only print what each of PLAN processes needs", alone=1, least=1)
     resume: str = flag(
         "",
         "continue from the newest state in out_dir, or from a named one; auto: if there is one",
@@ -161,38 +121,32 @@ class TrainConfig(JudgeFlags):
         return Objective(self.loss, self.regularizer, **settings)
 
     def check(self) -> None:
-        """ValueError for flags that contradict each other; each flag's own bounds are in its declaration."""
-        given = non_default(self)
-        objective = self.objective()
-        name = objective.regularizer.__name__
-        for flag_name in ("kl_interval", "kl_batch_size"):
-            if flag_name in given and not objective.online:
-                none = f"{self.loss} with regularizer {name} draws no samples of the policy"
-                raise ValueError(f"--{flag_name}: {none}")
-        for flag_name in SHAPE_FLAGS:
-            if flag_name in given and self.init_from != "scratch":
-                comes = f"the shape comes with --init_from={self.init_from or 'the demo'}"
-                raise ValueError(f"--{flag_name}: {comes}; give it with --init_from=scratch only")
-        for flag_name in ("init_from", "tokenizer"):
-            if flag_name in given and not self.data:
-                demo = "without --data the demo brings its own model"
-                raise ValueError(f"--{flag_name}: needs --data as well; {demo}")
-        if self.data and not self.init_from:
-            models = "a .pt, a llama2.c .bin, or `scratch`"
-            raise ValueError(f"--data: needs --init_from, the model to align ({models})")
-        if self.init_from == "scratch" and not self.tokenizer:
-            raise ValueError("--init_from=scratch: needs --tokenizer")
-        for flag_name in ("batch_size", "kl_batch_size"):
-            value, processes = getattr(self, flag_name), parallel.world_size()
-            if value % processes:
-                multiple = f"must be a multiple of the number of processes, {processes}"
-                raise ValueError(f"--{flag_name}={value}: {multiple}")
-        if self.judge != "offline" and self.eval_stories == 0:
-            nothing = "nothing is judged with --eval_stories=0; leave it out"
-            raise ValueError(f"--judge={self.judge}: {nothing}")
-        if self.baseline and not self.judged:
-            nothing = "nothing is judged with --eval_stories=0 or --init_from=scratch; leave it out"
-            raise ValueError(f"--baseline: {nothing}")
+        """ValueError for flags that contradict each other; a flag's bounds are declared with it."""
+        given, objective = non_default(self), self.objective()
+        scratch, processes = self.init_from == "scratch", parallel.world_size()
+        for name in SHAPE_FLAGS:
+            comes = f"the shape comes with --init_from={self.init_from or 'the demo'}"
+            only = "give it with --init_from=scratch only"
+            refuse_if(name in given and not scratch, f"--{name}: {comes}; {only}")
+        for name in ("init_from", "tokenizer"):
+            demo = "needs --data as well; without --data the demo brings its own model"
+            refuse_if(name in given and not self.data, f"--{name}: {demo}")
+        model = "the model to align (a .pt, a llama2.c .bin, or `scratch`)"
+        refuse_if(self.data and not self.init_from, f"--data: needs --init_from, {model}")
+        refuse_if(scratch and not self.tokenizer, "--init_from=scratch: needs --tokenizer")
+        for name in ("kl_interval", "kl_batch_size"):
+            method = f"{self.loss} with regularizer {objective.regularizer.__name__}"
+            draws = f"--{name}: {method} draws no samples of the policy"
+            refuse_if(name in given and not objective.online, draws)
+        for name in ("batch_size", "kl_batch_size"):
+            multiple = f"must be a multiple of the number of processes, {processes}"
+            value = getattr(self, name)
+            refuse_if(value % processes, f"--{name}={value}: {multiple}")
+        nothing = "nothing is judged with --eval_stories=0"
+        asked = self.judge != "offline" and self.eval_stories == 0
+        refuse_if(asked, f"--judge={self.judge}: {nothing}; leave it out")
+        nothing = f"--baseline: {nothing} or --init_from=scratch; leave it out"
+        refuse_if(self.baseline and not self.judged, nothing)
 
     @property
     def judged(self) -> bool:
@@ -219,12 +173,14 @@ def train(config: TrainConfig) -> None:
     if objective.needs_reference or config.judged:
         reference = copy.deepcopy(policy).requires_grad_(False)
     evaluation = make_evaluation(config, reference, tokenizer, prompts)
-    prepare(config, [policy, reference], weights)
+    compiled = config.compile and parallel.can_compile(config.device)
+    for model in filter(None, (policy, reference)):
+        checkpoint.load_and_shard(model, weights, config.device, config.dtype, compiled)
+    if config.activation_checkpointing:
+        parallel.checkpoint_activations(policy)
     run = RunFolder(config, tokenizer)  # a new one, or that of a run that is resumed
-    if "reference_logps" in objective.reads:
-        groups = with_reference_logps(
-            config, groups, policy
-        )  # the policy still equals the reference
+    if "reference_logps" in objective.reads:  # the policy still equals the reference
+        groups = add_reference_logps(groups, indices_of_run(config, len(groups)), policy, config)
     optimizer = make_optimizer(config, policy)
     run.start(policy, optimizer)
     prompts = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
@@ -257,7 +213,7 @@ def train(config: TrainConfig) -> None:
         run.log(step, metrics)
 
     if evaluation and config.report and not run.stopped:
-        final_report(config, run, evaluation, policy)
+        final_report(run, evaluation, policy)
 
 
 def preference_gradient(
@@ -267,10 +223,11 @@ def preference_gradient(
     groups: list[EncodedGroup],
     micro_batch_size: int | None,
 ) -> dict[str, float]:
-    """Add the gradient of the mean preference loss over the groups of all processes; return the metrics to log.
+    """Add the gradient of the mean preference loss over all groups; return the metrics to log.
 
-    Micro-batches bound the memory and never change the result: a loss that compares a group with the mean of its
-    batch (mu in Eq. 13, z0 in KTO) is given that mean, from a first pass without gradient.
+    Micro-batches bound the memory and never change the result: a loss that compares a group with
+    the mean of its batch (mu in Eq. 13, z0 in KTO) is given that mean, from a first pass without
+    gradient.
     """
     policy.train()
     batches = micro_batches(parallel.deal(groups), micro_batch_size, policy)
@@ -284,9 +241,7 @@ def preference_gradient(
         regularizer = objective.dataset_regularizer(tensors)  # (B,); None for SPO's own, below
         if regularizer is not None:
             losses = losses + objective.beta * regularizer
-            means.add({"regularizer": regularizer})
-            if objective.regularizer is importance:  # a count, not a mean
-                means.add({"clamped": clamped(logps, reference_logps) * float(len(groups))})
+            means.add(objective.regularizer_metrics(tensors, regularizer, len(groups)))
         (losses.sum() / len(groups)).backward()  # gradients are sums over the processes
     return means.over_all_processes() | {"padding": padding_share(groups, batches)}
 
@@ -332,7 +287,7 @@ def known_tensors(
 def batch_statistics(
     objective: Objective, policy: Transformer, batches: list[Batch], count: int
 ) -> dict[str, torch.Tensor]:
-    """Return {name: its mean over the global batch} of what the loss compares its groups with; {} if it needs none.
+    """Return {name: its mean over the global batch} of what the loss compares its groups with.
 
     With a single micro-batch the loss takes the mean itself.
     """
@@ -349,48 +304,7 @@ def batch_statistics(
     return {name: parallel.all_reduce_sum(torch.cat(values).sum(0)) / count}
 
 
-def padding_share(groups: list[EncodedGroup], batches: list[Batch]) -> float:
-    """Return the share of positions, over all processes, that hold no token."""
-    tokens = 0
-    for group in groups:
-        tokens += group.scored_tokens + len(group.prompt) * len(group.responses)
-    positions = torch.tensor(float(sum(batch.tokens.numel() for batch in batches)))
-    return 1 - tokens / float(parallel.all_reduce_sum(positions))
-
-
 # --- samples of the policy -----------------------------------------------------------------------
-
-
-@dataclass
-class PolicySamples:
-    """Samples of the policy, kept for kl_interval steps, with what the KL needs of the reference.
-
-    groups            what all processes drew
-    batches           this process's share of them
-    reference_hidden  the reference's hidden states (M, T, D) of each batch
-    """
-
-    groups: list[EncodedGroup] | None
-    reference: Transformer | None
-    batches: list[Batch]
-    reference_hidden: list[torch.Tensor]
-
-    @classmethod
-    def of(
-        cls, groups: list[EncodedGroup] | None, reference: Transformer, micro_batch_size: int | None
-    ) -> "PolicySamples":
-        if groups is None:
-            return cls(None, None, [], [])
-        mine = groups[parallel.share(len(groups))]
-        batches = micro_batches(mine, micro_batch_size, reference)
-        hidden = [head.hidden_states(reference, batch) for batch in batches]
-        return cls(groups, reference, batches, hidden)
-
-    def with_reference(self) -> list[tuple[Batch, head.ReferenceStates]]:
-        """Return the batches and what the KL needs of the reference; its classifier is gathered here."""
-        classifier = head.full_classifier(self.reference, self.reference_hidden[0].dtype)
-        states = [head.ReferenceStates(hidden, classifier) for hidden in self.reference_hidden]
-        return list(zip(self.batches, states, strict=True))
 
 
 def draw_samples(
@@ -400,7 +314,7 @@ def draw_samples(
     prompts: list[list[int]],
     step: int,
 ) -> PolicySamples:
-    """Draw complete, untruncated samples at temperature 1: Eq. 15 is an expectation under the policy itself."""
+    """Draw complete, untruncated samples at temperature 1: Eq. 15 is about the policy itself."""
     chosen = random.Random(config.seed + step).choices(prompts, k=config.kl_batch_size)
     with parallel.unsharded(policy):
         seed = (config.seed, PURPOSE_KL, step)
@@ -431,7 +345,7 @@ def optimizer_step(optimizer: torch.optim.Optimizer, lr: float) -> float:
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear warm-up over warmup_iters steps, then a cosine down to 0 at max_iters (or constant)."""
+    """Rise linearly over warmup_iters steps, then fall as a cosine to 0 at max_iters (or stay)."""
     if step < config.warmup_iters:
         return config.learning_rate * (step + 1) / config.warmup_iters
     if not config.decay_lr:
@@ -449,7 +363,8 @@ def stop_unless_finite(
     values = f"loss is {metrics['loss']}, grad norm {metrics['grad_norm']}"
     lines = sorted(group.line for group in groups)
     raise ValueError(
-        f"step {step}: {values}; ckpt.pt holds the last evaluation. Try --learning_rate={config.learning_rate / 4:g}; "
+        f"step {step}: {values}; ckpt.pt holds the last evaluation. "
+        f"Try --learning_rate={config.learning_rate / 4:g}; "
         f"the batch holds lines {lines} of {config.data}"
     )
 
@@ -460,7 +375,7 @@ def permutation(count: int, seed: int) -> list[int]:
 
 
 def batch_indices(count: int, batch_size: int, step: int, seed: int) -> list[int]:
-    """Return which of `count` groups make up the batch of a step. Epoch e is a permutation seeded by seed + e."""
+    """Return which of `count` groups make up the batch of a step. Each epoch is a permutation."""
     indices = []
     for position in range(step * batch_size, (step + 1) * batch_size):
         epoch, place = divmod(position, count)
@@ -468,11 +383,19 @@ def batch_indices(count: int, batch_size: int, step: int, seed: int) -> list[int
     return indices
 
 
+def indices_of_run(config: TrainConfig, count: int) -> set[int]:
+    """Return which of `count` groups any step of the run uses."""
+    used: set[int] = set()
+    for step in range(config.max_iters):
+        used |= set(batch_indices(count, config.batch_size, step, config.seed))
+    return used
+
+
 # --- before, between and after -------------------------------------------------------------------
 
 
 def load_policy(config: TrainConfig):
-    """Return the model to align, its tokenizer, and the file of its weights, which `prepare` reads (None: from scratch)."""
+    """Return the model to align, its tokenizer, and the file of its weights (None: it has them)."""
     if config.init_from != "scratch":
         weights = checkpoint.open_weights(config.init_from)
         vocab_size = weights.args.vocab_size
@@ -484,45 +407,6 @@ def load_policy(config: TrainConfig):
     policy.init_weights(torch.Generator().manual_seed(config.seed))
     policy.eos_id = tokenizer.story_end_id
     return fast.use(policy.to(config.device)), tokenizer, None
-
-
-def prepare(config: TrainConfig, models: Sequence[Transformer | None], weights) -> None:
-    """Read the weights of policy and reference; compile, shard and recompute their layers as the flags say."""
-    policy = models[0]
-    compiled = config.compile and parallel.can_compile(config.device)
-    for model in models:
-        if model is not None:
-            load_and_shard(config, model, weights, compiled)
-    if config.activation_checkpointing:
-        parallel.checkpoint_activations(policy)
-
-
-def load_and_shard(
-    config: TrainConfig, model: Transformer, weights, compiled: bool = False
-) -> None:
-    rank, size = parallel.rank(), parallel.world_size()
-    # A tied classifier has to be loaded before it is sharded. Such models are small.
-    by_rows = weights is not None and size > 1 and not model.tied
-    if weights is not None and not by_rows:
-        checkpoint.load_rows(model, weights, config.device)
-    if compiled:
-        parallel.compile_layers(model)
-    parallel.shard(model, config.dtype)
-    if by_rows:
-        checkpoint.load_rows(model, weights, config.device, rank, size)
-
-
-def with_reference_logps(
-    config: TrainConfig, groups: Sequence[EncodedGroup], policy: Transformer
-) -> list[EncodedGroup]:
-    """Add the reference's log-probs to every group that this run will see."""
-    wanted: set[int] = set()
-    for step in range(config.max_iters):
-        wanted |= set(batch_indices(len(groups), config.batch_size, step, config.seed))
-    cache = None
-    if config.init_from != "scratch" and parallel.rank() == 0:
-        cache = ReferenceCache(config.data, groups, config.init_from, config.dtype)
-    return add_reference_logps(groups, wanted, policy, cache, config.micro_batch_size)
 
 
 def make_evaluation(
@@ -545,7 +429,7 @@ def make_evaluation(
 def describe(
     config: TrainConfig, objective: Objective, policy: Transformer, groups: Sequence[EncodedGroup]
 ) -> str:
-    """Return two lines to print before step 0: the sizes of the run, and the loss that it should start at."""
+    """Return two lines to print before step 0: the run's sizes, and the loss it should start at."""
     n = len(groups[0].responses)
     parameters = sum(p.numel() for p in policy.parameters())
     some = plan.first_groups(groups)
@@ -556,7 +440,8 @@ def describe(
         known = f", which is {start:.4f} while the policy equals the reference"
     data = f"{len(groups)} groups of {n} in {config.data}"
     steps = f"{config.max_iters} steps of {tokens:,.0f} tokens"
-    return f"{parameters:,} parameters on {config.device}; {data}; {steps}\nobjective: {objective}{known}"
+    sizes = f"{parameters:,} parameters on {config.device}; {data}; {steps}"
+    return f"{sizes}\nobjective: {objective}{known}"
 
 
 def evaluate_and_save(
@@ -566,20 +451,14 @@ def evaluate_and_save(
     evaluation: Evaluation | None,
     samples: PolicySamples,
 ) -> None:
-    """Judge the policy, unless nobody does, and save it; if it is the best so far, also as best.pt and model.bin."""
+    """Judge the policy, unless nobody does, and save it and the state that --resume reads."""
     if run.evaluated == step:  # a run that was resumed right here
         return
     verdict = evaluation.evaluate(policy, step, "select") if evaluation else None
     improved = verdict is None or verdict.rate > run.best_rate
     whole = parallel.full_model(policy, run.config.dtype)  # all weights, on rank 0
     if whole is not None:
-        run.save_checkpoint("ckpt.pt", whole, step)
-        if run.config.keep_checkpoints:
-            run.save_checkpoint(f"step_{step:06d}.pt", whole, step)
-        if verdict is not None:
-            run.save_stories(step, verdict.stories)
-        if verdict is not None and improved:
-            run.save_checkpoint("best.pt", whole, step, win_rate=verdict.rate)
+        run.save_evaluation(step, whole, verdict, improved)
         if improved:
             save_llama2c(run.path("model.bin"), whole)
     if verdict is not None:
@@ -591,21 +470,17 @@ def evaluate_and_save(
     run.save_state(step, samples.groups)
 
 
-def final_report(
-    config: TrainConfig, run: RunFolder, evaluation: Evaluation, policy: Transformer
-) -> None:
-    """Print the table: the policy before, at its best, and at the end, on stories that chose none of them."""
+def final_report(run: RunFolder, evaluation: Evaluation, policy: Transformer) -> None:
+    """Print the table on fresh stories: the policy before, at its best, and at the end."""
+    config = run.config
     if run.best_rate < 0:
         untrusted = "the judge gave no win-rate that can be trusted, so there is no best.pt"
         raise ValueError(f"{untrusted}; see ckpt.pt")
     weights = checkpoint.open_weights(run.path("best.pt"))
     best = checkpoint.without_weights(weights)
-    load_and_shard(config, best, weights)
-    policies = {
-        "before": (evaluation.reference, 0),
-        "best": (best, weights.step),
-        "last": (policy, config.max_iters),
-    }
+    checkpoint.load_and_shard(best, weights, config.device, config.dtype)
+    before, last = (evaluation.reference, 0), (policy, config.max_iters)
+    policies = {"before": before, "best": (best, weights.step), "last": last}
     report(evaluation, policies, run.record)
     sample_it = f"python sample.py --checkpoint={run.path('best.pt')}"
     print0(f"\n{config.out_dir}: best.pt, ckpt.pt, model.bin; sample with `{sample_it}`")

@@ -1,17 +1,20 @@
 """TinyStories: text -> stories of a model -> ranked groups.
 
-    python tinystories_data.py download --model=stories15M              # a checkpoint and its tokenizer; else the text
-    python tinystories_data.py train_vocab --vocab_size=4096            # a tokenizer of your own, as llama2.c
-    python tinystories_data.py pretokenize --vocab_size=4096            # the text as token files, for --loss=sft
-    python tinystories_data.py generate --checkpoint=stories260K.bin --tokenizer=tok512.model --out=stories.jsonl
-    python tinystories_data.py rank --stories=stories.jsonl --out=ranked.jsonl --group_size=4 --judge=offline
-    python tinystories_data.py best_of_n --data=ranked.jsonl --out=best_of_n.jsonl
-    python tinystories_data.py pairs --data=ranked.jsonl --out=pairs.jsonl --pairs=best_worst
+    python tinystories_data.py download --model=stories15M       # a checkpoint; else the text
+    python tinystories_data.py train_vocab --vocab_size=4096     # a tokenizer of your own
+    python tinystories_data.py pretokenize --vocab_size=4096     # token files, for --loss=sft
+    python tinystories_data.py generate --checkpoint=stories260K.bin --tokenizer=tok512.model
+    python tinystories_data.py rank --stories=stories.jsonl --group_size=4 --judge=offline
+    python tinystories_data.py best_of_n --data=ranked.jsonl
+    python tinystories_data.py pairs --data=ranked.jsonl --pairs=best_worst
     python tinystories_data.py check --data=ranked.jsonl --tokenizer=tok512.model
 
-Datasets have the forms of spo/records.py; stories are JSONL with "prompt", "text", "finished", "index", "seed" and
-"checkpoint".
+Datasets have the forms of spo/records.py; stories are JSONL with "prompt", "text", "finished",
+"index", "seed" and "checkpoint". --out names the file to write.
 """
+
+import spo  # isort: skip  # noqa: F401  (sets OpenMP's waiting; must precede torch)
+
 
 import json
 import math
@@ -50,7 +53,7 @@ MAX_UNPACKED = 20 * 10**9  # bytes; the archive's shards are about a third of th
 
 
 def group_stories(stories: list[dict], group_size: int) -> tuple[list[list[dict]], Counter]:
-    """Put consecutive stories with the same prompt into groups; return them, and {reason: groups left out}.
+    """Put consecutive stories with the same prompt into groups; return them, and what is left out.
 
     A rest too small for a group is left out, and so are groups that no judge could rank.
     """
@@ -80,7 +83,7 @@ def texts_of(groups: list[list[dict]]) -> list[list[str]]:
 
 
 def rank_groups(judge: Judge, groups: list[list[dict]], label: str) -> list[BothOrders]:
-    """Ask a judge for the ranking of each group's stories, in both orders. label: of the progress bar."""
+    """Ask a judge for each group's ranking, in both orders. label: of the progress bar."""
     return rank_in_both_orders(judge, texts_of(groups), label)
 
 
@@ -110,9 +113,10 @@ def to_best_of_n(record: dict) -> dict:
 
 
 def to_pairs(record: dict, which: str) -> list[dict]:
-    """Turn a ranked record into pairs, each a ranked record of two: the best and the worst, or all n(n-1)/2.
+    """Turn a ranked record into pairs: the best and the worst, or all n(n-1)/2.
 
-    {"responses": ["a", "b", "c"], "ranking": [2, 0, 1]}, "best_worst" -> [{"responses": ["c", "b"], "ranking": [0, 1]}]
+    {"responses": ["a", "b", "c"], "ranking": [2, 0, 1]}, "best_worst" -> [{"responses": ["c", "b"],
+    "ranking": [0, 1]}]
     """
     ranking = record["ranking"]
     last = len(ranking) - 1
@@ -131,7 +135,7 @@ def to_pairs(record: dict, which: str) -> list[dict]:
 
 
 def ranked_records(path: str) -> list[dict]:
-    """Read the records of a file of full rankings; ValueError naming the first line that is something else."""
+    """Read a file of full rankings; ValueError naming the first line that is something else."""
     records = read_jsonl(path)
     for number, record in records:
         where = f"{path} line {number}"
@@ -161,7 +165,7 @@ DEMO_FILES = {
 
 
 def build_demo(config, train: Callable):
-    """Build what is missing of the offline demo; return the trainer's config with its data, model and steps.
+    """Build what is missing of the offline demo; return the config with its data and model.
 
     config  of spo_train.py
     train   its loop, which also trains the demo's reference model
@@ -184,7 +188,10 @@ def demo_checkpoint() -> str:
 
 
 def demo_text() -> None:
-    """Write data/demo/stories.jsonl and tokenizer.model. What a former, different recipe left there is removed."""
+    """Write data/demo/stories.jsonl and tokenizer.model.
+
+    What a former, different recipe left there is removed.
+    """
     recipe = {
         "stories": DEMO_STORIES,
         "vocab": DEMO_VOCAB,
@@ -245,7 +252,7 @@ def demo_reference(config, train: Callable) -> None:
 
 
 def demo_groups(device: str) -> None:
-    """Write data/demo/ranked.jsonl, and from it best_of_n.jsonl and pairs.jsonl: samples of the reference, ranked."""
+    """Write the demo's ranked.jsonl, from samples of the reference, and the files made of it."""
     ranked = os.path.join(DEMO_DIR, DEMO_FILES["ranking"])
     if not os.path.isfile(ranked):
         reference = checkpoint.load(demo_checkpoint(), device)
@@ -441,7 +448,7 @@ def generate(config: GenerateConfig) -> None:
 
 
 def settings_of_stories(config: GenerateConfig, tokenizer: Tokenizer) -> dict:
-    """Return what the stories depend on: flags, and the SHA-256 of files, whatever they are called."""
+    """Return what the stories depend on: flags, and the SHA-256 of files, whatever their names."""
     settings = asdict(config)
     for name in ("out", "batch_size", "device"):
         del settings[name]
@@ -454,9 +461,10 @@ def settings_of_stories(config: GenerateConfig, tokenizer: Tokenizer) -> dict:
 
 
 class PartialFile:
-    """OUT.part: the settings of a generate command in the first line, then its stories, batch by batch.
+    """OUT.part: the settings of a generate command in the first line, then its stories so far.
 
-    If the command is interrupted, running it again continues where it stopped. A command with other settings refuses to.
+    If the command is interrupted, running it again continues where it stopped. A command with other
+    settings refuses to.
     """
 
     def __init__(self, out: str, settings: dict):

@@ -1,20 +1,23 @@
-"""How fast, how much memory, how near the machine's limit, and how that compares: each workload on both sides in one run.
+"""How fast, how much memory, how near the machine's limit: both sides of a comparison in one run.
 
-    python experiments/bench.py                       # W1, W2, W3 on a CPU; W4 too, where there is a GPU
+    python experiments/bench.py                    # W1, W2, W3 on a CPU; W4 too, if there is a GPU
     python experiments/bench.py --only=W1 --rounds=3
 
-    W1  one DPO step: 15M parameters, vocabulary 32,000, 8 pairs of 150 to 256 tokens
-    W2  one step: 260K parameters, vocabulary 512, 32 groups of 4 (for TRL: 64 pairs, as many sequences); and with the online KL
-    W3  generation: 32 rows of 256 tokens at temperature 1, 15M and 260K
-    W4  one spo_rank step with its online KL: 110M, 32 groups of 4; GPU only
-    generation  110M, 32 to 1,024 rows; 7B: a step of spo and dpo in as many layers as fit; head: log-probs of 8,192 tokens
-                (these three only where they are asked for: experiments/gpu.sh does)
-    errors  loss and gradient in each precision against float64 (only where it is asked for)
+    W1          one DPO step: 15M parameters, vocabulary 32,000, 8 pairs of 150 to 256 tokens
+    W2          one step: 260K parameters, vocabulary 512, 32 groups of 4, with and without the
+                online KL (for TRL: 64 pairs, as many sequences)
+    W3          generation: 32 rows of 256 tokens at temperature 1, 15M and 260K
+    W4          one spo_rank step with its online KL: 110M, 32 groups of 4; GPU only
+    generation  110M, 32 to 1,024 rows
+    7B          a step of spo and dpo in as many layers as fit
+    head        log-probs of 8,192 tokens
+    errors      loss and gradient in each precision against float64
 
-Weights and tokens are random. Every measurement is a process of its own, the sides take turns, and the median step of all
-rounds counts: on a shared machine ratios mean something and seconds little. TRL and transformers take part where they are
-installed (pip install trl). Memory is the high-water mark over what rests after the models are built.
-Prints a line of JSON for each measurement, then a table.
+The last four are measured only where they are asked for, as experiments/gpu.sh does. Weights and
+tokens are random. Every measurement is a process of its own, the sides take turns, and the median
+step of all rounds counts: on a shared machine ratios mean something and seconds little. TRL and
+transformers take part where they are installed (pip install trl). Memory is the high-water mark
+over what rests after the models are built. Prints lines of JSON, then a table.
 """
 
 import copy
@@ -70,7 +73,7 @@ class BenchConfig:
     rounds: int = flag(2, "how often every measurement is made")
     measure: str = flag(
         "",
-        "one measurement of MEASUREMENTS, or all of a workload, in this process: a line of JSON each",
+        "one measurement, or all of a workload, in this process: a line of JSON each",
     )
     tiny: bool = flag(
         False, "with --measure: at a tiny shape, to see that the measurement itself works"
@@ -113,7 +116,9 @@ def responses(shape: str, groups: int, n: int, seed: int) -> list[list[list[int]
 
 
 class Peak:
-    """Memory over what was held when this was made, in MB; `added` asks for the high-water mark since."""
+    """Memory over what was held when this was made, in MB; `added` asks for the high-water mark
+    since.
+    """
 
     def __init__(self):
         self.cuda = torch.cuda.is_available()
@@ -145,7 +150,9 @@ def timed(work) -> float:
 
 
 def matmul_rate(dtype: str, **_) -> dict:
-    """Flops per second of the machine in the classifier's product of 15M (on a GPU of 7B), into memory that is there."""
+    """Flops per second of the machine in the classifier's product of 15M (on a GPU of 7B), into
+    memory that is there.
+    """
     device, kind = parallel.pick_device(""), getattr(torch, dtype)
     fast.enable_fast_matmul(device)
     rows, size = (1024, 288) if device == "cpu" else (8192, 4096)
@@ -159,7 +166,7 @@ def matmul_rate(dtype: str, **_) -> dict:
 
 
 def layers_that_fit(shape: str, groups: int, dtype: str) -> ModelArgs:
-    """The shape with as many of its layers as a step of `groups` pairs leaves room for, by plan.py."""
+    """Return the shape with as many layers as a step of `groups` pairs leaves room for, by plan."""
     args, (there, _) = shape_of(shape), plan.available(parallel.pick_device(""), 1)
     for n_layers in range(args.n_layers, 0, -1):
         args.n_layers = n_layers
@@ -207,7 +214,9 @@ def our_step(
     fit: bool = False,
     count: int = 6,
 ) -> dict:
-    """One optimizer step. fit: as many layers as there is memory for, in one micro-batch, and the plan beside the peak."""
+    """One optimizer step. fit: as many layers as there is memory for, in one micro-batch, and the
+    plan beside the peak.
+    """
     device, dtype = parallel.start("", dtype)
     fast.enable_fast_matmul(device)
     if precision:
@@ -285,7 +294,9 @@ def our_generation(shape: str, dtype: str = "float32", rows: int = 32, count: in
 def head_of(
     which: str, tokens: int = 8192, dim: int = 4096, vocab: int = 32000, count: int = 6, **_
 ) -> dict:
-    """Log-probs of `tokens` tokens and their gradient, from hidden states and the classifier: ours, and the others'."""
+    """Log-probs of `tokens` tokens and their gradient, from hidden states and the classifier: ours,
+    and the others'.
+    """
     if which == "torch" and not hasattr(F, "linear_cross_entropy"):
         raise ValueError(f"torch {torch.__version__} has no linear_cross_entropy")
     device = parallel.pick_device("")
@@ -323,7 +334,7 @@ def head_of(
 
 
 def gradient_errors(shape: str, loss: str) -> list[dict]:
-    """Of a policy near its reference: the loss, and how far it and its gradient are from float64's."""
+    """Return loss and gradient of a policy near its reference, and their errors."""
     n = 2 if loss == "dpo" else 4
     groups = [
         EncodedGroup([1], group, line) for line, group in enumerate(responses(shape, 8, n, seed=0))
@@ -489,7 +500,8 @@ def their_generation(shape: str, dtype: str = "float32", rows: int = 32, count: 
 
 # --- the table -----------------------------------------------------------------------------------
 
-# workload: [(what, function, its arguments)]; the first of a workload is what the others are compared with
+# workload: [(what, function, its arguments)]; the first of a workload is what the others are
+# compared with
 MEASUREMENTS = {
     "W1": [
         ("spo", our_step, {"shape": "15M", "loss": "dpo", "groups": 8, "n": 2}),
@@ -614,7 +626,9 @@ def chosen(only: str) -> list[tuple[str, str]]:
 
 
 def measure(name: str, tiny: bool) -> None:
-    """WORKLOAD/WHAT, in this process: a line of JSON. WORKLOAD: all of it and the rate of its products; what fails is a line, too."""
+    """WORKLOAD/WHAT, in this process: a line of JSON. WORKLOAD: all of it and the rate of its
+    products; what fails is a line, too.
+    """
     workload, _, what = name.partition("/")
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     listed = MEASUREMENTS.get(workload, RATES) if what else [RATES[1], *MEASUREMENTS[workload]]
@@ -707,9 +721,8 @@ def main(argv: list[str]) -> None:
             for kind in ("without", "with")
         )
         if with_kl:
-            print(
-                f"\n{workload}: sampling and KL add {with_kl / without - 1:.0%} to the step: {1 - without / with_kl:.0%} of it"
-            )
+            added, share = with_kl / without - 1, 1 - without / with_kl
+            print(f"\n{workload}: sampling and KL add {added:.0%} to the step: {share:.0%} of it")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-"""Reward against KL: every objective on the same data, over its own sweep in the paper and along its training.
+"""Reward against KL: every objective on the same data, over its own sweep in the paper.
 
-    python experiments/frontier.py                                              # the demo, about 30 minutes on 2 cores
-    python experiments/frontier.py --init_from=stories260K.bin --tokenizer=tok512.model --data=ranked.jsonl \\
-        --out_dir=out/frontier260K --figure=experiments/frontier260K.png --methods=spo_rank,dpo_rank
+    python experiments/frontier.py                       # the demo, about 30 minutes on 2 cores
+    python experiments/frontier.py --init_from=stories260K.bin --tokenizer=tok512.model \\
+        --data=ranked.jsonl --out_dir=out/frontier260K --figure=experiments/frontier260K.png \\
+        --methods=spo_rank,dpo_rank
 
-Each (objective, setting) is a run of spo_train.py that keeps every evaluation's weights. For a budget of KL to the
-reference, an objective enters the checkpoint, of all its runs and steps within the budget, with the highest win-rate on
-the selecting seeds; the table reports it on fresh seeds, with its 95% interval. A run that is there already is not run
-again, so that a stopped sweep goes on. `loss+regularizer` is an objective, too (Table 4).
+Each (objective, setting) is a run of spo_train.py that keeps every evaluation's weights. For a
+budget of KL to the reference, an objective enters the checkpoint, of all its runs and steps within
+the budget, with the highest win-rate on the selecting seeds; the table reports it on fresh seeds,
+with its 95% interval. A run that is there already is not run again, so that a stopped sweep
+continues. `loss+regularizer` is an objective, too (Table 4).
 """
 
 import dataclasses
@@ -34,8 +36,8 @@ from spo.files import write_jsonl, write_text
 from spo.records import read_groups
 from spo.tokenizer import load_tokenizer
 
-# The paper's sweeps: AlpacaFarm's for the pairwise losses (beta of SPO is not printed there: that of TinyStories),
-# TinyStories' for the others (alpha 0.001).
+# The paper's sweeps: AlpacaFarm's for the pairwise losses (beta of SPO is not printed there: that
+# of TinyStories), TinyStories' for the others (alpha 0.001).
 SWEEPS = {
     "spo_basic": {"alpha": [0.001, 0.01, 0.1], "beta": [0.01, 0.1]},
     "spo": {"alpha": [0.001, 0.01, 0.1], "beta": [0.01, 0.1]},
@@ -59,8 +61,8 @@ TABLE_4 = {
     f"spo_basic+{name}": {"beta": [0.01, 0.1, 1]}
     for name in ("global_kl", "logp", "tokenwise", "importance")
 }
-# Win-rates that the paper prints, judged by GPT-4o on its own models: another scale than the offline judge's,
-# shown for the order of the rows. Only rows that were checked against it are here.
+# Win-rates that the paper prints, judged by GPT-4o on its own models: another scale than the
+# offline judge's, shown for the order of the rows. Only rows that were checked against it are here.
 PAPER = {"spo_basic+logp": 54.1}
 
 
@@ -68,7 +70,7 @@ PAPER = {"spo_basic+logp": 54.1}
 class FrontierConfig(JudgeFlags):
     data: str = flag(
         "",
-        "ranked groups; none: the demo's. Best-of-n groups and best-worst pairs are derived from them",
+        "ranked groups; default: the demo's. Best-of-n groups and pairs are derived from them",
     )
     init_from: str = flag("", "the reference: a .pt or a llama2.c .bin; none: the demo's")
     tokenizer: str = flag("", "its tokenizer; none: tokenizer.model beside it")
@@ -129,7 +131,7 @@ def budgets_of(config: FrontierConfig) -> list[float]:
 
 
 def settings_of(sweep: dict[str, list[float]]) -> list[dict[str, float]]:
-    return [dict(zip(sweep, chosen)) for chosen in itertools.product(*sweep.values())]
+    return [dict(zip(sweep, chosen, strict=True)) for chosen in itertools.product(*sweep.values())]
 
 
 def kind_of_data(method: str) -> str:
@@ -167,7 +169,8 @@ def files_for(config: FrontierConfig) -> tuple[str, str, str, dict[str, str]]:
 
 
 def share_of(config: FrontierConfig, folder: str) -> FrontierConfig:
-    """The configuration with a journal in folder, since only one process writes one, and the folder's part of max_usd.
+    """The configuration with a journal in folder, since only one process writes one, and the
+    folder's part of max_usd.
 
     All runs have the same part, and so has the table of the best.
     """
@@ -285,14 +288,18 @@ def run_all(
 
 
 def table(config: FrontierConfig, points: list[Point], evaluation: Evaluation) -> list[dict]:
-    """The best of each objective within each KL budget, on fresh seeds; printed, and returned as records."""
+    """The best of each objective within each KL budget, on fresh seeds; printed, and returned as
+    records.
+    """
     rows, verdicts = [], {}
     for budget in budgets_of(config):
         print(
-            f"\nKL to the reference of at most {budget:g} nats: win-rate over the reference on fresh stories [95%]\n"
+            f"\nKL to the reference of at most {budget:g} nats: "
+            "win-rate over the reference on fresh stories [95%]\n"
         )
         print(
-            f"{'objective':<22}{'win-rate':<34}{'score':<7}{'KL':<6}{'step':<6}{'setting':<30}paper's (GPT-4o)"
+            f"{'objective':<22}{'win-rate':<34}{'score':<7}{'KL':<6}{'step':<6}"
+            f"{'setting':<30}paper's (GPT-4o)"
         )
         entered = []
         for method in dict.fromkeys(point.method for point in points):
@@ -306,7 +313,8 @@ def table(config: FrontierConfig, points: list[Point], evaluation: Evaluation) -
                 entered.append((best, verdicts[best.path]))
         for best, verdict in sorted(entered, key=lambda pair: -pair[1].rate):
             print(
-                f"{best.method:<22}{verdict.reason or str(verdict.win_rate):<34}{verdict.score:<7.2f}{verdict.kl:<6.2f}{best.step:<6}"
+                f"{best.method:<22}{verdict.reason or str(verdict.win_rate):<34}"
+                f"{verdict.score:<7.2f}{verdict.kl:<6.2f}{best.step:<6}"
                 f"{best.setting:<30}{PAPER.get(best.method, '-')}"
             )
             rows.append(
@@ -322,7 +330,9 @@ def table(config: FrontierConfig, points: list[Point], evaluation: Evaluation) -
 
 
 def draw(path: str, points: list[Point]) -> None:
-    """Score and win-rate against KL. Thin: each run along its training. Thick: the best of an objective up to a KL."""
+    """Score and win-rate against KL. Thin: each run along its training. Thick: the best of an
+    objective up to a KL.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -353,7 +363,9 @@ def draw(path: str, points: list[Point]) -> None:
                 run_points = [
                     (max(p.kl, 0.05), getattr(p, measure)) for p in mine if p.setting == setting
                 ]
-                axis.plot(*zip(*run_points), color=f"C{number}", linewidth=0.6, alpha=0.4)
+                axis.plot(
+                    *zip(*run_points, strict=False), color=f"C{number}", linewidth=0.6, alpha=0.4
+                )
             envelope = []
             for point in sorted(mine, key=lambda p: p.kl):
                 if not envelope or getattr(point, measure) > envelope[-1][1]:
@@ -363,7 +375,7 @@ def draw(path: str, points: list[Point]) -> None:
                 if method.startswith("spo")
                 else {"marker": ".", "linestyle": "--"}
             )
-            axis.plot(*zip(*envelope), color=f"C{number}", label=method, **style)
+            axis.plot(*zip(*envelope, strict=False), color=f"C{number}", label=method, **style)
         axis.set(xscale="log", xlim=(0.045, None))
         axis.set(title=title) if row == 0 else axis.set(xlabel="KL to the reference (nats)")
         axis.legend(fontsize=8) if row == 0 else None

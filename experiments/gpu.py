@@ -1,7 +1,7 @@
-"""Run every part of the GPU measurements in a process of its own, and write what came out: `bash experiments/gpu.sh`.
+"""Run every part of the GPU measurements in its own process: `bash experiments/gpu.sh`.
 
-A part that fails, or that takes longer than its limit, becomes a row of the table, and the next part begins. The parts
-stand in order of worth, because the whole call ends after `--minutes`.
+A part that fails, or that takes longer than its limit, becomes a row of the table, and the next
+part begins. The parts stand in order of worth, because the whole call ends after `--minutes`.
 """
 
 import json
@@ -27,20 +27,24 @@ DATA = f"{sys.executable} {ROOT}/tinystories_data.py"
 
 # The demo's stages in small: the same commands on a text of 12 lines.
 TINY_DEMO = f"""
-for i in 1 2 3 4 5 6 7 8 9 10 11 12; do echo '{{"text": "Once upon a time, an owl number '$i' sang '$i' songs to a cat."}}'; done >text.jsonl
+for i in 1 2 3 4 5 6 7 8 9 10 11 12; do
+    echo '{{"text": "Once upon a time, an owl number '$i' sang '$i' songs to a cat."}}'
+done >text.jsonl
 {DATA} train_vocab --data=text.jsonl --vocab_size=290
-{TRAIN} --loss=sft --data=text.jsonl --init_from=scratch --tokenizer=data/tok290.model --dim=32 --n_layers=1 --n_heads=2 \
+{TRAIN} --loss=sft --data=text.jsonl --init_from=scratch --tokenizer=data/tok290.model \
+    --dim=32 --n_layers=1 --n_heads=2 \
     --max_seq_len=64 --max_iters=2 --batch_size=4 --out_dir=reference
 {DATA} generate --checkpoint=reference/ckpt.pt --num_stories=16 --max_new_tokens=24
 {DATA} rank --stories=stories.jsonl
-{TRAIN} --loss=spo_rank --data=ranked.jsonl --init_from=reference/ckpt.pt --max_iters=2 --batch_size=2 --eval_stories=4 \
-    --kl_batch_size=4 --max_new_tokens=24
+{TRAIN} --loss=spo_rank --data=ranked.jsonl --init_from=reference/ckpt.pt \
+    --max_iters=2 --batch_size=2 --eval_stories=4 --kl_batch_size=4 --max_new_tokens=24
 """
 STORIES260K = f"""
-{DATA} generate --checkpoint="$SPO_DATA/stories260K.bin" --tokenizer="$SPO_DATA/tok512.model" --num_stories=4096 --batch_size=1024
+{DATA} generate --checkpoint="$SPO_DATA/stories260K.bin" --tokenizer="$SPO_DATA/tok512.model" \
+    --num_stories=4096 --batch_size=1024
 {DATA} rank --stories=stories.jsonl
-{TRAIN} --loss=spo_rank --init_from="$SPO_DATA/stories260K.bin" --tokenizer="$SPO_DATA/tok512.model" --data=ranked.jsonl \
-    --eval_interval=8
+{TRAIN} --loss=spo_rank --init_from="$SPO_DATA/stories260K.bin" \
+    --tokenizer="$SPO_DATA/tok512.model" --data=ranked.jsonl --eval_interval=8
 """
 
 
@@ -58,7 +62,7 @@ class GpuConfig:
 
 @dataclass
 class Part:
-    """A bash script that prints its figures as lines of JSON (or not), and how many seconds it may take.
+    """A bash script that prints its figures as lines of JSON, and the seconds it may take.
 
     missing  why it cannot run here; "": it can
     """
@@ -71,7 +75,8 @@ class Part:
 
 def parts(tiny: bool) -> list[Part]:
     small = " --tiny" if tiny else ""
-    tests = f"cd {ROOT} && {'SPO_TEST_DEVICE=cpu ' if tiny else ''}{sys.executable} -m pytest -q -m gpu tests/test_gpu.py"
+    device = "SPO_TEST_DEVICE=cpu" if tiny else ""
+    tests = f"cd {ROOT} && {device} {sys.executable} -m pytest -q -m gpu tests/test_gpu.py"
     no_data = (
         ""
         if os.environ.get("SPO_DATA")
@@ -89,7 +94,7 @@ def parts(tiny: bool) -> list[Part]:
 
 
 def run_part(part: Part, seconds: float, log: str) -> dict:
-    """Run a part's script in an empty folder; return its row: status, seconds, and the figures that it printed.
+    """Run a part's script in an empty folder; return its status, seconds and figures.
 
     log  the file that all parts append their output to
     """
@@ -179,7 +184,8 @@ def rows_of(row: dict) -> list[tuple[str, ...]]:
 
 def versions() -> str:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    return f"{gpu}, torch {torch.__version__}, Python {sys.version.split()[0]}, {time.strftime('%d %B %Y')}"
+    python, today = sys.version.split()[0], time.strftime("%d %B %Y")
+    return f"{gpu}, torch {torch.__version__}, Python {python}, {today}"
 
 
 def main(argv: list[str]) -> None:

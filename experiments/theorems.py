@@ -1,12 +1,13 @@
-"""Theorems 1 to 4 of the SPO paper, run: gradient descent on the real losses, in the tabular setting.
+"""Theorems 1 to 4 of the SPO paper, run: gradient descent on the real losses, in the tabular
+setting.
 
     python experiments/theorems.py [--out=experiments/theorems.png]
 
-Five responses with rewards r, a policy that is a softmax of five free logits, and data whose preferences follow
-Bradley-Terry (rankings: Plackett-Luce) on r while what is compared with what is drawn from a random, UNEVEN query
-measure. Every expectation is exact: a weighted sum over all possible rows. The theorems say that the only fixed
-point is softmax(r / alpha), for pairs (1; weighted: 2), best-of-n (3) and rankings (4), whatever the query measure
-and the weight.
+Five responses with rewards r, a policy that is a softmax of five free logits, and data whose
+preferences follow Bradley-Terry (rankings: Plackett-Luce) on r while what is compared with what is
+drawn from a random, UNEVEN query measure. Every expectation is exact: a weighted sum over all
+possible rows. The theorems say that the only fixed point is softmax(r / alpha), for pairs (1;
+weighted: 2), best-of-n (3) and rankings (4), whatever the query measure and the weight.
 """
 
 import itertools
@@ -33,7 +34,9 @@ class TheoremConfig:
 
 @dataclass
 class Data:
-    """All rows that can occur, (R, n) indices of responses, best first, and their probabilities (R,)."""
+    """All rows that can occur, (R, n) indices of responses, best first, and their probabilities
+    (R,).
+    """
 
     rows: Tensor
     probability: Tensor
@@ -49,7 +52,7 @@ def preference_data(n: int, ranked: bool, seed: int, even: bool = False) -> Data
     )
     measure = torch.ones_like(measure) if even else measure
     rows, probabilities = [], []
-    for subset, weight in zip(subsets, measure / measure.sum()):
+    for subset, weight in zip(subsets, measure / measure.sum(), strict=True):
         orders = (
             itertools.permutations(subset)
             if ranked
@@ -65,7 +68,9 @@ def preference_data(n: int, ranked: bool, seed: int, even: bool = False) -> Data
 
 
 def expected_loss(log_policy: Tensor, data: Data, loss: str, **settings) -> Tensor:
-    """The exact expectation of a loss of losses.py under the data; the mean inside SPO's weight is exact, too."""
+    """The exact expectation of a loss of losses.py under the data; the mean inside SPO's weight is
+    exact, too.
+    """
     logps = log_policy[data.rows]
     if settings.get("gamma"):
         statistic = weight_statistic(logps, settings["gamma"])
@@ -78,7 +83,9 @@ def expected_loss(log_policy: Tensor, data: Data, loss: str, **settings) -> Tens
 def descend(
     objective, learning_rate: float, steps: int = 20_000, tolerance: float = 1e-10
 ) -> Tensor:
-    """Plain gradient descent on five logits from zero, until the gradient is below tolerance -> log-probs (5,)."""
+    """Plain gradient descent on five logits from zero, until the gradient is below tolerance ->
+    log-probs (5,).
+    """
     logits = torch.zeros(len(REWARDS), dtype=torch.float64, requires_grad=True)
     for _ in range(steps):
         (gradient,) = torch.autograd.grad(objective(torch.log_softmax(logits, 0)), logits)
@@ -115,7 +122,8 @@ def fixed_points(seed: int) -> list[tuple[str, float, float, float]]:
     """(label, alpha, largest error, entropy) of every case; prints the table."""
     found = []
     print(
-        "gradient descent on losses.py against softmax(r / alpha): largest |difference of a probability|\n"
+        "gradient descent on losses.py against softmax(r / alpha): "
+        "largest |difference of a probability|\n"
     )
     print("theorem  loss                              alpha 0.5  alpha 1.0  alpha 2.0")
     for theorem, loss, n, settings in CASES:
@@ -133,7 +141,9 @@ def fixed_points(seed: int) -> list[tuple[str, float, float, float]]:
 
 
 def softness(seed: int) -> list[tuple[float, float, float]]:
-    """(beta, entropy of DPO's fixed point, entropy of SPO's at alpha = 1 with beta * KL); prints the table."""
+    """(beta, entropy of DPO's fixed point, entropy of SPO's at alpha = 1 with beta * KL); prints
+    the table.
+    """
     data, results = preference_data(2, True, seed), []
     print("\nthe strength of the reference goes to 0: DPO hardens, SPO stays at its alpha (1.0)\n")
     print("beta    entropy DPO  (theory)  entropy SPO + beta KL")
@@ -154,7 +164,8 @@ def softness(seed: int) -> list[tuple[float, float, float]]:
 def without_softness(seed: int) -> None:
     """alpha = 0 with uneven sampling: what Theorem 1 leaves out."""
     print(
-        "\nalpha = 0 (Eq. 10): -1/2 sum_y c(y) log pi(y), c = how often y wins less how often it loses\n"
+        "\nalpha = 0 (Eq. 10): -1/2 sum_y c(y) log pi(y), "
+        "c = how often y wins less how often it loses\n"
     )
     for name, even in (("even", True), ("uneven", False)):
         data = preference_data(2, True, seed, even)
@@ -167,12 +178,14 @@ def without_softness(seed: int) -> None:
         ).exp()
         soft = descend(lambda p: expected_loss(p, data, "spo_basic", alpha=0.02), 200.0).exp()
         print(
-            f"{name + ' sampling:':<17} c = {[round(float(c), 3) for c in count]}; mass on response "
-            f"{int(end.argmax())} ({float(end.max()):.4f}), best by c: {int(count.argmax())}, best by r: "
+            f"{name + ' sampling:':<17} c = {[round(float(c), 3) for c in count]}; "
+            f"mass on response {int(end.argmax())} ({float(end.max()):.4f}), "
+            f"best by c: {int(count.argmax())}, best by r: "
             f"{int(REWARDS.argmax())}; alpha 0.02 ends on {int(soft.argmax())}"
         )
     print(
-        "Nothing is minimised there: the logits move along c for ever. With uneven sampling, what is compared often\n"
+        "Nothing is minimised there: the logits move along c for ever. "
+        "With uneven sampling, what is compared often\n"
         "counts like what is good; a small alpha on few steps behaves alike."
     )
 
@@ -194,7 +207,7 @@ def draw(path: str, found, soft) -> None:
         ("spo_rank", "x", 5),
     ):
         points = [(a, h) for name, a, _, h in found if name == loss]
-        left.plot(*zip(*points), marker, label=loss, markersize=size, fillstyle="none")
+        left.plot(*zip(*points, strict=True), marker, label=loss, markersize=size, fillstyle="none")
     left.set(
         xlabel="alpha",
         ylabel="entropy of the fixed point (nats)",

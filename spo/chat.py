@@ -1,13 +1,17 @@
-"""A chat endpoint that can be trusted overnight: requests sent again after failures, journaled, within a budget.
+"""A chat endpoint that can be trusted overnight: it tries again, keeps a journal and a budget.
 
-For any OpenAI-compatible `/v1/chat/completions`. Knows nothing of stories: it is given a key and a prompt, and
-returns a reply. What goes wrong is one of four things:
+For any OpenAI-compatible `/v1/chat/completions`. Knows nothing of stories: it is given a key and a
+prompt, and returns a reply. What goes wrong is one of four things:
 
-    refused     408, 409, 429, 503, no connection: nothing was done; sent again after a pause, which Retry-After can set
-    lost        no answer in time, a broken connection, half an answer, any other 5xx: sent again, too; but the work may
-                have been done and billed ("uncertain"), so what it can have cost counts as spent
-    stopped     any other status (401, 403, 400 ...), an exhausted quota: no further request, one line that says why
-    unusable    an answer that does not say what was asked for: journaled like any other; its asker decides
+    refused   408, 409, 429, 503, no connection: nothing was done. It is sent again after a pause,
+              which Retry-After can set.
+    lost      no answer in time, a broken connection, half an answer, any other 5xx: it is sent
+              again, too. But the work may have been done and billed ("uncertain"), so what it can
+              have cost counts as spent.
+    stopped   any other status (401, 403, 400 ...), an exhausted quota: no further request, and one
+              line that says why.
+    unusable  an answer that does not say what was asked for: journaled like any other. Its asker
+              decides.
 """
 
 import base64
@@ -70,7 +74,9 @@ class ChatFlags:
 
 
 class Stopped(ValueError):
-    """Asking again would not help: a wrong key, an exhausted quota, a request that the server does not accept."""
+    """Asking again would not help: a wrong key, an exhausted quota, a request that the server does
+    not accept.
+    """
 
 
 class BudgetSpent(Stopped):
@@ -100,7 +106,8 @@ class Chat:
     def __init__(self, model: str, flags: ChatFlags):
         """ValueError for flags that cannot work, or a journal that cannot be used.
 
-        The key is read from OPENAI_API_KEY here, goes into one header, and is cut out of whatever the server says.
+        The key is read from OPENAI_API_KEY here, goes into one header, and is cut out of whatever
+        the server says.
         """
         check_flags(flags)
         self.model, self.flags = model, flags
@@ -115,7 +122,9 @@ class Chat:
         self.threads = threading.local()
 
     def require_key(self) -> None:
-        """ValueError where the endpoint is OpenAI's and there is no key; another server may need none."""
+        """ValueError where the endpoint is OpenAI's and there is no key; another server may need
+        none.
+        """
         if not self.key and self.flags.base_url == OPENAI:
             raise ValueError(
                 "OPENAI_API_KEY is not set. Export it, or name a server that needs none "
@@ -133,10 +142,11 @@ class Chat:
         ) / 1e6
 
     def complete(self, key: str, prompt: str, **extra) -> dict:
-        """The reply to a prompt, journaled under the key: {"text", "finish_reason", "model", "usage"} and `extra`.
+        """The reply to a prompt, journaled under the key: {"text", "finish_reason", "model",
+        "usage"} and `extra`.
 
-        Raises Stopped (BudgetSpent among them) for what asking again cannot help, ConnectionError when judge_retries
-        failures came one after the other.
+        Raises Stopped (BudgetSpent among them) for what asking again cannot help, ConnectionError
+        when judge_retries failures came one after the other.
         """
         failure = ""
         for attempt in range(self.flags.judge_retries + 1):
@@ -174,25 +184,32 @@ class Chat:
                     self.in_flight -= 1
                     self.settled.notify_all()
         raise ConnectionError(
-            f"{self.flags.base_url}: {self.flags.judge_retries + 1} failures one after the other, the last: "
+            f"{self.flags.base_url}: {self.flags.judge_retries + 1} failures one after the other, "
+            "the last: "
             f"{failure}; what was answered is in {self.journal.path}, run the same command again"
         )
 
     def reserve(self, key: str, usd: float) -> int:
-        """Journals that a request is on its way. BudgetSpent if its bound could pass max_usd, whatever others cost."""
+        """Journals that a request is on its way.
+
+        BudgetSpent if its bound could pass max_usd, whatever others cost.
+        """
         with self.settled:
             while self.flags.max_usd is not None and self.journal.spent + usd > self.flags.max_usd:
                 if self.in_flight == 0:
                     raise BudgetSpent(
-                        f"--max_usd={self.flags.max_usd:g}: ${self.journal.spent:.4f} may be spent, the next request could cost "
-                        f"${usd:.4f}; what was answered is in {self.journal.path}: raise it and run the command again"
+                        f"--max_usd={self.flags.max_usd:g}: ${self.journal.spent:.4f} may be "
+                        f"spent, the next request could cost ${usd:.4f}; what was answered is in "
+                        f"{self.journal.path}: raise it and run the command again"
                     )
                 self.settled.wait()
             self.in_flight += 1
             return self.journal.ask(key, usd)
 
     def post(self, prompt: str) -> tuple[int, dict, str]:
-        """One HTTP request -> status, headers, body; a body that dribbles does not extend judge_timeout."""
+        """One HTTP request -> status, headers, body; a body that dribbles does not extend
+        judge_timeout.
+        """
         if not hasattr(self.threads, "session"):
             self.threads.session = requests.Session()
             self.threads.session.auth = self.authorize
@@ -226,7 +243,9 @@ class Chat:
         return request
 
     def redact(self, text: str) -> str:
-        """The text without the key, should a server echo it; a short key (`none`, `EMPTY`) is no secret."""
+        """The text without the key, should a server echo it; a short key (`none`, `EMPTY`) is no
+        secret.
+        """
         if len(self.key) < 12:
             return text
         encoded = base64.b64encode(self.key.encode()).decode().rstrip("=")
@@ -235,7 +254,9 @@ class Chat:
         return text
 
     def read_reply(self, body: str) -> dict:
-        """A whole JSON answer -> a reply, without text if that is not where it should be; else TruncatedReply."""
+        """A whole JSON answer -> a reply, without text if that is not where it should be; else
+        TruncatedReply.
+        """
         try:
             answer = json.loads(body)
             choices = answer["choices"]
@@ -267,11 +288,13 @@ class Chat:
         where = f"{self.flags.base_url}: answered {status}"
         if status in (401, 403):
             raise Stopped(
-                f"{where}: the key in OPENAI_API_KEY is missing, wrong, or not allowed to use {self.model}"
+                f"{where}: the key in OPENAI_API_KEY is missing, wrong, "
+                f"or not allowed to use {self.model}"
             )
         if status == 402 or (status == 429 and "insufficient_quota" in body):
             raise Stopped(
-                f"{where}: the account's quota is used up; add credit and run the same command again"
+                f"{where}: the account's quota is used up; "
+                "add credit and run the same command again"
             )
         if status in (408, 409, 429) or status >= 500:
             return
@@ -296,7 +319,10 @@ class Chat:
             raise Stopped(f"{self.flags.base_url}: cannot be asked: {self.redact(said)[:160]}")
 
     def pause(self, attempt: int) -> None:
-        """Exponential back-off with jitter, and whatever the server asked everyone to wait. Stopped if the run is."""
+        """Exponential back-off with jitter, and whatever the server asked everyone to wait.
+
+        Stopped if the run is.
+        """
         seconds = 0.5 * 2 ** min(attempt, 7) * random.uniform(0.5, 1.0) if attempt else 0.0
         until = time.monotonic() + seconds
         while (
@@ -357,9 +383,8 @@ def token_counts(usage) -> dict[str, int] | None:
     """What a server says that a request took, if it is believable."""
     names = ("prompt_tokens", "completion_tokens")
     counts = [usage.get(name) if isinstance(usage, dict) else None for name in names]
-    return (
-        dict(zip(names, counts)) if all(type(c) is int and 0 <= c < 10**9 for c in counts) else None
-    )
+    believable = all(type(count) is int and 0 <= count < 10**9 for count in counts)
+    return dict(zip(names, counts, strict=True)) if believable else None
 
 
 def shut(response: requests.Response) -> None:
@@ -376,7 +401,8 @@ def as_done(
     on_wait: Callable = lambda: None,
     patience: float = 0.0,
 ) -> Iterator:
-    """(index, function(item)) of every item, as they are done, by threads; the first exception ends it all.
+    """(index, function(item)) of every item, as they are done, by threads; the first exception ends
+    it all.
 
     stop      set when it ends: no further item is begun, and `function` may look at it, too
     on_wait   called about once a second while nothing is done

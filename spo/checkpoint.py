@@ -1,17 +1,17 @@
 """Every format of weights, read behind one interface; `.pt` files, read and written.
 
-`open_weights(path)` reads a `.pt` (ours, llama2.c's), a llama2.c `.bin` of version 0, 1 or 2, and the folders of Meta
-and Hugging Face. What it returns has
+`open_weights(path)` reads a `.pt` (ours, llama2.c's), a llama2.c `.bin` of version 0, 1 or 2, and
+the folders of Meta and Hugging Face. What it returns has
 
     path, args (ModelArgs), tied, eos_id, step, config      what the file says of the model
-    rows(name, rows)                                        those rows of a weight, read from the mapped file
+    rows(name, rows)                                        those rows of a weight, read from the
+    mapped file
 
-so a process can read its own shard, and nothing is ever in memory twice. A checkpoint can hold tensors, numbers and
-strings, and never code: weights_only=True, everywhere.
+so a process can read its own shard, and nothing is ever in memory twice. A checkpoint can hold
+tensors, numbers and strings, and never code: weights_only=True, everywhere.
 """
 
 import dataclasses
-import glob
 import math
 import os
 import struct
@@ -19,12 +19,12 @@ import zipfile
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from model import ModelArgs, Transformer, rope_tables
-from spo import fast
-from spo.files import atomic_write, read_json_object
+from spo import fast, parallel
+from spo.files import atomic_write
+from spo.folders import HuggingFaceFolder, MetaFolder
 
 # In llama2.c's data the next story's BOS (1) ends a story, and EOS (2) is never trained.
 LLAMA2C_EOS_ID = 1
@@ -48,20 +48,6 @@ MATRICES_OF_A_LAYER = (
     "feed_forward.w2",
     "feed_forward.w3",
 )
-HF_NAMES = {
-    "tok_embeddings": "model.embed_tokens",
-    "norm": "model.norm",
-    "output": "lm_head",
-    "attention.wq": "self_attn.q_proj",
-    "attention.wk": "self_attn.k_proj",
-    "attention.wv": "self_attn.v_proj",
-    "attention.wo": "self_attn.o_proj",
-    "feed_forward.w1": "mlp.gate_proj",
-    "feed_forward.w2": "mlp.down_proj",
-    "feed_forward.w3": "mlp.up_proj",
-    "attention_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-}
 
 # --- loading -------------------------------------------------------------------------------------
 
@@ -81,7 +67,10 @@ def open_weights(path: str):
 
 
 def load(path: str, device: str = "cpu") -> Transformer:
-    """Read a whole model in float32, with its eos_id. ValueError, naming the file, if it cannot be used."""
+    """Read a whole model in float32, with its eos_id.
+
+    ValueError, naming the file, if it cannot be used.
+    """
     source = open_weights(path)
     model = without_weights(source)
     load_rows(model, source, device)
@@ -122,6 +111,27 @@ def load_rows(model: Transformer, source, device: str, rank: int = 0, size: int 
     fast.use(model)
 
 
+def load_and_shard(
+    model: Transformer, source, device: str, dtype: str, compiled: bool = False
+) -> None:
+    """Read the weights of a model on the meta device, compile its layers, and shard it. Collective.
+
+    Each process reads its own rows only. A tied classifier has to be loaded before it is sharded,
+    so tied models, which are small, are read whole.
+
+    source  None: the model has its weights already
+    """
+    processes = parallel.world_size()
+    by_rows = source is not None and processes > 1 and not model.tied
+    if source is not None and not by_rows:
+        load_rows(model, source, device)
+    if compiled:
+        parallel.compile_layers(model)
+    parallel.shard(model, dtype)
+    if by_rows:
+        load_rows(model, source, device, parallel.rank(), processes)
+
+
 def is_tied(weights: dict[str, Tensor]) -> bool:
     """Tell whether the classifier is the embedding: absent, or equal to it."""
     output = weights.get("output.weight")
@@ -135,7 +145,7 @@ def is_tied(weights: dict[str, Tensor]) -> bool:
 def save_pt(
     path: str, model: Transformer, step: int = 0, config: dict | None = None, **more
 ) -> None:
-    """Write {"model", "model_args", "config", "step", ...} atomically; the terminator's id goes into config.
+    """Write {"model", "model_args", "config", "step", ...} atomically; eos_id goes into config.
 
     more  further entries: tensors, numbers, strings, and containers of them
     """
@@ -150,7 +160,7 @@ def save_pt(
 
 
 class PtFile:
-    """A `.pt` of ours or of llama2.c, its weights mapped: they stay on the disk until they are read."""
+    """A `.pt` of ours or of llama2.c, its weights mapped: they stay on the disk until read."""
 
     def __init__(self, path: str):
         self.path = path
@@ -216,9 +226,9 @@ class PtFile:
 
 
 # --- llama2.c's .bin -----------------------------------------------------------------------------
-# v0: 7 int32, then float32 tensors, RoPE tables among them; a negative vocab_size says "untied". v1: a header of 256
-# bytes, then float32. v2: the same header and a group size, norms in float32, and every matrix as int8 with one float32
-# scale for each group_size weights along its rows.
+# v0: 7 int32, then float32 tensors, RoPE tables among them; a negative vocab_size says "untied".
+# v1: a header of 256 bytes, then float32. v2: the same header and a group size, norms in float32,
+# and every matrix as int8 with one float32 scale for each group_size weights along its rows.
 
 
 def llama2c_layout(args: ModelArgs, tied: bool, version: int) -> list[tuple[str, tuple[int, ...]]]:
@@ -266,7 +276,10 @@ class Llama2cFile:
     config: dict = {}
 
     def __init__(self, path: str):
-        """ValueError, naming the file, if it is damaged. Its size is checked before anything is built."""
+        """ValueError, naming the file, if it is damaged.
+
+        Its size is checked before anything is built.
+        """
         self.path = path
         empty = os.path.getsize(path) == 0
         self.data = np.empty(0, np.uint8) if empty else np.memmap(path, np.uint8, mode="r")
@@ -331,182 +344,3 @@ class Llama2cFile:
         scales = np.frombuffer(self.data, np.float32, count // self.group_size, scales_at)
         scaled = values.reshape(-1, self.group_size) * scales[:, None]
         return torch.from_numpy(scaled).view(-1, *shape[1:])
-
-
-# --- folders of Meta and Hugging Face ------------------------------------------------------------
-
-
-def map_pt(path: str) -> dict[str, Tensor]:
-    """Return the tensors of a .pth or .bin, mapped: the disk is read where they are used."""
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:  # what a damaged file raises depends on which byte is wrong
-        raise ValueError(f"{path}: damaged, or not a file of tensors") from None
-    if not isinstance(tensors, dict):
-        raise ValueError(f"{path}: not a file of tensors by name")
-    return tensors
-
-
-class MetaFolder:
-    """params.json and consolidated.*.pth, the parts of Meta's model parallelism."""
-
-    step = 0
-    config: dict = {}
-    tied = False
-
-    def __init__(self, path: str):
-        self.path = path
-        params = read_json_object(os.path.join(path, "params.json"))
-        if params.get("use_scaled_rope"):
-            lacks = "this model has no scaled rotary embedding (Llama 3.1 and later)"
-            raise ValueError(f"{path}: use_scaled_rope: {lacks}")
-        files = sorted(glob.glob(os.path.join(glob.escape(path), "consolidated.*.pth")))
-        self.parts = [map_pt(file) for file in files]
-        if not self.parts:
-            raise ValueError(f"{path}: no consolidated.*.pth beside params.json")
-        try:
-            self.args = self._args(params)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{path}: params.json or the weights lack {error}") from None
-        self.eos_id = 2 if self.args.vocab_size < 128_000 else 128_001  # Llama 2's, Llama 3's
-        with torch.device("meta"):
-            model = Transformer(self.args, tied=False)
-        self.shapes = {name: weight.shape for name, weight in model.named_parameters()}
-
-    def _args(self, params: dict) -> ModelArgs:
-        embeddings = [part["tok_embeddings.weight"] for part in self.parts]
-        # Llama 3 splits the vocabulary over the parts, Llama 2 the width.
-        split = embeddings[0].shape[1] == params["dim"] and len(self.parts) > 1
-        hidden_rows = [len(part["layers.0.feed_forward.w1.weight"]) for part in self.parts]
-        return ModelArgs(
-            dim=params["dim"],
-            n_layers=params["n_layers"],
-            n_heads=params["n_heads"],
-            n_kv_heads=params.get("n_kv_heads"),
-            vocab_size=sum(map(len, embeddings)) if split else len(embeddings[0]),
-            hidden_dim=sum(hidden_rows),
-            norm_eps=params["norm_eps"],
-            rope_theta=float(params.get("rope_theta", 10000.0)),
-            max_seq_len=params.get("max_seq_len", 4096),
-        )
-
-    def rows(self, name: str, rows: slice) -> Tensor:
-        shape = self.shapes[name]
-        parts = [part[name] for part in self.parts if name in part]
-        if len(parts) != len(self.parts):
-            raise ValueError(f"{self.path}: has no {name}")
-        if parts[0].shape == shape:  # every part has all of it
-            return parts[0][rows]
-        if sum(map(len, parts)) != shape[0] or parts[0].shape[1:] != shape[1:]:
-            return torch.cat(
-                [part[rows] for part in parts], dim=1
-            )  # the parts are blocks of columns
-        cut, start = [], 0  # the parts are blocks of rows
-        for part in parts:
-            cut.append(part[max(0, rows.start - start) : max(0, rows.stop - start)])
-            start += len(part)
-        return torch.cat(cut)
-
-
-def hf_name(name: str) -> str:
-    """layers.3.attention.wq.weight -> model.layers.3.self_attn.q_proj.weight"""
-    if not name.startswith("layers."):
-        return HF_NAMES[name.removesuffix(".weight")] + ".weight"
-    _, layer, rest = name.split(".", 2)
-    return f"model.layers.{layer}.{HF_NAMES[rest.removesuffix('.weight')]}.weight"
-
-
-def has_rotated_heads(name: str) -> bool:
-    """Tell whether Hugging Face orders the rows of a weight by its other spelling of the rotary embedding."""
-    return name.endswith(("wq.weight", "wk.weight"))
-
-
-def interleave(weight: Tensor, head_dim: int) -> Tensor:
-    """Reorder rows of whole heads, (rows, D), from Hugging Face's order (first halves, then second) to ours.
-
-    A head of 4 rows [a, b, c, d] is [a, c, b, d] there: pairs (0, 1), (2, 3) become (0, 2), (1, 3).
-    """
-    heads = weight.view(-1, 2, head_dim // 2, weight.shape[1])
-    return heads.transpose(1, 2).reshape(weight.shape)
-
-
-class HuggingFaceFolder:
-    """config.json and model*.safetensors or pytorch_model*.bin, in one file or several with an index."""
-
-    step = 0
-    config: dict = {}
-
-    def __init__(self, path: str):
-        self.path = path
-        config = read_json_object(os.path.join(path, "config.json"))
-        self._refuse_what_the_model_lacks(config)
-        try:
-            self.args = self._args(config)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{path}: config.json lacks {error}") from None
-        if config.get("head_dim") not in (None, self.args.head_dim):
-            head_dim = f"head_dim {config['head_dim']}"
-            raise ValueError(f"{path}: {head_dim} is not hidden_size / num_attention_heads")
-        self.tied = bool(config.get("tie_word_embeddings", False))
-        eos = config.get("eos_token_id", 2)
-        self.eos_id = eos[0] if isinstance(eos, list) else eos
-        self.files = self._open_files()
-
-    def _refuse_what_the_model_lacks(self, config: dict) -> None:
-        scaling = config.get("rope_scaling") or {}
-        parameters = config.get("rope_parameters") or {}
-        if scaling or parameters.get("rope_type", "default") != "default":
-            lacks = "this model has no scaled rotary embedding"
-            raise ValueError(f"{self.path}: rope_scaling {scaling or parameters}: {lacks}")
-        for name in ("attention_bias", "mlp_bias"):
-            if config.get(name):
-                raise ValueError(f"{self.path}: {name}: this model has no biases")
-        kind, activation = config.get("model_type", "llama"), config.get("hidden_act", "silu")
-        if kind != "llama" or activation != "silu":
-            raise ValueError(f"{self.path}: a {kind} with {activation}: only Llama is read")
-
-    def _args(self, config: dict) -> ModelArgs:
-        parameters = config.get("rope_parameters") or {}
-        theta = config.get("rope_theta") or parameters.get("rope_theta", 10000.0)
-        return ModelArgs(
-            dim=config["hidden_size"],
-            n_layers=config["num_hidden_layers"],
-            n_heads=config["num_attention_heads"],
-            n_kv_heads=config.get("num_key_value_heads"),
-            vocab_size=config["vocab_size"],
-            hidden_dim=config["intermediate_size"],
-            norm_eps=config["rms_norm_eps"],
-            rope_theta=float(theta),
-            max_seq_len=config["max_position_embeddings"],
-        )
-
-    def _open_files(self) -> dict:
-        """Return {published name: a slice of its mapped file}."""
-        pattern = os.path.join(glob.escape(self.path), "*.safetensors")
-        files: dict = {}
-        for file in sorted(glob.glob(pattern)):
-            try:
-                handle = safe_open(file, "pt")
-            except Exception as error:
-                raise ValueError(f"{file}: damaged: {error}") from None
-            files |= {name: handle.get_slice(name) for name in handle.keys()}
-        if not files:
-            pattern = os.path.join(glob.escape(self.path), "pytorch_model*.bin")
-            for file in sorted(glob.glob(pattern)):
-                files |= map_pt(file)
-        if not files:
-            none = "no model*.safetensors or pytorch_model*.bin beside config.json"
-            raise ValueError(f"{self.path}: {none}")
-        return files
-
-    def rows(self, name: str, rows: slice) -> Tensor:
-        weight = self.files.get(hf_name(name))
-        if weight is None:
-            raise ValueError(f"{self.path}: has no {hf_name(name)}")
-        if not has_rotated_heads(name):
-            return weight[rows.start : rows.stop]
-        # Read whole heads, put them into our order, and keep what was asked for.
-        size = self.args.head_dim
-        start = rows.start // size * size
-        stop = math.ceil(rows.stop / size) * size
-        return interleave(weight[start:stop], size)[rows.start - start : rows.stop - start]

@@ -1,4 +1,4 @@
-"""A dataclass's fields become --key=value flags with their bounds; functions become commands. Knows nothing of this project."""
+"""A dataclass's fields become --key=value flags with bounds; functions become commands."""
 
 import argparse
 import dataclasses
@@ -45,7 +45,7 @@ def flags_of(config_class) -> dict[str, Flag]:
 
 
 def non_default(config, config_class=None) -> dict[str, object]:
-    """Return {name: value} of the flags, those of config_class only, that are not at their defaults."""
+    """Return {name: value} of the flags, those of config_class only, that were changed."""
     fields = dataclasses.fields(config_class or config)
     values = {field.name: getattr(config, field.name) for field in fields}
     return {f.name: values[f.name] for f in fields if values[f.name] != f.default}
@@ -55,7 +55,7 @@ def non_default(config, config_class=None) -> dict[str, object]:
 
 
 def check_bounds(config) -> None:
-    """ValueError, naming the flag, its value and its bounds, for the first value outside of them."""
+    """ValueError, naming flag, value and bounds, for the first value that is out of bounds."""
     for name, declared in flags_of(config).items():
         value = getattr(config, name)
         if value is None:
@@ -64,6 +64,12 @@ def check_bounds(config) -> None:
             raise ValueError(f"--{name} is missing: {declared.help}")
         if isinstance(value, int | float) and not _is_within(value, declared):
             raise ValueError(f"--{name}={value}: must be {_bounds_in_words(declared, value)}")
+
+
+def refuse_if(wrong, message: str) -> None:
+    """ValueError with the message, if something is wrong."""
+    if wrong:
+        raise ValueError(message)
 
 
 def _is_within(value: float, bounds: Flag) -> bool:
@@ -115,11 +121,11 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def parse(config_class, argv: list[str], prog: str, description: str = ""):
-    """Return an instance of the dataclass, each value typed by its field's annotation and within its bounds.
+    """Return an instance of the dataclass, each value typed by its annotation and within bounds.
 
-    Reads --key=value, --key value and, for a bool, --key alone. Exits with code 2 and one line on stderr for an
-    unknown flag (naming the nearest), a value of the wrong type, or a missing argument. ValueError for a value that
-    is out of its bounds.
+    Reads --key=value, --key value and, for a bool, --key alone. Exits with code 2 and one line on
+    stderr for an unknown flag (naming the nearest), a value of the wrong type, or a missing
+    argument. ValueError for a value that is out of its bounds.
     """
     parser = OneLineParser(prog=prog, description=description, allow_abbrev=False)
     hints = typing.get_type_hints(config_class)
@@ -173,7 +179,7 @@ def _nearest(name: str, names: list[str]) -> str:
 
 
 class Commands:
-    """The commands of a script: functions of one dataclass of flags, registered by @commands.add."""
+    """The commands of a script: functions of a dataclass of flags, registered by @commands.add."""
 
     def __init__(self, script: str, documentation: str):
         self.script = script
@@ -181,7 +187,7 @@ class Commands:
         self.functions: dict[str, Callable] = {}
 
     def add(self, function: Callable) -> Callable:
-        """Register a function under its name; the annotation of its argument says which flags it takes."""
+        """Register a function under its name; its argument's annotation says its flags."""
         self.functions[function.__name__] = function
         return function
 
@@ -201,9 +207,10 @@ class Commands:
 
 
 def main_program(main: Callable) -> None:
-    """Call main(argv); what the user caused (ValueError, OSError) is one line on stderr and exit code 2.
+    """Call main(argv); what the user caused is one line on stderr and exit code 2.
 
-    A server that cannot be reached (ConnectionError) is exit code 3. SPO_DEBUG=1 shows the traceback instead.
+    A server that cannot be reached (ConnectionError) is exit code 3. SPO_DEBUG=1 shows the
+    traceback instead.
     """
     try:
         main(sys.argv[1:])

@@ -1,7 +1,7 @@
 """A small grammar of stories: the text that the offline demo trains its reference model on.
 
-A story is eight beats. Most beats have plain and rich wordings; a story leans to one or the other, so that a
-model of these stories can be moved between them, and has or lacks a twist.
+A story is eight beats. Most beats have plain and rich wordings; a story leans to one or the other,
+so that a model of these stories can be moved between them, and has or lacks a twist.
 """
 
 import random

@@ -22,12 +22,14 @@ class Interrupted(Exception):
 
 
 def fetch(url: str, path: str, sha256: str = "") -> None:
-    """Download url to path, by way of path.part, from where an earlier attempt stopped if the server can do that.
+    """Download url to path, by way of path.part, from where an earlier attempt stopped if the
+    server can do that.
 
-    sha256  what the file must have; "": what the server announces, as the Hugging Face hub does (X-Linked-ETag);
-            "unchecked": nothing
-    Raises ValueError for what trying again cannot help (no such file, a web page in its place, a wrong hash, no hash at
-    all), ConnectionError after ATTEMPTS failures. What stands at path already is kept if its hash is right.
+    sha256  what the file must have; "": what the server announces, as the Hugging Face hub does
+            (X-Linked-ETag); "unchecked": nothing
+    Raises ValueError for what trying again cannot help (no such file, a web page in its place, a
+    wrong hash, no hash at all), ConnectionError after ATTEMPTS failures. What stands at path
+    already is kept if its hash is right.
     """
     sha256 = sha256.lower()
     if not re.fullmatch("[0-9a-f]{64}|unchecked|", sha256):
@@ -63,7 +65,8 @@ def fetch_once(url: str, path: str, sha256: str) -> None:
         expected = sha256 or announced_sha256(response)
         if not expected:
             raise ValueError(
-                f"{url}: the server announces no SHA-256 to check the file by; give --sha256=HEX, or "
+                f"{url}: the server announces no SHA-256 to check the file by; "
+                "give --sha256=HEX, or "
                 "--sha256=unchecked to take what comes"
             )
         if os.path.isfile(path):
@@ -105,7 +108,10 @@ def fetch_once(url: str, path: str, sha256: str) -> None:
 
 
 def length_of(url: str, response: requests.Response, part: str, have: int) -> int | None:
-    """The whole file's length by the response's headers, None if they do not tell. Refuses what is not the file."""
+    """The whole file's length by the response's headers, None if they do not tell.
+
+    Refuses what is not the file.
+    """
     status, kind = response.status_code, response.headers.get("Content-Type", "")
     if status == 416:  # nothing is missing, or the part is longer than the file
         if response.headers.get("Content-Range") == f"bytes */{have}":
@@ -118,11 +124,13 @@ def length_of(url: str, response: requests.Response, part: str, have: int) -> in
         raise ValueError(f"{url}: answered {status}; is the address right?")
     if "text/html" in kind:
         raise ValueError(
-            f"{url}: is a web page and not the file; is the address right, or is there a log-in page between?"
+            f"{url}: is a web page and not the file; "
+            "is the address right, or is there a log-in page between?"
         )
     if response.headers.get("Content-Encoding", "identity") != "identity":
         raise ValueError(
-            f"{url}: came in an encoding ({response.headers['Content-Encoding']}) that was not asked for"
+            f"{url}: came in an encoding ({response.headers['Content-Encoding']}) "
+            "that was not asked for"
         )
     if status == 206:
         spelled = re.fullmatch(
@@ -154,7 +162,8 @@ def announced_sha256(response: requests.Response) -> str:
 def unpack(archive: str, folder: str, max_bytes: int) -> None:
     """A .tar(.gz) of files and folders -> folder, whole or not at all.
 
-    ValueError for members that are anything else (links, devices), that would lie outside, or of more than max_bytes.
+    ValueError for members that are anything else (links, devices), that would lie outside, or of
+    more than max_bytes.
     """
     temporary, size = f"{folder}.tmp", 0
     shutil.rmtree(temporary, ignore_errors=True)
@@ -164,7 +173,8 @@ def unpack(archive: str, folder: str, max_bytes: int) -> None:
             for member in tar:
                 if not (member.isreg() or member.isdir()):
                     raise ValueError(
-                        f"{archive}: {member.name!r} is neither a file nor a folder; nothing was unpacked"
+                        f"{archive}: {member.name!r} is neither a file nor a folder; "
+                        "nothing was unpacked"
                     )
                 size += member.size
                 if size > max_bytes:

@@ -1,4 +1,4 @@
-"""How good a policy is: its stories against a baseline's by the judge, its KL to the reference, its entropy."""
+"""How good a policy is: its stories against a baseline's, its KL to the reference, its entropy."""
 
 import os
 import textwrap
@@ -44,7 +44,7 @@ class Verdict:
 
     @property
     def rate(self) -> float:
-        """The number to select the best by: the win-rate, or -1 where there is none that can be trusted."""
+        """The number to select the best by: the win-rate, or -1 where none can be trusted."""
         return self.win_rate.rate if self.win_rate and self.win_rate.trusted else -1.0
 
     def logged(self, prefix: str) -> dict[str, float]:
@@ -67,7 +67,7 @@ class Verdict:
 
 @dataclass
 class StorySet:
-    """What one kind of evaluation is made of: its prompts, the streams it draws from, and the baseline's stories."""
+    """What one kind of evaluation is made of: prompts, streams, and the baseline's stories."""
 
     prompts: list[str]
     purpose: int
@@ -78,9 +78,10 @@ class StorySet:
 
 
 class Evaluation:
-    """Stories of the policy against the baseline's, on fixed seeds: one set to select by, a fresh one to report.
+    """Stories of the policy against the baseline's: one set to select by, a fresh one to report.
 
-    The best of many noisy evaluations looks better than it is; the report's seeds had no part in the choice.
+    The best of many noisy evaluations looks better than it is; the report's seeds had no part in
+    the choice.
     """
 
     def __init__(
@@ -99,8 +100,10 @@ class Evaluation:
         reference     what the KL is measured to, and whose stories are the baseline
         prompts       of the dataset: each is used equally often
         eval_stories  of the selecting set; the reporting one has twice as many
-        judge         has a name, a note for the end, and compare(policy, baseline, label) -> WinRate
-        baseline      a file of stories to win against instead, with their prompts. ValueError if it has too few
+        judge         has a name, a note for the end, and compare(policy, baseline, label) ->
+                      WinRate
+        baseline      a file of stories to win against instead, with their prompts. ValueError if it
+                      has too few
         """
         self.reference = reference
         self.tokenizer = tokenizer
@@ -186,9 +189,10 @@ class Evaluation:
         return kl / len(samples), entropy / tokens
 
     def _compare(self, texts: list[str], baseline: list[str]) -> tuple[WinRate | None, str]:
-        """Return the win-rate; or None and why, if the judge could be asked before and cannot be now.
+        """Return the win-rate; or None and why, if the judge could be asked before and cannot now.
 
-        A run should not end because its judge's budget has, or its network. If it never could be asked, that is raised.
+        A run should not end because its judge's budget has, or its network. If it never could be
+        asked, that is raised.
         """
         try:
             win_rate = self.judge.compare(texts, baseline, "judging")
@@ -217,9 +221,10 @@ def side_by_side(left: str, right: str, titles: tuple[str, str], width: int = 48
 def report(
     evaluation: Evaluation, policies: dict[str, tuple[Transformer, int]], record: Callable
 ) -> None:
-    """Print a table of policies, {name: (policy, step)}, on the report's seeds, and one story of the first two.
+    """Print a table of policies, {name: (policy, step)}, and a story of the first two.
 
-    record  called with (step, values) of each, for the log; the values are called "name/win_rate" and so on
+    record  called with (step, values) of each, for the log; the values are called "name/win_rate"
+            and so on
     """
     judge = evaluation.judge
     print0(f"\nwin-rate over {evaluation.name} on fresh stories, {judge.name} [95% interval]")

@@ -1,6 +1,7 @@
-"""What makes a model fast on this machine: attention and generation for a CPU, and how float32 matrices are multiplied.
+"""What makes a model fast on this machine: attention, generation, float32 products.
 
-Everything in here acts on a model that it is handed, and computes what model.py computes, to rounding.
+Everything in here acts on a model that it is handed, and computes what model.py computes, to
+rounding.
 """
 
 import contextlib
@@ -19,7 +20,10 @@ LEAST_DIM_FOR_ONEDNN = 256  # when decoding: oneDNN is slow at small products
 
 
 def use(model: Transformer) -> Transformer:
-    """Let a model on a CPU compute attention as two products; return the model. One on a GPU stays as it is."""
+    """Let a model on a CPU compute attention as two products; return the model.
+
+    One on a GPU stays as it is.
+    """
     for layer in model.layers:
         on_cpu = model.device.type == "cpu"
         layer.attention.attend = attend_on_cpu if on_cpu else Attention.attend
@@ -30,10 +34,11 @@ def use(model: Transformer) -> Transformer:
 
 
 def enable_fast_matmul(device: str) -> str:
-    """Choose the fast way to multiply float32 matrices in this process; return a line that says which it is.
+    """Choose the fast way to multiply float32 matrices; return a line that says which it is.
 
-    On a GPU it is TF32, which rounds the factors to three digits. On a CPU it is oneDNN, up to twice as fast as the
-    default, if a test product shows that it does not round to bfloat16 on this machine.
+    On a GPU it is TF32, which rounds the factors to three digits. On a CPU it is oneDNN, up to
+    twice as fast as the default, if a test product shows that it does not round to bfloat16 on this
+    machine.
     """
     exact = matmul_error("highest", device)
     if device.startswith("cuda"):
@@ -77,14 +82,14 @@ def matmul_precision(precision: str) -> Iterator[None]:
 def attend_on_cpu(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Equal `Attention.attend`, in half of its time on a CPU.
 
-    q (N, heads, T or 1, head_dim); k, v (N, KV, T, head_dim), shared by the heads of a group without a copy.
-    Returns as q.
+    q (N, heads, T or 1, head_dim); k, v (N, KV, T, head_dim), shared by the heads of a group
+    without a copy. Returns as q.
     """
     n_kv_heads, T = k.shape[1], k.shape[2]
     heads_by_key = (n_kv_heads, -1)
     if q.shape[2] == 1:
-        # A single query attends to all keys, so no mask is needed, and the heads that share a key can be batched
-        # as queries.
+        # A single query attends to all keys, so no mask is needed, and the heads that share a key
+        # can be batched as queries.
         queries = (
             q.to(k.dtype).squeeze(2).unflatten(1, heads_by_key)
         )  # (N, KV, heads per KV, head_dim)
@@ -99,7 +104,7 @@ def attend_on_cpu(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _attend_by_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Multiply a block of queries with the keys up to its last: q, k, v -> (N KV, heads per KV, T, head_dim)."""
+    """Multiply a block of queries with the keys up to its last -> (N KV, heads per KV, T, hd)."""
     n_kv_heads, T = k.shape[1], k.shape[2]
     wide = torch.promote_types(q.dtype, torch.float32)
     q = q.to(wide).unflatten(1, (n_kv_heads, -1)).flatten(0, 1) * q.shape[-1] ** -0.5
@@ -120,12 +125,12 @@ def _attend_by_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def next_logits(model: Transformer, tokens: Tensor, cache: KVCache) -> Tensor:
-    """Token ids (N, T) -> logits (N, V) of the token after the last: `model(tokens, cache)[:, -1]`."""
+    """Equal `model(tokens, cache)[:, -1]`: token ids (N, T) -> logits (N, V) of the next token."""
     return model.output(model.hidden(tokens, cache)[:, -1])
 
 
 class Generation:
-    """The model, the cache and the position of one call of generate, in the way that is fastest on its device."""
+    """Model, cache and position of one call of generate, in the fastest way of its device."""
 
     def __init__(self, model: Transformer, rows: int, length: int):
         """rows, length: the most that there will be, prompts included"""
@@ -175,8 +180,9 @@ class CpuCache(KVCache):
 class CpuDecoder:
     """Equal `next_logits` for one token a row, on a CPU, where calls and layouts decide.
 
-    wq, wk, wv are fused into one matrix, and so are w1 and w3; all are stored transposed, and 1/sqrt(head_dim) is
-    folded into wq. That is a copy of the weights, so one is built for each call of generate.
+    wq, wk, wv are fused into one matrix, and so are w1 and w3; all are stored transposed, and
+    1/sqrt(head_dim) is folded into wq. That is a copy of the weights, so one is built for each call
+    of generate.
     """
 
     def __init__(self, model: Transformer, rows: int, dtype: torch.dtype):

@@ -1,4 +1,4 @@
-"""Files on disk: written whole or not at all; JSON and JSON Lines read with the place of what is wrong."""
+"""Files on disk: written whole or not at all; JSON read with the place of what is wrong."""
 
 import contextlib
 import hashlib
@@ -10,7 +10,7 @@ from typing import IO
 
 @contextlib.contextmanager
 def atomic_path(path: str) -> Iterator[str]:
-    """Yield a temporary name to write to. The file gets its own name only when all of it is on the disk.
+    """Yield a temporary name to write to. The file gets its own name when it is on the disk.
 
     A reader finds the old file or the new one, and never half of one.
     """

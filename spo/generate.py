@@ -1,4 +1,4 @@
-"""Sampling from a model: in batches with a key-value cache, each response from its own random stream."""
+"""Sampling from a model: in batches, with a cache, each response from its own random stream."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ class SamplingFlags:
 
 
 def filter_logits(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
-    """Set all but the top_k likeliest, and all beyond probability mass top_p, of logits (N, V) to -inf."""
+    """Set logits (N, V) beyond the top_k likeliest, or beyond the mass top_p, to -inf."""
     if top_k is not None and top_k < logits.shape[-1]:
         kth = logits.topk(top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < kth, float("-inf"))
@@ -65,10 +65,10 @@ def sample_token(
     top_k: int | None = None,
     top_p: float | None = None,
 ) -> Tensor:
-    """Draw one id per row of logits (N, V), by inverting the cumulative distribution at uniforms (N,) in [0, 1).
+    """Draw one id per row of logits (N, V), by inverting the CDF at uniforms (N,) in [0, 1).
 
-    Unlike torch.multinomial it spends one number per row, which is known beforehand, so a row's draw does not depend
-    on the others. The probabilities are written over the logits.
+    Unlike torch.multinomial it spends one number per row, which is known beforehand, so a row's
+    draw does not depend on the others. The probabilities are written over the logits.
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -76,7 +76,8 @@ def sample_token(
     if temperature != 1:
         logits = logits.div_(temperature)
     p = torch.softmax(filter_logits(logits, top_k, top_p), -1, out=logits)
-    # First the block of words, then the word in it: a sum over all words is cheap, a running sum is not.
+    # First the block of words, then the word in it: a sum over all words is cheap, a running sum is
+    # not.
     N, V = p.shape
     padded = F.pad(p, (0, -V % WORDS_PER_BLOCK)) if V % WORDS_PER_BLOCK else p
     blocks = padded.view(N, -1, WORDS_PER_BLOCK)
@@ -87,7 +88,9 @@ def sample_token(
 
 
 def inverse_cdf(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """Find where u (N,) in [0, 1) falls in the distribution of weights (N, K): (index, where in [0, 1) of that weight).
+    """Find where u (N,) in [0, 1) falls in the distribution of weights (N, K).
+
+    Returns the index, and where in [0, 1) of that weight.
 
     weights=[[1, 2, 1]], u=[0.5] -> index 1, and 0.5 of it
     """
@@ -143,8 +146,8 @@ def generate(
     top_k, top_p    truncation; None: off, as sampling from the policy itself requires
     stop_ids        a row ends with the first of these that it draws; the id is kept
     seed            one number or several (say, run and step), none negative
-    first_row       row i draws from the stream of (seed, first_row + i): its text does not depend on its neighbours,
-                    and two calls of 16 rows give what one call of 32 does
+    first_row       row i draws from the stream of (seed, first_row + i): its text does not depend
+                    on its neighbours, and two calls of 16 rows give what one call of 32 does
     returns         N lists of new ids, prompt excluded
     """
     prompts = [[int(token) for token in prompt] for prompt in prompt_tokens]
@@ -247,9 +250,10 @@ def sample_batches(
     first: int = 0,
     progress: str | None = None,
 ) -> Iterator[list[EncodedGroup]]:
-    """Yield batches of one response to each prompt from `first` on, with its terminator if it ended, as groups of one.
+    """Yield batches of one response to each prompt from `first` on, as groups of one.
 
-    Response i draws from the stream of (seed, i), whatever the batch size and whatever was sampled before.
+    Response i draws from the stream of (seed, i), whatever the batch size and whatever was sampled
+    before.
 
     flags     batch size, temperature and truncation; default: temperature 1, no truncation
     progress  the label of a progress bar; None: no bar
@@ -287,9 +291,10 @@ def sample(
     max_new_tokens: int = 256,
     progress: str | None = None,
 ) -> list[EncodedGroup]:
-    """Sample a response to each prompt, shared out over the processes; all of them return all responses.
+    """Sample a response to each prompt, shared out over the processes; all get all responses.
 
-    Complete, untruncated samples of the model as it is: temperature 1, and every process has all of its weights.
+    Complete, untruncated samples of the model as it is: temperature 1, and every process has all of
+    its weights.
     """
     part = parallel.share(len(prompts))
     label = progress if parallel.rank() == 0 else None
@@ -312,10 +317,10 @@ def tile_evenly(things: list, count: int) -> list:
 def story_records(
     samples: list[EncodedGroup], prompts: list[str], tokenizer: Tokenizer, eos_id: int, **extra
 ) -> list[dict]:
-    """Turn samples into records {"prompt", "text", "finished", "index"} and `extra` (seed, checkpoint).
+    """Turn samples into records {"prompt", "text", "finished", "index"} and `extra`.
 
-    "text" is what the model wrote after the prompt, its leading space included; "finished" is False where it was cut
-    at the length limit.
+    "text" is what the model wrote after the prompt, its leading space included; "finished" is False
+    where it was cut at the length limit.
     """
     records = []
     for prompt, group in zip(prompts, samples, strict=False):

@@ -20,13 +20,14 @@ from spo import parallel
 from spo.records import RankedGroup, read_groups, require
 from spo.tokenizer import Tokenizer
 
-# Micro-batches are a multiple of this wide: oneDNN keeps code and memory for every shape that it meets.
+# Micro-batches are a multiple of this wide: oneDNN keeps code and memory for every shape that it
+# meets.
 TOKENS_ROUNDED_TO = 32
 
 
 @dataclass(frozen=True)
 class EncodedGroup:
-    """A group in token ids: the prompt from BOS on; each response with the terminator, if it has ended.
+    """A group in token ids: the prompt from BOS on; each response, with its terminator if it ended.
 
     line             of the dataset; of a sample, its number
     reference_logps  the reference's log-prob of each response, in nats; None: not computed
@@ -52,8 +53,9 @@ class Batch:
     """N = B * n sequences, group by group, padded on the right.
 
     tokens           (N, T) ids, BOS first
-    mask             (N, T) bool: True on the tokens that are scored, which are the responses. It goes by length and
-                     never by value, since BOS, terminator and padding may share an id
+    mask             (N, T) bool: True on the tokens that are scored, which are the responses. It
+                     goes by length and never by value, since BOS, terminator and padding may share
+                     an id
     n                responses per group
     reference_logps  (B, n) float64, or None where the groups have none
     """
@@ -95,10 +97,10 @@ def encode_groups(
 ) -> tuple[list[EncodedGroup], dict[str, list[int]]]:
     """Encode groups; return them, and those that were dropped as {reason: their lines}.
 
-    Prompt and response are encoded apart, so that the boundary does not depend on the text around it. A response is
-    what follows the prompt to the letter: it brings its own leading space, if there is one. A group with an empty
-    response, two identical ones, or a sequence longer than max_seq_len is dropped: it teaches nothing, or something
-    else than what was judged.
+    Prompt and response are encoded apart, so that the boundary does not depend on the text around
+    it. A response is what follows the prompt to the letter: it brings its own leading space, if
+    there is one. A group with an empty response, two identical ones, or a sequence longer than
+    max_seq_len is dropped: it teaches nothing, or something else than what was judged.
     """
     encoded: list[EncodedGroup] = []
     drops: dict[str, list[int]] = {}
@@ -131,7 +133,7 @@ def reason_to_drop(group: RankedGroup, encoded: EncodedGroup, max_seq_len: int) 
 def load_dataset(
     path: str, loss: str, need: str, tokenizer: Tokenizer, model: Transformer
 ) -> tuple[Sequence[EncodedGroup], list[str]]:
-    """Read a dataset; return its groups, encoded, and the different prompts of those that can be used.
+    """Read a dataset; return its encoded groups, and the different prompts of usable ones.
 
     need  what the loss has to know of a group, as in losses.Loss.data
     Prints what is dropped. ValueError if the file does not suit the loss.
@@ -161,10 +163,11 @@ def load_dataset(
 def micro_batches(
     groups: Sequence[EncodedGroup], size: int | None, model: Transformer
 ) -> list[Batch]:
-    """Cut groups, by length, into batches of at most `size`, so that neighbours need little padding.
+    """Cut groups, by length, into batches of at most `size`: neighbours need little padding.
 
     size  None: whatever is fastest, and no larger than keeps the device busy
-    Collective: every process makes the same number of batches, since sharded models need all at every pass.
+    Collective: every process makes the same number of batches, since sharded models need all at
+    every pass.
     """
     groups = sorted(groups, key=lambda group: group.longest)
     n = len(groups[0].responses)
@@ -182,7 +185,7 @@ def micro_batches(
 
 
 def split_groups(tokens: list[int], size: int | None, dim: int, device_type: str) -> list[int]:
-    """Return the boundaries 0 = e0 < e1 < ... = len(tokens) of micro-batches of groups that are sorted by length.
+    """Return the boundaries 0 = e0 < e1 < ... of micro-batches of groups sorted by length.
 
     tokens  of each group, padded
     size    groups in each; None: up to 4,096 tokens on a CPU, fewer for wide models
@@ -201,13 +204,17 @@ def padded_width(tokens: int, context: int) -> int:
 
 
 def split_by_cost(tokens: list[int], most: int, overhead: int) -> list[int]:
-    """Split groups, sorted by length, into batches by dynamic programming; return 0 = e0 < e1 < ... = len(tokens).
+    """Split groups, sorted by length, into batches by dynamic programming.
 
-    tokens    of each group, padded to its own width; in a batch all are padded to the width of the last
+    Returns the boundaries 0 = e0 < e1 < ... = len(tokens).
+
+    tokens    of each group, padded to its own width; in a batch all are padded to the width of the
+              last
     most      tokens of a batch, unless one group has more
     overhead  what a batch costs besides its padded tokens, in tokens
 
-    tokens=[1, 1, 9], most=20, overhead=3 -> [0, 2, 3]: 2 + 9 tokens in two batches, instead of 27 in one
+    tokens=[1, 1, 9], most=20, overhead=3 -> [0, 2, 3]: 2 + 9 tokens in two batches, instead of 27
+    in one
     """
     costs = [0]  # of the best split of the first i groups
     starts = [0]  # where its last batch begins
@@ -222,6 +229,15 @@ def split_by_cost(tokens: list[int], most: int, overhead: int) -> list[int]:
     return ends
 
 
+def padding_share(groups: Sequence[EncodedGroup], batches: list[Batch]) -> float:
+    """Return the share of positions, over all processes, that hold no token."""
+    tokens = 0
+    for group in groups:
+        tokens += group.scored_tokens + len(group.prompt) * len(group.responses)
+    positions = torch.tensor(float(sum(batch.tokens.numel() for batch in batches)))
+    return 1 - tokens / float(parallel.all_reduce_sum(positions))
+
+
 # --- token files ---------------------------------------------------------------------------------
 
 
@@ -231,10 +247,10 @@ def token_files(folder: str) -> list[str]:
 
 
 class TokenWindows(Sequence):
-    """Token files as groups of one for sft, as llama2.c trains: windows of `length` tokens, whatever stories they cut.
+    """Token files as groups of one for sft, as llama2.c trains: windows of `length` tokens.
 
-    Window i ends with the token that window i + 1 begins with, so that every token but the first is scored once; a
-    BOS in the middle is scored as the terminator of the story before it.
+    Window i ends with the token that window i + 1 begins with, so that every token but the first is
+    scored once; a BOS in the middle is scored as the terminator of the story before it.
     """
 
     def __init__(self, path: str, length: int, vocab_size: int):

@@ -1,8 +1,9 @@
 """Log-probs and KL of a model straight from its hidden states, without ever holding all logits.
 
-`sequence_logps` and `token_kl` equal the functions of the same names in losses.py, applied to `model(tokens)`. The
-vocabulary projection runs on blocks of scored tokens; each block's gradient overwrites its logits and is kept for the
-backward pass, so nothing is computed twice, and the size of a micro-batch bounds how many blocks there are.
+`sequence_logps` and `token_kl` equal the functions of the same names in losses.py, applied to
+`model(tokens)`. The vocabulary projection runs on blocks of scored tokens; each block's gradient
+overwrites its logits and is kept for the backward pass, so nothing is computed twice, and the size
+of a micro-batch bounds how many blocks there are.
 """
 
 from collections.abc import Callable
@@ -53,7 +54,7 @@ def sequence_logps(policy: Transformer, batch: Batch) -> Tensor:
 def token_kl(
     policy: Transformer, batch: Batch, reference: ReferenceStates
 ) -> tuple[Tensor, Tensor]:
-    """Equal `losses.token_kl(policy(tokens), reference(tokens), mask)`; return it and the policy's entropy.
+    """Equal `losses.token_kl(policy(tokens), reference(tokens), mask)`; and the policy's entropy.
 
     Both are (B, n), summed over the scored tokens, in nats. The entropy carries no gradient.
     """
@@ -129,7 +130,8 @@ def kl_from_hidden(
     """Equal `losses.token_kl` of the logits of both models; return it and the policy's entropy.
 
     hidden   (N, T, D);  classifier (V, D);  mask (N, T) bool
-    returns  (N,) and (N,) nats, as above; no gradient flows into the reference, nor through the entropy
+    returns  (N,) and (N,) nats, as above; no gradient flows into the reference, nor through the
+             entropy
     """
     scored = mask[:, 1:]
     reference_rows = rounded_up(reference.hidden[:, :-1][scored].detach())  # (S, D)
@@ -171,7 +173,8 @@ def rounded_up(rows: Tensor) -> Tensor:
 class ValuePerToken(torch.autograd.Function):
     """hidden (S, D), classifier (V, D) -> (S,): one value of each token's logits.
 
-    value(logits, rows, with_gradient)  returns the values (R,) of a block of logits (R, V), which are those of the
+    value(logits, rows, with_gradient)  returns the values (R,) of a block of logits (R, V), which
+    are those of the
                                         tokens `rows`; writes their gradient over the logits
     There is one backward pass, and none of second order.
     """
@@ -226,7 +229,8 @@ class ValuePerToken(torch.autograd.Function):
 
 # --- blocks of logits ----------------------------------------------------------------------------
 
-# On a CPU the blocks are used again and again: fresh memory costs half as much as the product that fills it.
+# On a CPU the blocks are used again and again: fresh memory costs half as much as the product that
+# fills it.
 spare: dict[tuple, list[Tensor]] = {}
 
 

@@ -12,16 +12,22 @@ except ImportError:  # Windows: two runs with one journal are not noticed there
 
 
 class Journal:
-    """An append-only JSONL file of what was asked and what came back; flushed to the disk before it counts.
+    """An append-only JSONL file of what was asked and what came back; flushed to the disk before it
+    counts.
 
         {"id": 7, "asked": KEY, "usd": the most that it can cost}
-        {"id": 7, "key": KEY, "reply": {...}, "usd": what it cost}     or     {"id": 7, "refused": 429}
+        {"id": 7, "key": KEY, "reply": {...}, "usd": what it cost}     or     {"id": 7, "refused":
+        429}
 
-    An "asked" without a second line was lost, in a kill perhaps: it may be billed, so its bound counts as spent.
+    An "asked" without a second line was lost, in a kill perhaps: it may be billed, so its bound
+    counts as spent.
     """
 
     def __init__(self, path: str):
-        """Opens or creates the file. ValueError if it is another run's at the moment, or no journal."""
+        """Opens or creates the file.
+
+        ValueError if it is another run's at the moment, or no journal.
+        """
         self.path, self.lock = path, threading.Lock()
         self.replies: dict[str, list[dict]] = {}  # key -> its replies, in order
         self.open_asks: dict[int, float] = {}  # id -> bound, of what has no second line

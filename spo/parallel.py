@@ -1,8 +1,9 @@
-"""Processes: which one this is, what all of them have together, and weights that are sharded over them.
+"""Processes: which one this is, what all have together, and weights sharded over them.
 
-torchrun starts several processes, and every model is then sharded over them (FSDP2). Without torchrun there is one,
-and nothing is sharded. bfloat16 is FSDP2's mixed precision, for one process, too: weights, sums and optimizer stay
-float32, and the layers compute in bfloat16. The functions act on a model that they are handed.
+torchrun starts several processes, and every model is then sharded over them (FSDP2). Without
+torchrun there is one, and nothing is sharded. bfloat16 is FSDP2's mixed precision, for one process,
+too: weights, sums and optimizer stay float32, and the layers compute in bfloat16. The functions act
+on a model that they are handed.
 """
 
 import contextlib
@@ -29,7 +30,10 @@ _alone = False  # inside `alone()`
 
 
 def pick_device(name: str) -> str:
-    """Return the device of a --device flag. "": cuda if there is one, else cpu. ValueError if it is not there."""
+    """Return the device of a --device flag. "": cuda if there is one, else cpu.
+
+    ValueError if it is not there.
+    """
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(1, device=name)
@@ -40,7 +44,7 @@ def pick_device(name: str) -> str:
 
 
 def pick_dtype(name: str, device: str) -> str:
-    """Return the precision of a --dtype flag. "": bfloat16 on a GPU that computes in it, else float32.
+    """Return the precision of --dtype. "": bfloat16 on a GPU that computes in it, else float32.
 
     A CPU that does would gain a tenth, and lose 2 to 3% of the gradient (experiments/RESULTS.md).
     """
@@ -70,7 +74,8 @@ def start(device: str, dtype: str = "float32") -> tuple[str, str]:
             store, rank_here = dist.HashStore(), 0
         else:
             store, rank_here, _ = next(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
-            # torchrun keeps one store over its restarts, with the addresses of the processes that died.
+            # torchrun keeps one store over its restarts, with the addresses of the processes that
+            # died.
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
             store = dist.PrefixStore(f"attempt {attempt}", store)
         dist.init_process_group(
@@ -119,7 +124,7 @@ def print0(text: str) -> None:
 
 
 def share(count: int) -> slice:
-    """Return this process's part of `count` things; the parts in the order of the ranks are all of them.
+    """Return this process's part of `count` things; the parts of all ranks are all things.
 
     count=10, 3 processes -> slice(0, 3), slice(3, 6), slice(6, 10)
     """
@@ -127,7 +132,7 @@ def share(count: int) -> slice:
 
 
 def deal(things: list) -> list:
-    """Return every world_size-th thing from this rank on: of things in order of length, all get long and short ones.
+    """Return every world_size-th thing: of things in order of length, all get long and short ones.
 
     things=[a, b, c, d, e], 2 processes -> [a, c, e], [b, d]
     """
@@ -166,7 +171,7 @@ def all_gather(thing) -> list:
 
 
 def on_rank_0(make: Callable):
-    """Call make() in the first process alone, and return its result in all; what it raises there, all raise."""
+    """Call make() in the first process alone; return its result, or raise its error, in all."""
     if world_size() == 1:
         return make()
     result = [None, None]
@@ -204,8 +209,8 @@ class GlobalMean:
 def shard(model: Transformer, dtype: str = "float32") -> None:
     """Leave this process its part of every weight; a layer is gathered while it is used.
 
-    One process in float32 keeps the model as it is. Gradients are SUMS over the processes, so a loss is divided by
-    the number of all groups and by nothing else.
+    One process in float32 keeps the model as it is. Gradients are SUMS over the processes, so a
+    loss is divided by the number of all groups and by nothing else.
     """
     if world_size() == 1 and dtype == "float32":
         return
@@ -222,8 +227,8 @@ def shard(model: Transformer, dtype: str = "float32") -> None:
     precision = {"mp_policy": low} if dtype == "bfloat16" else {}
     for layer in model.layers:
         fully_shard(layer, **precision)
-    # The root is resharded, too. It would otherwise stay gathered after a pass without gradient, and the next pass
-    # would use it as it was before the optimizer's step.
+    # The root is resharded, too. It would otherwise stay gathered after a pass without gradient,
+    # and the next pass would use it as it was before the optimizer's step.
     fully_shard(model, reshard_after_forward=True, **precision)
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -234,7 +239,7 @@ def shard(model: Transformer, dtype: str = "float32") -> None:
 
 
 def with_weights(model: Transformer, function: Callable, *inputs):
-    """Return function(model, *inputs), for functions that use the root's weights outside of its forward()."""
+    """Return function(model, *inputs), for a function that uses the root's weights."""
     if is_sharded(model):
         return model.call_with_weights(function, *inputs)
     return function(model, *inputs)
@@ -246,7 +251,7 @@ def is_sharded(model: Transformer) -> bool:
 
 @contextlib.contextmanager
 def unsharded(*models: Transformer) -> Iterator[None]:
-    """Give every process all weights for a phase without training, in which each works at its own pace."""
+    """Give every process all weights for a phase without training, each at its own pace."""
     modules = [m for model in models for m in model.modules() if is_sharded(m)]
     for module in modules:
         module.set_reshard_after_forward(False, recurse=False)
@@ -266,10 +271,11 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def full_model(model: Transformer, dtype: str) -> Transformer | None:
-    """Return a model with all weights: itself where nothing is sharded, else a copy on the CPU of rank 0. Collective.
+    """Return a model with all weights on rank 0, and None on the others. Collective.
 
-    In a bfloat16 run the copy is bfloat16, as the layers compute, so that nobody holds a large model in float32. The
-    float32 weights stay sharded, in the state of the run. None on the other ranks.
+    In a bfloat16 run the copy is bfloat16, as the layers compute, so that nobody holds a large
+    model in float32. The float32 weights stay sharded, in the state of the run. None on the other
+    ranks.
     """
     if not is_sharded(model):
         return model if rank() == 0 else None
@@ -311,7 +317,7 @@ def can_compile(device: str) -> bool:
 
 
 def compile_layers(model: Transformer) -> None:
-    """Compile the layers for whole sequences of any length. Generation goes without: its cache grows at every token."""
+    """Compile the layers for whole sequences of any length. Generation goes without."""
     for layer in model.layers:
         compiled = torch.compile(layer.forward, dynamic=True)
         layer.forward = functools.partial(_compiled_without_cache, compiled, layer.forward)

@@ -1,7 +1,8 @@
-"""What a run needs of every process's memory, by arithmetic from the model's shape: `spo_train.py --plan=PROCESSES`.
+"""What a run needs of every process's memory, by arithmetic: `spo_train.py --plan=PROCESSES`.
 
-An estimate for deciding what to rent and which flags to give. Weights, gradients, moments, caches and logits are exact;
-activations are what autograd keeps of a layer (tests/test_plan.py compares); an allocator's fragmentation is not in it.
+An estimate for deciding what to rent and which flags to give. Weights, gradients, moments, caches
+and logits are exact; activations are what autograd keeps of a layer (tests/test_plan.py compares);
+an allocator's fragmentation is not in it.
 """
 
 import math
@@ -82,10 +83,10 @@ def load_of(config, objective, args: ModelArgs, groups: Sequence[EncodedGroup]) 
 
 
 def saved_by_layer(args: ModelArgs, sequences: int, length: int, width: int, on_cpu: bool) -> int:
-    """Return the bytes that autograd keeps of one layer for sequences of `length` tokens, at `width` bytes a number.
+    """Return the bytes that autograd keeps of one layer, at `width` bytes a number.
 
-    They are the inputs of the matrices, and what attention, SwiGLU and RMSNorm need besides. The norms upcast 16-bit
-    numbers, and so does attention on a CPU, which keeps its probabilities, too.
+    They are the inputs of the matrices, and what attention, SwiGLU and RMSNorm need besides. The
+    norms upcast 16-bit numbers, and so does attention on a CPU, which keeps its probabilities, too.
     """
     kv_dim = args.n_kv_heads * args.head_dim
     upcast = 4 if width == 2 else 0
@@ -151,7 +152,7 @@ def peaks(kinds: dict[str, int]) -> dict[str, int]:
 
 
 def report(args: ModelArgs, tied: bool, load: Load) -> str:
-    """Return a table of the kinds, the peaks of training and of generation, and whether they fit."""
+    """Return a table of the kinds, the peaks of both phases, and whether they fit."""
     kinds = memory(args, tied, load)
     at_a_time = f"{load.sequences} sequences of up to {load.longest} tokens at a time"
     lines = [f"memory of each of {load.processes} processes, {load.dtype}, {at_a_time}:"]

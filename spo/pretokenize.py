@@ -1,4 +1,4 @@
-"""Text -> a tokenizer of its own, and -> token files, as llama2.c has them; and what sft reads of those.
+"""Text -> a tokenizer, and -> token files, as llama2.c has them.
 
 A token file is the stream of all stories of a shard in uint16, BOS before each: llama2.c's format.
 """
@@ -21,7 +21,7 @@ from spo.tokenizer import Tokenizer, copy_tokenizer
 
 
 def train_tokenizer(text_file: str, vocab_size: int, prefix: str) -> None:
-    """A BPE sentencepiece model with llama2.c's settings: bytes as fallback, digits apart, no normalisation."""
+    """Train a BPE sentencepiece model with llama2.c's settings."""
     try:
         sentencepiece.SentencePieceTrainer.train(
             input=text_file,
@@ -51,13 +51,14 @@ def shards_of(path: str) -> list[str]:
     ) or [path]
     if not os.path.isfile(shards[0]):
         raise ValueError(
-            f"{path}: no .json or .jsonl file; python tinystories_data.py download fetches TinyStories"
+            f"{path}: no .json or .jsonl file; "
+            "python tinystories_data.py download fetches TinyStories"
         )
     return shards
 
 
 def stories_of(shard: str) -> Iterator[str]:
-    """The texts of a shard: our JSONL of {"text"}, or a .json of the TinyStories archive, a list of {"story"}."""
+    """Yield the texts of a shard: our JSONL, or a .json of the TinyStories archive."""
     if shard.endswith(".jsonl"):
         for number, record in read_jsonl(shard):
             yield parse_group(record, f"{shard} line {number}", number).responses[0].strip()
@@ -105,7 +106,7 @@ def pretokenize_shard(shard: str, tokenizer_path: str, out: str) -> int:
 
 
 def make_token_files(data: str, tokenizer_path: str, folder: str, workers: int) -> int:
-    """Every shard of data -> a .bin in folder, and the tokenizer beside them; returns how many tokens.
+    """Turn every shard of data into a .bin in folder; return how many tokens they hold.
 
     workers  processes. What goes wrong in one ends all, with the shard's name
     """
@@ -124,7 +125,8 @@ def make_token_files(data: str, tokenizer_path: str, folder: str, workers: int) 
         outs[out] = shard
     for other in set(token_files(folder)) - set(outs):
         raise ValueError(
-            f"{other}: is of another text, and sft would read both; remove it, or give another --data_dir"
+            f"{other}: is of another text, and sft would read both; "
+            "remove it, or give another --data_dir"
         )
     os.makedirs(folder, exist_ok=True)
     copy_tokenizer(tokenizer, folder)

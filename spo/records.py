@@ -2,13 +2,14 @@
 
 A dataset is JSON Lines, one group a line; unknown keys are kept:
 
-    {"prompt": "", "responses": ["...", "...", "..."], "ranking": [2, 0, 1]}     indices, best first
-    {"prompt": "", "responses": ["...", "..."], "best": 0}                       best-of-n: the rest is unordered
-    {"prompt": "...", "chosen": "...", "rejected": "..."}                        a pair, also with messages, as TRL has them
-    {"prompt": "...", "responses": ["..."]}  or  {"text": "..."}                 text for sft
+    {"prompt": "", "responses": ["...", "...", "..."], "ranking": [2, 0, 1]}    best first
+    {"prompt": "", "responses": ["...", "..."], "best": 0}                      the rest unordered
+    {"prompt": "...", "chosen": "...", "rejected": "..."}                       a pair
+    {"prompt": "...", "responses": ["..."]}  or  {"text": "..."}                text for sft
 
-"finished": [true, ...] beside "responses" (true or false beside "text") marks those that ended by themselves; by
-default all did. The others were cut at a length limit and get no terminator.
+A ranking is indices, best first. Pairs may be chat messages, as TRL has them. "finished":
+[true, ...] beside "responses" (true or false beside "text") marks those that ended by themselves;
+by default all did. The others were cut at a length limit and get no terminator.
 """
 
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ from spo.files import is_unicode, read_jsonl
 class RankedGroup:
     """n responses to one prompt, best first as far as that is known.
 
-    order  "ranking": all of it is known; "best": responses[0] is the best, the rest unordered; "text": nothing is
+    order  "ranking": all of it is known; "best": responses[0] is the best, the rest unordered;
+           "text": nothing is
     line   of the file
     """
 
@@ -41,7 +43,10 @@ def need(condition, message: str) -> None:
 
 
 def parse_group(record, where: str, line: int) -> RankedGroup:
-    """Read one line's record. ValueError, beginning with `where`, for anything but the forms above."""
+    """Read one line's record.
+
+    ValueError, beginning with `where`, for anything but the forms above.
+    """
     try:
         return _parse(record, line)
     except Malformed as error:
@@ -118,8 +123,8 @@ def _order(record: dict, n: int) -> tuple[str, list[int]]:
 def plain_texts(record: dict) -> dict[str, str]:
     """Turn chat messages into texts, in Llama 2's chat format.
 
-    One turn: a system message perhaps, a user's, and the assistant's that is chosen or rejected. The prompt stands
-    apart, or begins both conversations.
+    One turn: a system message perhaps, a user's, and the assistant's that is chosen or rejected.
+    The prompt stands apart, or begins both conversations.
     """
     prompt = record.get("prompt")
     sides = [record.get("chosen"), record.get("rejected")]
@@ -166,7 +171,10 @@ def read_groups(path: str) -> list[RankedGroup]:
 
 
 def read_prompts(path: str) -> list[dict]:
-    """Read the records of a file of prompts. ValueError naming the line of one without a "prompt"."""
+    """Read the records of a file of prompts.
+
+    ValueError naming the line of one without a "prompt".
+    """
     records = []
     for line, record in read_jsonl(path):
         prompt = record.get("prompt") if isinstance(record, dict) else None
@@ -177,7 +185,7 @@ def read_prompts(path: str) -> list[dict]:
 
 
 def read_stories(path: str) -> list[dict]:
-    """Read records of {"text", "prompt"}, as sample.py and generate write them; a missing prompt is "".
+    """Read records of {"text", "prompt"}, as sample.py writes them; a missing prompt is "".
 
     ValueError naming file and line for anything else.
     """

@@ -1,11 +1,11 @@
-"""The reference's log-probs of a dataset: computed once, kept beside the data, and used while nothing has changed."""
+"""What the reference says of the dataset, kept beside it, and of the policy's samples."""
 
 import array
 import hashlib
 import math
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import safetensors
 import safetensors.torch
@@ -14,7 +14,7 @@ import torch
 from model import Transformer
 from spo import head, parallel
 from spo.files import atomic_write, file_sha256
-from spo.groups import EncodedGroup, micro_batches
+from spo.groups import Batch, EncodedGroup, micro_batches
 
 
 @torch.no_grad()
@@ -48,7 +48,7 @@ def with_reference_logps(
 
 
 class ReferenceCache:
-    """DATA.reference_logps.safetensors: a number per response (NaN: not yet), and the hashes of what it depends on."""
+    """DATA.reference_logps.safetensors: a number per response (NaN: not yet), and its key."""
 
     def __init__(self, data: str, groups: Sequence[EncodedGroup], init_from: str, dtype: str):
         self.path = f"{data}.reference_logps.safetensors"
@@ -64,7 +64,10 @@ class ReferenceCache:
         }
 
     def read(self) -> torch.Tensor:
-        """Return the log-probs (G, n), float64. Prints why, if the file is there and cannot be used."""
+        """Return the log-probs (G, n), float64.
+
+        Prints why, if the file is there and cannot be used.
+        """
         nothing = torch.full(self.shape, math.nan, dtype=torch.float64)
         if not os.path.isfile(self.path):
             return nothing
@@ -101,21 +104,32 @@ def sha256_of_weights(init_from: str) -> str:
 
 
 def add_reference_logps(
+    groups: Sequence[EncodedGroup], wanted: Iterable[int], reference: Transformer, config
+) -> list[EncodedGroup]:
+    """Return the groups, those of the indices `wanted` with `reference_logps`. Collective.
+
+    They are read from the cache beside the data, or computed and kept there. A model from scratch
+    has no file that a cache could be checked by.
+
+    config  of a run: data, init_from, dtype and micro_batch_size are read here
+    """
+    cache = None
+    if config.init_from != "scratch" and parallel.rank() == 0:
+        cache = ReferenceCache(config.data, groups, config.init_from, config.dtype)
+    return complete(groups, wanted, reference, cache, config.micro_batch_size)
+
+
+def complete(
     groups: Sequence[EncodedGroup],
     wanted: Iterable[int],
     reference: Transformer,
     cache: ReferenceCache | None,
-    size: int | None,
+    size: int | None = None,
 ) -> list[EncodedGroup]:
-    """Return the groups, those of the indices `wanted` with `reference_logps`: from the cache, or computed and kept.
-
-    cache  of rank 0; None: nothing is kept
-    """
+    """Do what add_reference_logps says. cache: of rank 0; None: nothing is kept."""
     wanted = sorted(set(wanted))
-    if parallel.on_rank_0(lambda: cache is not None):
-        logps = parallel.on_rank_0(lambda: cache.read())
-    else:
-        logps = torch.full((len(groups), 1), math.nan)
+    nothing = torch.full((len(groups), 1), math.nan)
+    logps = parallel.on_rank_0(lambda: cache.read() if cache else nothing)
     missing = [i for i in wanted if bool(logps[i].isnan().any())]
     found = {i: tuple(logps[i].tolist()) for i in wanted}
     if missing:
@@ -126,3 +140,34 @@ def add_reference_logps(
             logps[missing] = torch.tensor([found[i] for i in missing], dtype=torch.float64)
             cache.write(logps)
     return [replace(group, reference_logps=found.get(i)) for i, group in enumerate(groups)]
+
+
+# --- of the policy's samples ---------------------------------------------------------------------
+
+
+@dataclass
+class PolicySamples:
+    """Samples of the policy, kept for kl_interval steps, with what the KL needs of the reference.
+
+    groups  what all processes drew; None: nothing yet
+    mine    this process's share: micro-batches, and the reference's hidden states (M, T, D) of each
+    """
+
+    groups: list[EncodedGroup] | None
+    reference: Transformer | None
+    mine: list[tuple[Batch, torch.Tensor]]
+
+    @classmethod
+    def of(cls, groups, reference, micro_batch_size: int | None) -> "PolicySamples":
+        if groups is None:
+            return cls(None, None, [])
+        share = groups[parallel.share(len(groups))]
+        batches = micro_batches(share, micro_batch_size, reference)
+        hidden = [head.hidden_states(reference, batch) for batch in batches]
+        return cls(groups, reference, list(zip(batches, hidden, strict=True)))
+
+    def with_reference(self) -> Iterator[tuple[Batch, head.ReferenceStates]]:
+        """Yield the batches and what the KL needs of the reference, its classifier gathered."""
+        classifier = head.full_classifier(self.reference, self.mine[0][1].dtype)
+        for batch, hidden in self.mine:
+            yield batch, head.ReferenceStates(hidden, classifier)

@@ -1,8 +1,8 @@
 """The folder of a run: its log, its best checkpoint, and the state that --resume continues from.
 
-A state is a folder of safetensors (weights and optimizer, written by torch.distributed.checkpoint: each process writes
-its part, and any number of processes can read it) with a state.json and the SHA-256 of every file. Nothing in it can
-run code.
+A state is a folder of safetensors (weights and optimizer, written by torch.distributed.checkpoint:
+each process writes its part, and any number of processes can read it) with a state.json and the
+SHA-256 of every file. Nothing in it can run code.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ FILES_OF_A_RUN = (
 
 
 def identity(config, files: list[str]) -> dict:
-    """Return what makes a run this run: its flags, but for those that are free, and the SHA-256 of the files it reads."""
+    """Return what makes a run this run: its flags, but for free ones, and the files it reads."""
     values = dataclasses.asdict(config)
     flags = {name: values[name] for name, flag in flags_of(config).items() if not flag.free}
     return {"flags": flags, "files": {path: file_sha256(path) for path in files}}
@@ -54,7 +54,8 @@ class RunFolder:
     def __init__(self, config, tokenizer: Tokenizer):
         """Find the state that --resume means, or make the folder of a new run. Collective.
 
-        config  the run's flags: out_dir, resume, init_from, data, baseline are read here, and all are kept
+        config  the run's flags: out_dir, resume, init_from, data, baseline are read here, and all
+                are kept
         ValueError if the state is of another run, or if a new run would replace what it reads.
         """
         self.config = config
@@ -97,7 +98,10 @@ class RunFolder:
         copy_tokenizer(tokenizer, config.out_dir)
 
     def _state_to_resume(self) -> str | None:
-        """Return the state that --resume means, if it is one of this very run. ValueError, naming the flag, if not."""
+        """Return the state that --resume means, if it is one of this very run.
+
+        ValueError, naming the flag, if not.
+        """
         path = find_state(self.path("state"), self.config.resume)
         if path is None:
             return None
@@ -184,8 +188,15 @@ class RunFolder:
         config = dataclasses.asdict(self.config)
         checkpoint.save_pt(self.path(name), model, step, config, **more)
 
-    def save_stories(self, step: int, stories: list[dict]) -> None:
-        write_jsonl(self.path("stories", f"step_{step:06d}.jsonl"), stories)
+    def save_evaluation(self, step: int, model: Transformer, verdict, improved: bool) -> None:
+        """Write ckpt.pt; of a model that is judged the stories, too, and best.pt if it improved."""
+        self.save_checkpoint("ckpt.pt", model, step)
+        if self.config.keep_checkpoints:
+            self.save_checkpoint(f"step_{step:06d}.pt", model, step)
+        if verdict is not None:
+            write_jsonl(self.path("stories", f"step_{step:06d}.jsonl"), verdict.stories)
+            if improved:
+                self.save_checkpoint("best.pt", model, step, win_rate=verdict.rate)
 
     def save_state(self, step: int, samples: list[EncodedGroup] | None) -> None:
         """Keep everything that the steps from this one on depend on. Collective."""
@@ -206,7 +217,7 @@ class RunFolder:
 
 
 def tensors_of(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return weights and the optimizer's moments by name, as they are in memory: what is saved, and loaded into."""
+    """Return weights and moments by name, as they are in memory: what is saved, and loaded into."""
     tensors = {}
     for name, weight in model.named_parameters():
         if not optimizer.state[weight]:  # before the first step
@@ -222,7 +233,7 @@ def tensors_of(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str
 
 
 def save_state(folder: str, step: int, tensors: dict[str, Tensor], metadata: dict) -> None:
-    """Write folder/step_N, under that name only when all of it is on the disk; the last STATES_KEPT stay. Collective.
+    """Write folder/step_N, under that name when all of it is on the disk. Collective.
 
     metadata  what JSON can hold, the same in every process
     """
@@ -308,7 +319,7 @@ def read_metadata(path: str) -> dict:
 
 
 def load_state(path: str, tensors: dict[str, Tensor]) -> None:
-    """Read a state into tensors of the same names and shapes, sharded over any number of processes. Collective."""
+    """Read a state into tensors of the same names, on any number of processes. Collective."""
     with distributed_checkpoint() as dcp:
         reader = dcp.HuggingFaceStorageReader(path)
         dcp.load(tensors, storage_reader=reader, no_dist=parallel.world_size() == 1)

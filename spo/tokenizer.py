@@ -1,4 +1,4 @@
-"""Text <-> token ids, by a sentencepiece model or a tiktoken file (Llama 3); the former's vocabulary as run.c reads it."""
+"""Text <-> token ids, by a sentencepiece model or a tiktoken file (Llama 3)."""
 
 import base64
 import os
@@ -10,10 +10,11 @@ from spo.files import atomic_write
 
 
 class Llama3:
-    """A tiktoken file as Llama 3 has it, lines of (base64 piece, rank), behind the methods of sentencepiece used here."""
+    """Llama 3's tiktoken file, lines of (base64 piece, rank), with sentencepiece's methods."""
 
     PATTERN = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*|"
         r"\s*[\r\n]+|\s+(?!\S)|\s+"
     )
     RESERVED = (
@@ -78,7 +79,7 @@ class Tokenizer:
 
     @property
     def story_end_id(self) -> int:
-        """The id that ends a story in text that is tokenized here: as in llama2.c, the next story's BOS."""
+        """The id that ends a story in text tokenized here: as in llama2.c, the next story's BOS."""
         return self.bos_id
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
@@ -90,8 +91,9 @@ class Tokenizer:
     def encode_after(self, prompt: str, text: str) -> list[int]:
         """The ids of a text that goes on where the prompt ended, not of one that begins.
 
-        sentencepiece puts a space before a text that begins: "," would become " ,". Behind a newline, which is a byte
-        of its own and joins nothing, it does not. Behind an empty prompt the text begins.
+        sentencepiece puts a space before a text that begins: "," would become " ,". Behind a
+        newline, which is a byte of its own and joins nothing, it does not. Behind an empty prompt
+        the text begins.
         """
         if not prompt or self.kind == "tiktoken":
             return self.encode(text)
@@ -107,7 +109,7 @@ class Tokenizer:
         return self.model.decode(ids)
 
     def to_llama2c(self) -> bytes:
-        """The content of llama2.c's tokenizer.bin: the longest piece in bytes, then (score, length, bytes) per piece."""
+        """Return llama2.c's tokenizer.bin: the longest length, then each (score, length, bytes)."""
         pieces = []
         for i in range(self.vocab_size):
             piece = self.model.id_to_piece(i).replace(
@@ -143,7 +145,7 @@ def copy_tokenizer(tokenizer: Tokenizer, folder: str) -> None:
 
 
 def tokenizer_path(checkpoint_path: str) -> str:
-    """Where a checkpoint's tokenizer is looked for: beside a file; in a folder, or one level up, where Meta has it."""
+    """Return where a checkpoint's tokenizer is looked for: beside it, in it, or one level up."""
     path = checkpoint_path.rstrip("/")
     inside = os.path.join(path, "tokenizer.model")
     return (
@@ -152,14 +154,16 @@ def tokenizer_path(checkpoint_path: str) -> str:
 
 
 def load_tokenizer(path: str, checkpoint_path: str, vocab_size: int) -> Tokenizer:
-    """The tokenizer of a checkpoint: `path` if it is given, else tokenizer.model beside the checkpoint.
+    """Return the tokenizer of a checkpoint: `path`, or tokenizer.model beside the checkpoint.
 
-    ValueError if there is none, or if it has another number of pieces than the model has embeddings.
+    ValueError if there is none, or if it has another number of pieces than the model has
+    embeddings.
     """
     tokenizer = Tokenizer(path or tokenizer_path(checkpoint_path))
     if tokenizer.vocab_size != vocab_size:
         raise ValueError(
-            f"{tokenizer.path} has {tokenizer.vocab_size} pieces, {checkpoint_path} was trained on {vocab_size}; "
+            f"{tokenizer.path} has {tokenizer.vocab_size} pieces, "
+            f"{checkpoint_path} was trained on {vocab_size}; "
             "give the tokenizer that belongs to it with --tokenizer"
         )
     return tokenizer

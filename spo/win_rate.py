@@ -39,7 +39,8 @@ class WinRate:
 def win_rate(
     preferences: list[float | None], length_differences: list[float] | None = None
 ) -> WinRate:
-    """Preferences (1 win, 0 loss, 0.5 tie, None invalid) -> win-rate with its 95% interval. ValueError if there are none.
+    """Preferences (1 win, 0 loss, 0.5 tie, None invalid) -> win-rate with its 95% interval.
+    ValueError if there are none.
 
     length_differences  of each pair, in characters: with them, the length-controlled rate
     """
@@ -54,19 +55,23 @@ def win_rate(
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     result = WinRate(p, middle - half, middle + half, n, scored.count(0.5), len(preferences) - n)
     if length_differences is not None:
-        differences = [d for d, p in zip(length_differences, preferences) if p is not None]
+        both = zip(length_differences, preferences, strict=True)
+        differences = [difference for difference, preferred in both if preferred is not None]
         result.length_controlled = length_controlled_rate(scored, differences)
     return result
 
 
 def length_controlled_rate(preferences: list[float], length_differences: list[float]) -> float:
-    """The win-rate if both sides were equally long, as AlpacaEval 2 has it (Dubois et al. 2024): sigmoid(a) of
+    """The win-rate if both sides were equally long, as AlpacaEval 2 has it (Dubois et al. 2024):
+    sigmoid(a) of
 
-        P(win) = sigmoid(a + b tanh(d / std(d))),    d = length of the policy's story - length of the baseline's
+        P(win) = sigmoid(a + b tanh(d / std(d))),    d = length of the policy's story - length of
+        the baseline's
 
-    the logistic regression that minimises cross-entropy + (|a| + |b|) / C, with ties as half a win, and C out of ten by
-    5-fold cross-validation. This is the package's `length_controlled_minimal`. Its default has a third term, for the
-    difficulty of each instruction, which is known for the 805 instructions of its own benchmark only.
+    the logistic regression that minimises cross-entropy + (|a| + |b|) / C, with ties as half a win,
+    and C out of ten by 5-fold cross-validation. This is the package's `length_controlled_minimal`.
+    Its default has a third term, for the difficulty of each instruction, which is known for the 805
+    instructions of its own benchmark only.
     """
     y, d = np.array(preferences), np.array(length_differences, dtype=float)
     spread = d.std(ddof=1) if len(d) > 1 else 0.0
@@ -92,7 +97,9 @@ def length_controlled_rate(preferences: list[float], length_differences: list[fl
 
 
 def cross_entropy(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Of the logistic regression x (N, K) @ weights (K,) and targets y (N,) in [0, 1], per row, in nats."""
+    """Of the logistic regression x (N, K) @ weights (K,) and targets y (N,) in [0, 1], per row, in
+    nats.
+    """
     logits = x @ weights
     return np.logaddexp(0, logits) - y * logits
 

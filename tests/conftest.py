@@ -37,7 +37,7 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture
 def workshop(tmp_path, tokenizer, monkeypatch):
-    """A folder with a small model, its tokenizer and 12 ranked groups of 4, as working directory."""
+    """A working directory with a small model, its tokenizer and 12 ranked groups of 4."""
     monkeypatch.chdir(tmp_path)
     save_pt("start.pt", tiny(vocab_size=512))
     words = "the owl found a golden key under an old bridge and sang".split()

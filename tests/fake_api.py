@@ -1,6 +1,8 @@
-"""An OpenAI-compatible chat server on localhost that ranks honestly, by the offline judge, and misbehaves on demand.
+"""An OpenAI-compatible chat server on localhost: honest, and faulty on demand.
 
-python tests/fake_api.py --port=8000 --faults=0.1      # then --judge=fake --base_url=http://localhost:8000/v1
+    python tests/fake_api.py --port=8000 --faults=0.1
+
+Then give --judge=fake --base_url=http://localhost:8000/v1.
 """
 
 import argparse
@@ -85,9 +87,11 @@ class LocalServer(ThreadingHTTPServer):
 
 
 class FakeApi(LocalServer):
-    """`faults` names what happens to each request in turn, then all is well. Counts what it was asked and what it did.
+    """`faults` names what happens to each request in turn, then all is well. Counts what it was
+    asked and what it did.
 
-    A question never gets two unusable replies, and never four failures one after the other: it can be answered.
+    A question never gets two unusable replies, and never four failures one after the other: it can
+    be answered.
     """
 
     def __init__(

@@ -111,7 +111,7 @@ def assert_same_runs(a: str, b: str) -> None:
 
 
 def assert_close_runs(a: str, b: str, relative: float) -> None:
-    """Every logged number to a relative error. Weights are not compared: Adam amplifies rounding."""
+    """Every logged number to a relative error, and not the weights: Adam amplifies rounding."""
     first, second = log_of(a), log_of(b)
     assert [entry["step"] for entry in first] == [entry["step"] for entry in second]
     for x, y in zip(first, second, strict=True):
@@ -145,7 +145,9 @@ def run(processes: int, flags: list[str]) -> str:
 
 
 def numpy_logits(path: str, tokens: list[int]) -> np.ndarray:
-    """An independent reader of llama2.c's v0 and its forward pass at the last token, as run.c does it."""
+    """An independent reader of llama2.c's v0 and its forward pass at the last token, as run.c does
+    it.
+    """
     raw = open(path, "rb").read()
     dim, hidden, L, H, KV, V, S = np.frombuffer(raw, np.int32, 7)
     shared, V, hd = V > 0, abs(V), dim // H
@@ -197,7 +199,7 @@ def numpy_logits(path: str, tokens: list[int]) -> np.ndarray:
                 kv = head_index // (H // KV)
                 scores = np.array([k[kv] @ q[head_index] for k in keys[layer]]) / np.sqrt(hd)
                 p = np.exp(scores - scores.max())
-                out.append(sum(a * v[kv] for a, v in zip(p / p.sum(), values[layer])))
+                out.append(sum(a * v[kv] for a, v in zip(p / p.sum(), values[layer], strict=True)))
             x += wo[layer] @ np.concatenate(out)
             h = rms(x, ffn_norm[layer])
             gate = w1[layer] @ h

@@ -1,4 +1,5 @@
-"""Run by torchrun with two processes: prints, for every objective, how far the sharded loss and gradient are from one's.
+"""Run by torchrun with two processes: prints, for every objective, how far the sharded loss and
+gradient are from one's.
 
 torchrun --standalone --nproc_per_node=2 tests/layouts.py
 """

@@ -12,7 +12,10 @@ from spo.checkpoint import save_pt
 from spo.groups import encode_groups
 from spo.records import read_groups, require
 
-HEAD = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+HEAD = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+)
 
 
 def dump(path, records) -> str:

@@ -1,4 +1,6 @@
-"""The API judge against a server that misbehaves: what is lost, what is paid twice, what stops, what leaks."""
+"""The API judge against a server that misbehaves: what is lost, what is paid twice, what stops,
+what leaks.
+"""
 
 import base64
 import json
@@ -89,7 +91,9 @@ def test_every_fault_once_changes_no_label(flags, fault):
 
 
 def campaign(flags, count: int, faults: int) -> None:
-    """`count` groups against a server with so many faults, drawn at random: as if there had been none."""
+    """`count` groups against a server with so many faults, drawn at random: as if there had been
+    none.
+    """
     rng = random.Random(0)
     schedule = [rng.choice(REFUSED + LOST + UNUSABLE + FINE + [""]) for _ in range(faults)]
     groups = make_groups(count)
@@ -99,7 +103,7 @@ def campaign(flags, count: int, faults: int) -> None:
     assert found == [honest(group) for group in groups]
     journal = judge.chat.journal
     assert len(journal.replies) == 2 * count  # none lost
-    for key, replies in journal.replies.items():
+    for replies in journal.replies.values():
         usable = [judge_reply(judge, r) for r in replies]
         assert [u is not None for u in usable] == [False] * (len(replies) - 1) + [
             True
@@ -133,6 +137,8 @@ def kill_campaign(tmp_path, kills: int, count: int) -> None:
     environment = os.environ | {"OPENAI_API_KEY": KEY, "OMP_NUM_THREADS": "1"}
     journal = tmp_path / "journal.jsonl"
 
+    journals = {"ranked.jsonl": "journal.jsonl", "unbroken.jsonl": "other.jsonl"}
+
     def command(api, name):
         return [
             sys.executable,
@@ -143,7 +149,7 @@ def kill_campaign(tmp_path, kills: int, count: int) -> None:
             "--judge=fake",
             f"--base_url={api.url}",
             "--workers=4",
-            f"--journal={tmp_path / ('journal.jsonl' if name == 'ranked.jsonl' else 'other.jsonl')}",
+            f"--journal={tmp_path / journals[name]}",
         ]
 
     def slow(story):  # so that there is time to be killed in
@@ -291,7 +297,7 @@ PRICES = {"usd_per_million_in": 100.0, "usd_per_million_out": 1000.0}
 
 
 def test_the_budget_is_never_passed_and_can_be_raised(flags):
-    """A reply costs 400 * 100 / 1e6 + 200 * 1000 / 1e6 = $0.24, and could have cost $2.1 and more."""
+    """A reply costs 400 * 100 / 1e6 + 200 * 1000 / 1e6 = $0.24, and could have cost $2.1."""
     groups = make_groups(10)
     with FakeApi(score=quality) as api:
         judge = ApiJudge(flags(api, max_usd=4.0, **PRICES))
@@ -552,7 +558,9 @@ def test_as_done_gives_every_result_and_raises_the_first_error():
 
 
 def test_a_stop_waits_for_the_replies_that_are_on_their_way(flags):
-    """One question is not accepted (its server's filter, say); the other seven are answered, paid, and kept."""
+    """One question is not accepted (its server's filter, say); the other seven are answered, paid,
+    and kept.
+    """
     groups = make_groups(4)
     with FakeApi(["400"], score=lambda story: time.sleep(0.05) or quality(story)) as api:
         judge = ApiJudge(flags(api, workers=8, judge_timeout=5.0))

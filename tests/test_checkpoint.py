@@ -1,4 +1,6 @@
-"""Weights in every format: the same model whichever way it comes, whole or in any shard; damaged files; export."""
+"""Weights in every format: the same model whichever way it comes, whole or in any shard; damaged
+files; export.
+"""
 
 import base64
 import dataclasses
@@ -17,7 +19,8 @@ import export
 from export import halve, largest_group_size, save_llama2c
 from model import Transformer
 from spo import checkpoint
-from spo.checkpoint import HF_NAMES, interleave, load_rows, open_weights, without_weights
+from spo.checkpoint import load_rows, open_weights, without_weights
+from spo.folders import HF_NAMES, interleave
 from spo.tokenizer import Tokenizer, copy_tokenizer
 
 TOKENS = torch.randint(0, 512, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -29,7 +32,9 @@ def untied() -> Transformer:
 
 
 def meta_folder(path, model: Transformer, parts: int = 1, llama3: bool = False) -> str:
-    """As Meta's model parallelism cuts it: wq, wk, wv, w1, w3, output by rows; wo, w2 by columns; norms repeated."""
+    """As Meta's model parallelism cuts it: wq, wk, wv, w1, w3, output by rows; wo, w2 by columns;
+    norms repeated.
+    """
     path.mkdir()
     args = model.args
     params = {
@@ -121,7 +126,8 @@ def test_a_folder_is_the_model(tmp_path, layout):
     loaded = checkpoint.load(LAYOUTS[layout](tmp_path / "model", model))
     assert loaded.args == model.args and loaded.eos_id == 2
     assert all(
-        torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values())
+        torch.equal(a, b)
+        for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True)
     )
     assert torch.equal(loaded(TOKENS), model(TOKENS))
 
@@ -456,7 +462,7 @@ def test_a_checkpoint_with_wrong_entries_is_refused_by_name(tmp_path):
 
 
 def test_bit_flips_load_or_are_refused_by_name(tmp_path):
-    """A flipped bit of a weight cannot be told from a weight; everything else is refused, in words."""
+    """A flipped bit of a weight cannot be told from a weight; all else is refused, in words."""
     model, random = tiny(), np.random.default_rng(0)
     for name in ("model.pt", "model.bin"):
         path = str(tmp_path / name)

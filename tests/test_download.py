@@ -1,4 +1,6 @@
-"""Downloads from a server that truncates, lies, ignores ranges and sends web pages; archives that try to escape."""
+"""Downloads from a server that truncates, lies, ignores ranges and sends web pages; archives that
+try to escape.
+"""
 
 import hashlib
 import io
@@ -21,7 +23,9 @@ REFUSED = ["404", "web page", "wrong bytes", "gzip", "no hash"]  # it does not
 
 
 class FakeHub(LocalServer):
-    """Serves `content` under every path, `faults` first; announces its SHA-256 as the Hugging Face hub does."""
+    """Serves `content` under every path, `faults` first; announces its SHA-256 as the Hugging Face
+    hub does.
+    """
 
     def __init__(self, faults=(), ranges: str = "honest", content: bytes = CONTENT):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -301,7 +305,9 @@ def test_the_command_fetches_the_text_by_way_of_its_archive(tmp_path, capsys):
 
 
 def test_the_command_fetches_a_model_and_its_tokenizer(tmp_path, spo_data, capsys):
-    """From a mirror that holds the real files; the hashes of this model and of its tokenizer are known beforehand."""
+    """From a mirror that holds the real files; the hashes of this model and of its tokenizer are
+    known beforehand.
+    """
     files = {
         name: open(f"{spo_data}/{name}", "rb").read()
         for name in ("stories260K.bin", "tok512.model", "tokenizer.model")

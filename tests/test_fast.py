@@ -1,8 +1,12 @@
 """What makes a model fast equals what it replaces; devices and precisions."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
-from helpers import tiny
+from helpers import ROOT, tiny
 
 from spo import fast, parallel
 from spo.fast import QUERIES_PER_BLOCK, attend_on_cpu
@@ -94,3 +98,19 @@ def test_the_decoder_equals_the_model(tied, n_kv_heads, dtype, tolerance):
             if t == 8:  # one row leaves
                 tokens = tokens[[0, 2]]
                 decoder.keep(torch.tensor([True, False, True]))
+
+
+@pytest.mark.parametrize("script", ["spo_train", "sample", "export", "tinystories_data"])
+def test_openmp_is_told_to_wait_quietly_before_torch_is_imported(script):
+    code = (
+        f"import os, sys, {script}; names = list(sys.modules); "
+        "print(names.index('spo') < names.index('torch'), os.environ['OMP_WAIT_POLICY'])"
+    )
+    for before, after in ((None, "passive"), ("active", "active")):  # a user's own setting wins
+        environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+        if before:
+            environment["OMP_WAIT_POLICY"] = before
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment
+        )
+        assert done.stdout.split() == ["True", after], done.stderr

@@ -83,7 +83,9 @@ def test_bad_flags_are_refused_before_anything_runs(flags, flag, message, tmp_pa
 @pytest.mark.parametrize("scale", ["demo", "260K", "110M"])
 @pytest.mark.parametrize("judge", ["offline", "org/model"])
 def test_the_table_scripts_call_what_is_there(table, scale, judge, tmp_path):
-    """With a `python` that writes down its arguments: every flag and method is one that the scripts take."""
+    """With a `python` that writes down its arguments: every flag and method is one that the scripts
+    take.
+    """
     (tmp_path / "bin").mkdir()
     stub = tmp_path / "bin" / "python"
     stub.write_text(

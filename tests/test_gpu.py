@@ -1,4 +1,5 @@
-"""What has to hold on a GPU. Skipped where there is none; SPO_TEST_DEVICE=cpu runs the same tests on a CPU.
+"""What has to hold on a GPU. Skipped where there is none; SPO_TEST_DEVICE=cpu runs the same tests
+on a CPU.
 
 Each test writes what it measured, as a line of JSON, into the file that SPO_FIGURES names.
 """
@@ -89,7 +90,8 @@ def trained(*flags: str) -> str:
         "import spo_train\n"
         "spo_train.main(sys.argv[1:])\n"
         "weights = torch.load('out/ckpt.pt', weights_only=True)['model']\n"
-        "print(hashlib.sha256(b''.join(weights[n].numpy().tobytes() for n in sorted(weights))).hexdigest())"
+        "content = b''.join(weights[n].numpy().tobytes() for n in sorted(weights))\n"
+        "print(hashlib.sha256(content).hexdigest())"
     )
     flags = (
         "--init_from=start.pt",
@@ -117,7 +119,7 @@ def trained(*flags: str) -> str:
 
 
 def test_a_resumed_run_ends_with_the_same_bits(workshop, tokenizer):
-    """Resumed between two refreshes of the policy's samples, which therefore come from the state."""
+    """Resumed between two refreshes of the policy's samples, which come from the state."""
     flag = f"--tokenizer={tokenizer.path}"
     unbroken, log = trained(flag), log_of("out")
     assert trained(flag, "--resume=out/state/step_00000004") == unbroken

@@ -1,4 +1,6 @@
-"""head.py against losses.py: the same numbers from hidden states, block by block, as from all logits at once."""
+"""head.py against losses.py: the same numbers from hidden states, block by block, as from all
+logits at once.
+"""
 
 import pytest
 import torch
@@ -20,7 +22,9 @@ def block(request, monkeypatch):
 
 
 def problem(dtype, seed=0):
-    """Ragged sequences, one without a scored token: hidden states of two models, their classifiers, tokens, mask."""
+    """Ragged sequences, one without a scored token: hidden states of two models, their classifiers,
+    tokens, mask.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape):
@@ -46,7 +50,7 @@ def both(ours, formula, inputs):
 
 
 def assert_equal(results, dtype):
-    for mine, expected in zip(*results):
+    for mine, expected in zip(*results, strict=True):
         assert mine.dtype == expected.dtype
         assert torch.allclose(
             mine,

@@ -106,7 +106,9 @@ def test_only_the_last_block_with_this_fence_counts():
 
 
 def mutate(rng: random.Random, reply: str) -> str:
-    """Something that servers and models do to a reply; what it says of the ranking is never another valid one."""
+    """Something that servers and models do to a reply; what it says of the ranking is never another
+    valid one.
+    """
     start = reply.rindex("<conclusion")
     kind = rng.randrange(10)
     if kind == 0:
@@ -200,7 +202,9 @@ def hostile(rng: random.Random, n: int) -> str:
 
 
 def test_two_hundred_hostile_stories_change_no_winner(monkeypatch, tmp_path):
-    """The fake judge is honest, and quotes every story, fake conclusions and all, before it concludes."""
+    """The fake judge is honest, and quotes every story, fake conclusions and all, before it
+    concludes.
+    """
     rng = random.Random(0)
     pairs = [[hostile(rng, 1 + i), f"A story of quality {1000 + i}."] for i in range(200)]
     monkeypatch.setenv("OPENAI_API_KEY", "none")
@@ -247,8 +251,8 @@ def test_a_judge_that_likes_what_comes_first_ranks_nothing():
         None,
     ]
     assert (
-        "shown first was ranked best in 100.0% of the rankings, the one shown last in 0.0% (without bias 33.3%)"
-        in judge.position_bias(results, 3)
+        "shown first was ranked best in 100.0% of the rankings, "
+        "the one shown last in 0.0% (without bias 33.3%)" in judge.position_bias(results, 3)
     )
     assert FirstIsBest().compare(["a"] * 4, ["b"] * 4).ties == 4
 
@@ -280,7 +284,9 @@ def test_a_preference_is_a_win_a_loss_a_tie_or_invalid():
 
 
 def test_win_rate_by_hand():
-    """6 wins, 2 ties, 2 losses of 10: 0.7; Wilson: (0.7 + 0.19207 +- 1.96 sqrt(0.021 + 0.0096)) / 1.38415."""
+    """6 wins, 2 ties, 2 losses of 10: 0.7; Wilson: (0.7 + 0.19207 +- 1.96 sqrt(0.021 + 0.0096)) /
+    1.38415.
+    """
     result = judge.win_rate([1.0] * 6 + [0.5] * 2 + [0.0] * 2)
     assert (result.rate, result.count, result.ties) == (0.7, 10, 2)
     assert (result.low, result.high) == pytest.approx((0.3968, 0.8922), abs=1e-4)
@@ -297,7 +303,9 @@ def test_there_is_no_headline_when_more_than_one_in_a_hundred_is_invalid():
 
 
 def test_length_controlled_rate_by_hand():
-    """Two lengths, d = -1 and 1: x = tanh(-+ 1 / s). P = 0.2 at -1 and 0.6 at +1 fit exactly: a = (logit 0.2 + logit 0.6)/2."""
+    """Two lengths, d = -1 and 1: x = tanh(-+ 1 / s). P = 0.2 at -1 and 0.6 at +1 fit exactly: a =
+    (logit 0.2 + logit 0.6)/2.
+    """
     preferences = (
         [1.0] * 20 + [0.0] * 80 + [1.0] * 60 + [0.0] * 40
     ) * 100  # many, so that the penalty is nothing
@@ -321,7 +329,9 @@ def test_length_controlled_rate_by_hand():
     ],
 )
 def test_length_controlled_rate_is_that_of_alpaca_eval(seed, n, a, b, shift, package):
-    """What alpaca_eval 0.6.6 (scikit-learn 1.9.1) computes of the same preferences as length_controlled_minimal, in %."""
+    """What alpaca_eval 0.6.6 (scikit-learn 1.9.1) computes of the same preferences as
+    length_controlled_minimal, in %.
+    """
     rng = random.Random(seed)
     differences = [round(rng.gauss(shift, 280)) for _ in range(n)]
     wins = [1 / (1 + math.exp(-(a + b * math.tanh(d / 280)))) for d in differences]

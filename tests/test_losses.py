@@ -1,4 +1,6 @@
-"""Each loss against values worked by hand and a slow reference in plain Python; the traps of the paper."""
+"""Each loss against values worked by hand and a slow reference in plain Python; the traps of the
+paper.
+"""
 
 import inspect
 import itertools
@@ -12,7 +14,8 @@ from losses import LOSSES, REGULARIZERS, clamped, sequence_logps, token_kl, weig
 DOUBLE = torch.float64
 
 
-# --- a slow reference: plain Python floats, one group at a time, no code shared with losses.py ---------------------------
+# --- a slow reference: plain Python floats, one group at a time, no code shared with losses.py
+# ---------------------------
 
 
 def lse(xs):
@@ -32,7 +35,7 @@ def slow_spo_stages(rows, stages, alpha, gamma, eta):
     statistic = [[math.exp(gamma * lse(row[k:])) for k in range(stages)] for row in rows]
     means = [sum(s[k] for s in statistic) / len(rows) for k in range(stages)]
     values = []
-    for row, s in zip(rows, statistic):
+    for row, s in zip(rows, statistic, strict=True):
         total = 0.0
         for k in range(stages):
             if alpha == 0:
@@ -49,12 +52,13 @@ def slow_spo_stages(rows, stages, alpha, gamma, eta):
 def slow_pairs(rows, references, lengths, function):
     """function(l_w, l_l, r_w, r_l, len_w, len_l) of each pair."""
     return [
-        function(*l, l[0] - q[0], l[1] - q[1], *n) for l, q, n in zip(rows, references, lengths)
+        function(*l, l[0] - q[0], l[1] - q[1], *n)
+        for l, q, n in zip(rows, references, lengths, strict=True)
     ]
 
 
 def slow_kto(rows, references, beta, lambda_d, lambda_u):
-    ratios = [(l[0] - q[0], l[1] - q[1]) for l, q in zip(rows, references)]
+    ratios = [(l[0] - q[0], l[1] - q[1]) for l, q in zip(rows, references, strict=True)]
     z0 = max(0.0, sum(a + b for a, b in ratios) / (2 * len(ratios)))
     return [
         (lambda_d * (1 - sigmoid(beta * (a - z0))) + lambda_u * (1 - sigmoid(beta * (z0 - b)))) / 2
@@ -63,10 +67,12 @@ def slow_kto(rows, references, beta, lambda_d, lambda_u):
 
 
 def slow_plackett_luce(rows, references, beta):
-    """-log of the product over places of the softmax of the chosen one among those left; and its first factor."""
+    """-log of the product over places of the softmax of the chosen one among those left; and its
+    first factor.
+    """
     whole, first = [], []
-    for l, q in zip(rows, references):
-        s = [beta * (a - b) for a, b in zip(l, q)]
+    for l, q in zip(rows, references, strict=True):
+        s = [beta * (a - b) for a, b in zip(l, q, strict=True)]
         factors = [math.exp(s[k] - lse(s[k:])) for k in range(len(s) - 1)]
         whole.append(-sum(map(math.log, factors)))
         first.append(-math.log(factors[0]))
@@ -189,7 +195,9 @@ def test_values_equal_the_slow_reference(name):
 
 @pytest.mark.parametrize("name", list(SLOW))
 def test_gradients_equal_finite_differences(name):
-    """Central differences in float64, with the statistics of the batch (mu, z0) held fixed: they carry no gradient."""
+    """Central differences in float64, with the statistics of the batch (mu, z0) held fixed: they
+    carry no gradient.
+    """
     n, settings, _ = SLOW[name]
     scale = 1.0 if name == "kto" else 20.0  # small gaps, where every term of the gradient counts
     logps, reference, lengths = (
@@ -224,7 +232,9 @@ def test_spo_rank_equals_the_slow_reference_over_its_range(alpha, gamma, eta):
 
 
 def test_spo_basic_by_hand():
-    """logps -1 and -3, alpha 0.5: d = 2, softplus(-1) / 0.5 = 2 log(1 + 1/e) = 0.626523; alpha 0: -1."""
+    """logps -1 and -3, alpha 0.5: d = 2, softplus(-1) / 0.5 = 2 log(1 + 1/e) = 0.626523; alpha 0:
+    -1.
+    """
     logps = torch.tensor([[-1.0, -3.0]], dtype=DOUBLE)
     assert LOSSES["spo_basic"](logps, alpha=0.5).item() == pytest.approx(
         0.6265233750364456, abs=1e-12
@@ -233,7 +243,9 @@ def test_spo_basic_by_hand():
 
 
 def test_weight_by_hand():
-    """Groups of log(p0 + p1) = 0 and log 4 with gamma 1/2: t = 1, 2, mean 1.5, mu = 2 sigmoid(-+0.5)."""
+    """Groups of log(p0 + p1) = 0 and log 4 with gamma 1/2: t = 1, 2, mean 1.5, mu = 2
+    sigmoid(-+0.5).
+    """
     logps = torch.log(torch.tensor([[0.5, 0.5], [2.0, 2.0]], dtype=DOUBLE))
     ratio = LOSSES["spo"](logps, alpha=0.1, gamma=0.5) / LOSSES["spo_basic"](logps, alpha=0.1)
     assert torch.allclose(
@@ -242,7 +254,9 @@ def test_weight_by_hand():
 
 
 def test_weight_survives_story_log_probs_in_float32():
-    """exp(-190) is 0 in float32, and a weight formed from it would be 1 in every row without a word."""
+    """exp(-190) is 0 in float32, and a weight formed from it would be 1 in every row without a
+    word.
+    """
     logps = torch.tensor([[-210.0, -190.0], [-150.0, -160.0], [-305.0, -280.0]])
     assert weight_statistic(logps, 0.01)[:, 0].tolist() == pytest.approx(
         [0.150, 0.223, 0.061], abs=1e-3
@@ -323,21 +337,26 @@ def test_the_value_at_step_0_is_the_known_one(name, settings, n, start):
 
 
 def test_rdpo_at_step_0_is_about_the_lengths_alone():
-    """Chosen 10 tokens longer, alpha 0.1: softplus(-1) = 0.313262; 10 shorter: softplus(1) = 1.313262."""
+    """Chosen 10 tokens longer, alpha 0.1: softplus(-1) = 0.313262; 10 shorter: softplus(1) =
+    1.313262.
+    """
     logps = story_logps(2, 2)
     value = LOSSES["rdpo"](logps, logps, torch.tensor([[20, 10], [10, 20]]), alpha=0.1)
     assert value.tolist() == pytest.approx([0.31326168751822286, 1.3132616875182228])
 
 
 def test_baselines_by_hand():
-    """Pair: logps (-10, -12), reference (-11, -11): logratios (1, -1), h = 2, d = 2; lengths (5, 4).
+    """Pair: logps (-10, -12), reference (-11, -11): logratios (1, -1), h = 2, d = 2; lengths (5,
+    4).
 
     dpo   beta 0.5:               softplus(-1)                                 = 0.313262
-    ipo   tau 0.25:               (2 - 2)^2                                    = 0;  per token: (1/5 + 1/4 - 2)^2 = 2.4025
+    ipo   tau 0.25:               (2 - 2)^2                                    = 0;  per token: (1/5
+          + 1/4 - 2)^2 = 2.4025
     kto   beta 1, z0 = 0:         (sigmoid(-1) + sigmoid(-1)) / 2              = 0.268941
           kl_estimate 1:          (sigmoid(0) + sigmoid(-2)) / 2               = 0.309601
           kl_estimate -5:         as with 0, the clamp
-    cpo   beta 0.5, alpha 0.1:    softplus(-1) + 0.1 * 10                      = 1.313262;  per token: + 0.1 * 10/5 = 0.513262
+    cpo   beta 0.5, alpha 0.1:    softplus(-1) + 0.1 * 10                      = 1.313262;  per
+          token: + 0.1 * 10/5 = 0.513262
     rdpo  beta 0.5, alpha 1:      softplus(-(1 + 1))                           = 0.126928
     simpo beta 1, gamma 1:        softplus(1 - (-2 + 3)) = softplus(0)         = 0.693147
     """
@@ -365,7 +384,9 @@ def test_baselines_by_hand():
 
 
 def test_rankings_by_hand():
-    """beta 1, logratios log(4, 2, 1): P(first) = 4/7, P(second) = 2/3; S-DPO: the first factor alone, and the mean of both."""
+    """beta 1, logratios log(4, 2, 1): P(first) = 4/7, P(second) = 2/3; S-DPO: the first factor
+    alone, and the mean of both.
+    """
     logratios = torch.log(torch.tensor([[4.0, 2.0, 1.0]], dtype=DOUBLE))
     zero = torch.zeros(1, 3, dtype=DOUBLE)
     first, second = -math.log(4 / 7), -math.log(2 / 3)
@@ -374,7 +395,8 @@ def test_rankings_by_hand():
     assert LOSSES["sdpo_rank"](logratios, zero, beta=1.0).item() == pytest.approx(
         (first + second) / 2
     )
-    # SPO at alpha 1 without weights is the same choice by probability; with eta 1/2, stages weigh 1/2 and 1/4
+    # SPO at alpha 1 without weights is the same choice by probability; with eta 1/2, stages weigh
+    # 1/2 and 1/4
     assert LOSSES["spo_bon"](logratios, alpha=1.0, gamma=0.0).item() == pytest.approx(first)
     assert LOSSES["spo_rank"](logratios, alpha=1.0, gamma=0.0, eta=0.5).item() == pytest.approx(
         first / 2 + second / 4
@@ -444,7 +466,9 @@ def test_alpha_0_is_the_limit_of_small_alpha():
 
 
 def test_importance_by_hand():
-    """rho log rho: 0 at rho = 1 with slope 1; -1/e at rho = 1/e with slope 0; e at rho = e with slope 2e."""
+    """rho log rho: 0 at rho = 1 with slope 1; -1/e at rho = 1/e with slope 0; e at rho = e with
+    slope 2e.
+    """
     logratios = torch.tensor([[0.0], [-1.0], [1.0]], dtype=DOUBLE, requires_grad=True)
     value = REGULARIZERS["importance"](logratios, torch.zeros(3, 1, dtype=DOUBLE))
     value.sum().backward()
@@ -611,7 +635,7 @@ def test_token_kl_sums_the_full_distribution_over_scored_tokens():
                 torch.softmax(logits[row, t - 1], 0).tolist(),
                 torch.softmax(other[row, t - 1], 0).tolist(),
             )
-            expected[row] += sum(a * math.log(a / b) for a, b in zip(p, q))
+            expected[row] += sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
     assert token_kl(logits, other, mask).tolist() == pytest.approx(expected, abs=1e-12)
     assert token_kl(logits, logits, mask).tolist() == [0.0, 0.0, 0.0]
 

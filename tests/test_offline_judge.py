@@ -78,7 +78,7 @@ def test_spoiling_any_story_makes_it_lose_to_itself(spoil):
 
 
 def test_length_alone_does_not_win():
-    for a, b in zip(STORIES[::2], STORIES[1::2]):
+    for a, b in zip(STORIES[::2], STORIES[1::2], strict=False):
         assert judge.score(f"{a} {b}") < max(judge.score(a), judge.score(b)) + 0.5
     assert judge.score(RICH + " " + RICH) < judge.score(RICH)
 
@@ -130,7 +130,7 @@ def real_stories(folder: str, name: str = "valid") -> list[str]:
 
 def test_the_longer_of_two_real_stories_wins_about_as_often_as_it_loses(spo_data):
     stories = real_stories(spo_data, "train")
-    pairs = [sorted(pair, key=len) for pair in zip(stories[::2], stories[1::2])]
+    pairs = [sorted(pair, key=len) for pair in zip(stories[::2], stories[1::2], strict=False)]
     assert 0.4 < win_rate([long for _, long in pairs], [short for short, _ in pairs]) < 0.6
 
 

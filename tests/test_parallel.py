@@ -31,7 +31,9 @@ from spo import run as run_folder
 
 @pytest.fixture
 def flags(workshop, tokenizer, tmp_path):
-    """The flags of a small run in the workshop's folder; pairs have prompts, so that prompts and lengths are uneven."""
+    """The flags of a small run in the workshop's folder; pairs have prompts, so that prompts and
+    lengths are uneven.
+    """
     prompts = ["", "the owl", "found a golden key under", "an"]
     lines = [json.loads(line) for line in (tmp_path / "ranked.jsonl").read_text().splitlines()]
     write(tmp_path / "ranked.jsonl", *(r | {"prompt": prompts[i % 4]} for i, r in enumerate(lines)))
@@ -64,7 +66,9 @@ def flags(workshop, tokenizer, tmp_path):
 
 @pytest.mark.parametrize("loss", ["spo_rank", "kto"])
 def test_two_processes_equal_one(flags, loss):
-    """SPO with its samples, weights and KL; KTO with its batch statistic: the first steps to rounding."""
+    """SPO with its samples, weights and KL; KTO with its batch statistic: the first steps to
+    rounding.
+    """
     extra = [] if loss == "kto" else ["--kl_batch_size=6", "--kl_interval=2"]
     run(1, flags(loss, "one", "--max_iters=4", *extra))
     run(2, flags(loss, "two", "--max_iters=4", *extra))
@@ -79,7 +83,9 @@ def test_two_processes_equal_one(flags, loss):
 
 
 def test_every_objective_has_one_gradient_whatever_the_layout():
-    """All losses and regularizers, SPO with its online samples: 2 processes x 1, 2 or 4 micro-batches against 1 x 8."""
+    """All losses and regularizers, SPO with its online samples: 2 processes x 1, 2 or 4
+    micro-batches against 1 x 8.
+    """
     words = [
         sys.executable,
         "-m",
@@ -106,7 +112,9 @@ def test_activation_checkpointing_changes_nothing(workshop):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_bfloat16_is_close_to_float32_and_its_kl_begins_at_0(flags, processes):
-    """Policy and reference compute alike; weights and optimizer stay float32, so that a run goes on from its state."""
+    """Policy and reference compute alike; weights and optimizer stay float32, so that a run goes on
+    from its state.
+    """
     run(1, flags("spo_rank", "exact", "--max_iters=4"))
     run(processes, flags("spo_rank", "low", "--max_iters=4", "--dtype=bfloat16"))
     first, exact = log_of("low")[1], log_of("exact")[1]

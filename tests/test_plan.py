@@ -75,7 +75,9 @@ def test_what_is_exact_is_exact():
 
 
 def test_llama_2_7b_on_4_processes():
-    """6,738,415,616 parameters: 25.1 GiB of weights, gradients and moments on each of 4, 100.4 on one."""
+    """6,738,415,616 parameters: 25.1 GiB of weights, gradients and moments on each of 4, 100.4 on
+    one.
+    """
     for processes, wanted in ((4, 25.10), (1, 100.41)):
         kinds = memory(LLAMA2, False, load(processes=processes, dtype="bfloat16", longest=1024))
         assert sum(

@@ -1,4 +1,6 @@
-"""What the reference says of the dataset: the right numbers, computed once, and never those of something else."""
+"""What the reference says of the dataset: the right numbers, computed once, and never those of
+something else.
+"""
 
 import json
 import os
@@ -9,7 +11,7 @@ from helpers import perturbed, random_groups, tiny
 from losses import sequence_logps
 from spo import checkpoint
 from spo.groups import make_batch
-from spo.reference import ReferenceCache, add_reference_logps, with_reference_logps
+from spo.reference import ReferenceCache, complete, with_reference_logps
 
 
 def test_the_numbers_are_those_of_the_groups_in_their_order():
@@ -28,7 +30,7 @@ def asked(capsys):
 
     def ask(groups, wanted, model, cache):
         capsys.readouterr()
-        done = add_reference_logps(groups, wanted, model, cache, None)
+        done = complete(groups, wanted, model, cache, None)
         known = [group.reference_logps is not None for group in done]
         assert known == [i in wanted for i in range(len(groups))]
         return [done[i].reference_logps for i in wanted], capsys.readouterr().out.splitlines()

@@ -63,7 +63,7 @@ def test_the_number_of_micro_batches_never_changes_the_gradient(loss):
     whole = gradients(objective, policy, reference, groups, 8)
     for size in (1, 3):
         parts = gradients(objective, policy, reference, groups, size)
-        for a, b in zip(whole, parts):
+        for a, b in zip(whole, parts, strict=True):
             assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
 
 
@@ -81,7 +81,7 @@ def test_the_gradient_of_a_step_is_that_of_the_loss_written_out():
     loss = mu[:, 0] * -(torch.log_softmax(a * logps, 1)[:, 0]) / a
     loss = loss + mu[:, 1] * -(torch.log_softmax(a * logps[:, 1:], 1)[:, 0]) / a
     loss.mean().backward()
-    for p, grad in zip(policy.parameters(), ours):
+    for p, grad in zip(policy.parameters(), ours, strict=True):
         assert torch.allclose(p.grad, grad, rtol=1e-8, atol=1e-11)
 
 
@@ -102,7 +102,7 @@ def test_kl_is_zero_at_step_0_and_its_micro_batches_add_up():
         max_new_tokens=20,
         micro_batch_size=2,
     )
-    assert len(samples.batches) == 3
+    assert len(samples.mine) == 3
     assert kl_gradient(1.0, copy.deepcopy(reference), samples)["kl"] == 0.0
 
     policy = perturbed(reference)
@@ -110,7 +110,7 @@ def test_kl_is_zero_at_step_0_and_its_micro_batches_add_up():
     ours = gradients_of(policy)
     policy.zero_grad()
     kl, entropy, tokens = [], 0.0, 0
-    for batch in samples.batches:
+    for batch, _ in samples.mine:
         logits = policy(batch.tokens)
         kl.append(token_kl(logits, reference(batch.tokens), batch.mask))
         logps = logits[:, :-1].log_softmax(-1)
@@ -128,7 +128,9 @@ def test_kl_is_zero_at_step_0_and_its_micro_batches_add_up():
 
 
 def test_a_step_descends_the_mean_loss_plus_beta_times_the_mean_kl():
-    """spo_basic and its KL written out from all logits, with beta 0.3, against the loop's two passes."""
+    """spo_basic and its KL written out from all logits, with beta 0.3, against the loop's two
+    passes.
+    """
     reference = tiny().double()
     policy = perturbed(reference)
     groups, samples = random_groups(6, 2), random_groups(5, 1, seed=1)
@@ -173,8 +175,8 @@ def test_online_samples_are_untruncated_draws_of_the_policy_in_eval_mode(monkeyp
     monkeypatch.setattr(generation, "generate", spy)
     samples = draw(tiny().train(), tiny(), kl_batch_size=32)
     assert calls == [(1.0, None, None, False)]
-    assert sum(len(b.tokens) for b in samples.batches) == 32
-    for batch in samples.batches:
+    assert sum(len(b.tokens) for b, _ in samples.mine) == 32
+    for batch, _ in samples.mine:
         assert not batch.mask[:, 0].any() and batch.mask[:, 1].all()  # BOS is context
         # and the terminator, where there is one, is scored
         ended = batch.tokens.masked_fill(~batch.mask, 0) == 1
@@ -224,7 +226,9 @@ def test_the_gradient_is_clipped_at_the_norm_of_the_flag():
 
 
 def test_the_logged_metrics_are_those_of_the_definition():
-    """Two groups of three, by hand: margins and log-probs of column 0 against the others; accuracy counts gaps above 0."""
+    """Two groups of three, by hand: margins and log-probs of column 0 against the others; accuracy
+    counts gaps above 0.
+    """
     logps = torch.tensor([[-10.0, -12.0, -9.0], [-20.0, -20.0, -26.0]])
     plain = spo_train.preference_metrics(logps, None)
     assert plain["logps/chosen"].tolist() == [-10, -20] and plain["logps/rejected"].tolist() == [
@@ -286,7 +290,7 @@ def test_micro_batches_add_up_for_regularizers_on_the_dataset(name):
     objective = Objective("spo_basic", regularizer=name, beta=0.5)
     whole = gradients(objective, policy, reference, groups, 8)
     plain = gradients(Objective("spo_basic", "none"), policy, reference, groups, 8)
-    assert not all(torch.allclose(a, b) for a, b in zip(whole, plain))
+    assert not all(torch.allclose(a, b) for a, b in zip(whole, plain, strict=True))
     for a, b in zip(whole, gradients(objective, policy, reference, groups, 3), strict=True):
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
 
@@ -341,7 +345,9 @@ def test_a_run_leaves_its_files_and_they_agree(workshop, capsys):
 
 
 def test_no_two_sets_of_stories_share_their_random_numbers(tokenizer):
-    """The report's stories had no part in the choice of the best, and nobody wins against its own draws."""
+    """The report's stories had no part in the choice of the best, and nobody wins against its own
+    draws.
+    """
     model = tiny(vocab_size=512)
     evaluation = Evaluation(
         model, tokenizer, [""], 4, judge=OfflineJudge(), seed=1, max_new_tokens=12
@@ -386,10 +392,9 @@ def test_the_same_seed_gives_the_same_run_and_micro_batches_do_not_show(workshop
     weights = []
     for flags in ([], [], ["--micro_batch_size=1"]):
         weights.append(load(workshop("spo_rank", *flags) + "/ckpt.pt").state_dict())
-    assert all(torch.equal(a, b) for a, b in zip(weights[0].values(), weights[1].values()))
-    assert all(
-        torch.allclose(a, b, atol=2e-4) for a, b in zip(weights[0].values(), weights[2].values())
-    )
+    for name, weight in weights[0].items():
+        assert torch.equal(weight, weights[1][name])
+        assert torch.allclose(weight, weights[2][name], atol=2e-4)
 
 
 def test_a_new_run_replaces_the_old_one_but_never_what_it_reads(workshop):
@@ -488,7 +493,7 @@ def test_the_last_step_is_logged_whatever_the_interval(workshop):
 
 
 def test_best_is_the_first_of_equals_and_the_exported_model_is_the_best(workshop, monkeypatch):
-    """Win-rates of 50%, 75%, 75% and 60% at steps 0, 2, 4, 6: best.pt and model.bin are of step 2."""
+    """Win-rates of 50%, 75%, 75%, 60% at steps 0, 2, 4, 6: best.pt and model.bin are of step 2."""
     rates = iter([0.5, 0.75, 0.75, 0.6])
 
     def compare(self, policy, baseline, label=None):

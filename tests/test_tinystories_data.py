@@ -118,7 +118,7 @@ def test_terminator_is_scored_and_kept_and_none_is_invented(tokenizer):
     )
     assert group.responses == [tokenizer.encode("a time.") + [1], tokenizer.encode("a day")]
     batch = make_batch([group])
-    scored = [row[mask].tolist() for row, mask in zip(batch.tokens, batch.mask)]
+    scored = [row[mask].tolist() for row, mask in zip(batch.tokens, batch.mask, strict=True)]
     assert scored == group.responses  # neither BOS, nor prompt, nor padding
     assert batch.lengths.tolist() == [[len(r) for r in group.responses]]
 
@@ -267,7 +267,7 @@ def test_groups_are_cut_where_padding_and_passes_cost_least():
         most, overhead = random_lengths.randint(1, 30), random_lengths.randint(0, 6)
 
         def cost(ends):
-            parts = [tokens[a:b] for a, b in zip(ends, ends[1:])]
+            parts = [tokens[a:b] for a, b in itertools.pairwise(ends)]
             allowed = all(
                 part and (len(part) * part[-1] <= most or len(part) == 1) for part in parts
             )
