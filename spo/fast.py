@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import Attention, KVCache, ModelArgs, Transformer
+from model import Attention, KVCache, ModelArgs, Transformer, rotate
 from spo import parallel
 
 QUERIES_PER_BLOCK = 96  # attention on a CPU
 MOST_TOKENS_FOR_BLOCKS = 512  # longer texts have no memory for their scores
+LENGTHS_PER_GRAPH = 64  # a CUDA graph reads the cache up to a multiple of this
 LEAST_DIM_FOR_ONEDNN = 256  # when decoding: oneDNN is slow at small products
 
 
@@ -138,12 +139,13 @@ class Generation:
         dtype = model.tok_embeddings.weight.dtype
         self.on_cpu = model.device.type == "cpu"
         if self.on_cpu:
-            dtype = torch.promote_types(
-                dtype, torch.float32
-            )  # small products are no faster in bfloat16
+            # Small products are no faster in bfloat16.
+            dtype = torch.promote_types(dtype, torch.float32)
             self.cache = CpuCache(model.args, rows, length, dtype)
         else:
             self.cache = KVCache(model.args, rows, length, model.device, dtype)
+            self.cache.keys.zero_()  # fresh memory may hold NaN, which no mask hides
+            self.cache.values.zero_()
         self.decoder = None
 
     def prefill(self, tokens: Tensor) -> Tensor:
@@ -151,6 +153,8 @@ class Generation:
         logits = parallel.with_weights(self.model, next_logits, tokens, self.cache)
         if self.on_cpu:
             self.decoder = CpuDecoder(self.model, len(tokens), self.cache.keys.dtype)
+        elif self.model.device.type == "cuda":
+            self.decoder = StaticDecoder(self.model)
         return logits
 
     def next_logits(self, tokens: Tensor) -> Tensor:
@@ -162,6 +166,81 @@ class Generation:
     def keep(self, alive: Tensor) -> None:
         """Drop the rows that have ended."""
         self.cache.keep(alive)
+
+
+class StaticDecoder:
+    """Equal `next_logits` for one token a row, with shapes that stay the same for many tokens.
+
+    On a GPU the step is captured once as a CUDA graph and replayed, so the CPU launches one thing a
+    token instead of hundreds. Attention reads the cache up to a multiple of LENGTHS_PER_GRAPH and
+    masks what is not written yet; another number of rows, or a longer text, is captured anew. The
+    capture has not yet run on a GPU; the step itself is tested on a CPU.
+    """
+
+    def __init__(self, model: Transformer):
+        self.model = model
+        self.shape = (0, 0)  # rows and length of what was captured
+        self.graph = None
+
+    def next_logits(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """Token ids (N, 1) -> logits (N, V), in memory that the next call uses again."""
+        blocks = cache.position // LENGTHS_PER_GRAPH + 1
+        length = min(blocks * LENGTHS_PER_GRAPH, cache.keys.shape[3])
+        if self.shape != (len(tokens), length):
+            self.shape = (len(tokens), length)
+            self._prepare(tokens, cache, length)
+        self.tokens.copy_(tokens)
+        self.position.fill_(cache.position)
+        cache.position += 1
+        if self.graph is None:
+            return self.step()
+        self.graph.replay()
+        return self.logits
+
+    def _prepare(self, tokens: Tensor, cache: KVCache, length: int) -> None:
+        """Set up the step for these rows and this length; on a GPU, capture it."""
+        self.tokens = tokens.clone()
+        self.position = torch.full((1,), cache.position, device=tokens.device)
+        self.step = lambda: static_step(self.model, self.tokens, self.position, cache, length)
+        if tokens.device.type != "cuda":
+            return
+        self.graph = None  # gives back the memory of the last one
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # the first pass allocates what a capture may not
+            self.step()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = self.step()
+
+
+def static_step(
+    model: Transformer, tokens: Tensor, position: Tensor, cache: KVCache, length: int
+) -> Tensor:
+    """Read one token (N, 1) of each row at `position` (1,); return the logits (N, V) of the next.
+
+    Nothing in here depends on the value of position, so the step can be captured and replayed.
+    Writing the same token twice changes nothing.
+    """
+    N, args = len(tokens), model.args
+    cos = model.freqs_cos[position]  # (1, head_dim / 2)
+    sin = model.freqs_sin[position]
+    seen = (torch.arange(length, device=tokens.device) <= position).view(1, 1, 1, -1)
+    x = model.tok_embeddings(tokens)  # (N, 1, D)
+    for i, layer in enumerate(model.layers):
+        attention = layer.attention
+        h = layer.attention_norm(x)
+        q = rotate(attention.wq(h).view(N, 1, args.n_heads, -1), cos, sin).transpose(1, 2)
+        k = rotate(attention.wk(h).view(N, 1, args.n_kv_heads, -1), cos, sin).transpose(1, 2)
+        v = attention.wv(h).view(N, 1, args.n_kv_heads, -1).transpose(1, 2)
+        cache.keys[i].index_copy_(2, position, k)
+        cache.values[i].index_copy_(2, position, v)
+        keys, values = cache.keys[i][:, :, :length], cache.values[i][:, :, :length]
+        y = F.scaled_dot_product_attention(q, keys, values, attn_mask=seen, enable_gqa=True)
+        x = x + attention.wo(y.transpose(1, 2).reshape(N, 1, -1))
+        x = x + layer.feed_forward(layer.ffn_norm(x))
+    return model.output(model.norm(x[:, -1]))
 
 
 class CpuCache(KVCache):

@@ -6,10 +6,12 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT, tiny
+from helpers import ROOT, plain_tiny, tiny
 
+from model import KVCache
 from spo import fast, parallel
 from spo.fast import QUERIES_PER_BLOCK, attend_on_cpu
+from spo.generate import generate
 
 
 @pytest.fixture(autouse=True)
@@ -98,6 +100,46 @@ def test_the_decoder_equals_the_model(tied, n_kv_heads, dtype, tolerance):
             if t == 8:  # one row leaves
                 tokens = tokens[[0, 2]]
                 decoder.keep(torch.tensor([True, False, True]))
+
+
+@pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
+def test_the_static_step_equals_the_model(n_kv_heads, monkeypatch):
+    """Across the ends of blocks, and with a row that leaves: what a GPU captures, run on a CPU."""
+    monkeypatch.setattr(fast, "LENGTHS_PER_GRAPH", 4)
+    model = plain_tiny(n_kv_heads=n_kv_heads)
+    tokens = torch.randint(64, (3, 14), generator=torch.Generator().manual_seed(0))
+    cache, decoder = KVCache(model.args, 3, 14, "cpu", torch.float32), fast.StaticDecoder(model)
+    cache.keys.fill_(9.0)  # what is not written yet is masked
+    cache.values.fill_(9.0)
+    lengths = set()
+    with torch.inference_mode():
+        fast.next_logits(model, tokens[:, :3], cache)
+        for t in range(3, 14):
+            expected = model(tokens[:, : t + 1])[:, -1]
+            logits = decoder.next_logits(tokens[:, t : t + 1], cache)
+            torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+            lengths.add(decoder.shape)
+            if t == 8:
+                tokens = tokens[[0, 2]]
+                cache.keep(torch.tensor([True, False, True]))
+    assert lengths == {(3, 4), (3, 8), (3, 12), (2, 12), (2, 14)}
+
+
+def test_generation_by_static_steps_is_generation(monkeypatch):
+    """The whole of generate, as a GPU runs it but for the capture: the same texts."""
+    model, prompts = plain_tiny().double(), [[1], [1, 5, 9], [1, 7]] * 4
+    expected = generate(tiny().double(), prompts, 40, stop_ids=[3], seed=5)
+
+    class Static(fast.Generation):
+        def __init__(self, model, rows, length):
+            self.model, self.on_cpu, self.decoder = model, False, fast.StaticDecoder(model)
+            self.cache = KVCache(model.args, rows, length, "cpu", torch.float64)
+            self.cache.keys.zero_()
+            self.cache.values.zero_()
+
+    monkeypatch.setattr(fast, "Generation", Static)
+    monkeypatch.setattr(fast, "LENGTHS_PER_GRAPH", 16)
+    assert generate(model, prompts, 40, stop_ids=[3], seed=5) == expected
 
 
 @pytest.mark.parametrize("script", ["spo_train", "sample", "export", "tinystories_data"])
