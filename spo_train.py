@@ -246,7 +246,7 @@ def preference_gradient(
     return means.over_all_processes() | {"padding": padding_share(groups, batches)}
 
 
-def kl_gradient(beta: float, policy: Transformer, samples: "PolicySamples") -> dict[str, float]:
+def kl_gradient(beta: float, policy: Transformer, samples: PolicySamples) -> dict[str, float]:
     """Add the gradient of beta * mean KL(policy || reference), Eq. 15, on the policy's own samples.
 
     Returns the KL, in nats a sample, and the policy's entropy, in nats a token.
