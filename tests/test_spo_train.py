@@ -492,12 +492,17 @@ def test_the_last_step_is_logged_whatever_the_interval(workshop):
     assert [entry["step"] for entry in log_of(folder)] == [0, 4, 5]
 
 
+def rate_of(share: float):
+    wins = round(100 * share)
+    return win_rate([1.0] * wins + [0.0] * (100 - wins))
+
+
 def test_best_is_the_first_of_equals_and_the_exported_model_is_the_best(workshop, monkeypatch):
     """Win-rates of 50%, 75%, 75%, 60% at steps 0, 2, 4, 6: best.pt and model.bin are of step 2."""
     rates = iter([0.5, 0.75, 0.75, 0.6])
 
     def compare(self, policy, baseline, label=None):
-        return win_rate([1.0] * int(100 * next(rates)) + [0.0] * 100)
+        return rate_of(next(rates))
 
     monkeypatch.setattr(OfflineJudge, "compare", compare)
     flags = ["--max_iters=6", "--eval_interval=2", "--report=false", "--keep_checkpoints"]
@@ -507,6 +512,22 @@ def test_best_is_the_first_of_equals_and_the_exported_model_is_the_best(workshop
     assert same_weights(load(f"{folder}/best.pt"), best)
     assert same_weights(load(f"{folder}/model.bin"), best)
     assert not same_weights(load(f"{folder}/ckpt.pt"), best)
+
+
+def test_a_resumed_run_remembers_how_good_the_best_was(workshop, monkeypatch):
+    """Win-rates of 50%, 90%, 60% at steps 0, 2, 4; resumed there, 70% at 6: best.pt is of 2."""
+    rates = [0.5, 0.9, 0.6, 0.55, 0.7]
+
+    def compare(self, policy, baseline, label=None):
+        return rate_of(rates.pop(0))
+
+    monkeypatch.setattr(OfflineJudge, "compare", compare)
+    flags = ["--max_iters=6", "--eval_interval=2", "--report=false", "--learning_rate=1e-2"]
+    folder = workshop("dpo_rank", *flags)
+    workshop("dpo_rank", *flags, "--resume=out/state/step_00000004")
+    assert rates == []  # step 4 was not evaluated again
+    assert checkpoint.open_weights(f"{folder}/best.pt").step == 2
+    assert same_weights(load(f"{folder}/best.pt"), load(f"{folder}/model.bin"))
 
 
 def check_compiled(workshop, losses, *more):
