@@ -157,7 +157,8 @@ class TrainConfig(JudgeFlags):
 # --- Algorithm 1 ---------------------------------------------------------------------------------
 
 
-def train(config: TrainConfig) -> None:
+def train(config: TrainConfig) -> bool:
+    """Run Algorithm 1; return whether it came to its end, and was not stopped by SIGTERM."""
     objective = config.objective()
     policy, tokenizer, weights = load_policy(config)
     groups, prompts = load_dataset(config.data, config.loss, objective.loss.data, tokenizer, policy)
@@ -165,7 +166,8 @@ def train(config: TrainConfig) -> None:
         config = replace(config, max_iters=math.ceil(len(groups) / config.batch_size))  # one epoch
     if config.plan is not None:
         load = plan.load_of(config, objective, policy.args, groups)
-        return print0(plan.report(policy.args, policy.tied, load))
+        print0(plan.report(policy.args, policy.tied, load))
+        return True
     print0(describe(config, objective, policy, groups))
 
     # The reference is the policy before step 0. It is frozen, and the KL is measured to it.
@@ -214,6 +216,7 @@ def train(config: TrainConfig) -> None:
 
     if evaluation and config.report and not run.stopped:
         final_report(run, evaluation, policy)
+    return not run.stopped
 
 
 def preference_gradient(
@@ -495,7 +498,8 @@ def main(argv: list[str]) -> None:
     print0(fast.enable_fast_matmul(device))
     if not config.data:
         config = build_demo(config, train)  # its reference model is trained by this very loop
-    train(config)
+    if config is not None:  # None: SIGTERM while the demo was built
+        train(config)
     parallel.end()
 
 

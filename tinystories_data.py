@@ -167,17 +167,21 @@ DEMO_FILES = {
 def build_demo(config, train: Callable):
     """Build what is missing of the offline demo; return the config with its data and model.
 
-    config  of spo_train.py
-    train   its loop, which also trains the demo's reference model
+    config   of spo_train.py
+    train    its loop, which also trains the demo's reference model
+    returns  None if SIGTERM came while the reference was trained; the same command continues there
     """
 
-    def build() -> None:
+    def build() -> bool:
         demo_text()
         with parallel.alone():
-            demo_reference(config, train)
-            demo_groups(config.device)
+            finished = demo_reference(config, train)
+            if finished:
+                demo_groups(config.device)
+        return finished
 
-    parallel.on_rank_0(build)
+    if not parallel.on_rank_0(build):
+        return None
     data = os.path.join(DEMO_DIR, DEMO_FILES[LOSSES[config.loss].data])
     steps = config.max_iters or DEMO_STEPS
     return replace(config, data=data, init_from=demo_checkpoint(), max_iters=steps)
@@ -218,11 +222,11 @@ def demo_text() -> None:
         make_vocab(stories, DEMO_VOCAB, tokenizer, num_shards=1)
 
 
-def demo_reference(config, train: Callable) -> None:
-    """Train data/demo/reference on the demo's stories."""
+def demo_reference(config, train: Callable) -> bool:
+    """Train data/demo/reference on the demo's stories; return whether it is there and whole."""
     folder = os.path.dirname(demo_checkpoint())
     if os.path.isdir(folder):
-        return
+        return True
     print("demo: training a reference model on the stories of a small grammar", flush=True)
     reference_config = type(config)(
         loss="sft",
@@ -246,9 +250,12 @@ def demo_reference(config, train: Callable) -> None:
         eval_stories=0,
         device=config.device,
         dtype="float32",
+        resume="auto",  # of an interrupted demo
     )
-    train(reference_config)
+    if not train(reference_config):
+        return False
     os.rename(f"{folder}.tmp", folder)
+    return True
 
 
 def demo_groups(device: str) -> None:

@@ -117,13 +117,11 @@ class RunFolder:
         return path
 
     def start(self, policy: Transformer, optimizer: torch.optim.Optimizer) -> None:
-        """Load the state, if there is one, and listen to SIGTERM from now on. Collective."""
+        """Load the state, if there is one. Collective."""
         self.policy = policy
         self.optimizer = optimizer
         if self.state is not None:
             self._load_state(self.state)
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, lambda *_: self._sigterm.set())
 
     def _load_state(self, path: str) -> None:
         metadata = read_metadata(path)
@@ -141,11 +139,11 @@ class RunFolder:
     # --- while it runs ---------------------------------------------------------------------------
 
     def steps(self) -> Iterator[int]:
-        """Yield the steps from the first to max_iters, under a progress bar."""
+        """Yield the steps from the first to max_iters, under a progress bar; listen to SIGTERM."""
         hidden = parallel.rank() > 0
         total, loss = self.max_iters, self.config.loss
         bar = tqdm(total=total, initial=self.first_step, desc=loss, unit="step", disable=hidden)
-        with bar:
+        with bar, self._listening():
             self._bar = bar
             for step in range(self.first_step, self.max_iters + 1):
                 yield step
@@ -157,6 +155,18 @@ class RunFolder:
         """Print a text once, above the progress bar."""
         if parallel.rank() == 0:
             self._bar.write(text)
+
+    @contextlib.contextmanager
+    def _listening(self) -> Iterator[None]:
+        """Let SIGTERM ask for a stop while the loop runs; afterwards it does what it did before."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGTERM, lambda *_: self._sigterm.set())
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
     def stop_requested(self) -> bool:
         """Tell whether any process was sent SIGTERM. Collective."""

@@ -5,6 +5,8 @@ import dataclasses
 import glob
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 
@@ -35,6 +37,7 @@ from spo.evaluation import Evaluation
 from spo.generate import generate
 from spo.groups import EncodedGroup, make_batch
 from spo.reference import with_reference_logps
+from spo.run import RunFolder
 from spo.win_rate import win_rate
 from spo_train import (
     PolicySamples,
@@ -679,8 +682,9 @@ def test_every_script_says_it_in_one_line(command, tmp_path):
 # --- the demo ------------------------------------------------------------------------------------
 
 
-def test_the_demo_builds_itself_goes_on_after_a_kill_and_is_then_reused(tmp_path, monkeypatch):
-    """In small: the same stages, stopped between reference and groups."""
+@pytest.fixture
+def small_demo(tmp_path, monkeypatch):
+    """The demo in small, in an empty folder; returns the losses of the runs that were begun."""
     monkeypatch.chdir(tmp_path)
     for name, value in (("DEMO_STORIES", 200), ("DEMO_VOCAB", 512), ("DEMO_GROUPS", 6)):
         monkeypatch.setattr(data, name, value)
@@ -689,28 +693,69 @@ def test_the_demo_builds_itself_goes_on_after_a_kill_and_is_then_reused(tmp_path
     def small(config):
         trained.append(config.loss)
         changes = {"max_iters": 60, "batch_size": 8, "eval_interval": 60, "n_layers": 1, "dim": 48}
-        original(dataclasses.replace(config, **changes) if config.loss == "sft" else config)
+        return original(dataclasses.replace(config, **changes) if config.loss == "sft" else config)
 
     monkeypatch.setattr(spo_train, "train", small)
-    flags = [
-        "--max_iters=2",
-        "--batch_size=2",
-        "--eval_stories=2",
-        "--max_new_tokens=24",
-        "--kl_batch_size=2",
-    ]
+    return trained
+
+
+SMALL_DEMO = [
+    "--loss=spo_rank",
+    "--max_iters=2",
+    "--batch_size=2",
+    "--eval_stories=2",
+    "--max_new_tokens=24",
+    "--kl_batch_size=2",
+]
+
+
+def test_sigterm_while_the_demo_trains_its_reference_loses_and_fakes_nothing(
+    small_demo, monkeypatch, capsys
+):
+    """The half-trained model is not taken for the reference, and the next run continues it."""
+    spo_train.main(SMALL_DEMO)
+    unbroken = load("data/demo/reference/ckpt.pt")
+    shutil.rmtree("data")
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patched:
+        steps = RunFolder.steps
+
+        def terminated(run):
+            for step in steps(run):
+                if step == 7:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                yield step
+
+        patched.setattr(RunFolder, "steps", terminated)
+        capsys.readouterr()
+        spo_train.main(SMALL_DEMO)
+    assert signal.getsignal(signal.SIGTERM) is before  # the handler went when its loop did
+    assert "stopped by SIGTERM before step 7" in capsys.readouterr().out
+    assert not os.path.exists("data/demo/reference") and not os.path.exists(
+        "data/demo/ranked.jsonl"
+    )
+    spo_train.main(SMALL_DEMO)
+    assert "step_00000007, step 7" in capsys.readouterr().out  # resumed there
+    assert same_weights(load("data/demo/reference/ckpt.pt"), unbroken)
+    assert small_demo == ["sft", "spo_rank", "sft", "sft", "spo_rank"]
+
+
+def test_the_demo_builds_itself_goes_on_after_a_kill_and_is_then_reused(
+    small_demo, tmp_path, monkeypatch
+):
+    """In small: the same stages, stopped between reference and groups."""
     with monkeypatch.context() as killed:
         killed.setattr(data, "sample", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            spo_train.main(["--loss=spo_rank", *flags])
+            spo_train.main(SMALL_DEMO)
     assert sorted(os.listdir("data/demo")) == [
         "recipe.json",
         "reference",
         "stories.jsonl",
         "tokenizer.model",
     ]
-    spo_train.main(["--loss=spo_rank", *flags])
+    spo_train.main(SMALL_DEMO)
     ranked = (tmp_path / "data/demo/ranked.jsonl").read_bytes()
-    spo_train.main(["--loss=spo_bon", *flags])
-    assert trained == ["sft", "spo_rank", "spo_bon"]  # the reference was trained once
+    spo_train.main([*SMALL_DEMO, "--loss=spo_bon"])
+    assert small_demo == ["sft", "spo_rank", "spo_bon"]  # the reference was trained once
     assert (tmp_path / "data/demo/ranked.jsonl").read_bytes() == ranked
