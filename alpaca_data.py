@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from spo.config import Commands, flag, main_program
 from spo.download import fetch
-from spo.files import is_unicode, read_json, write_jsonl
+from spo.files import check_output, is_unicode, read_json, write_jsonl
 
 WITH_INPUT = """\
 Below is an instruction that describes a task, paired with an input that provides further context. Write a response that \
@@ -153,17 +153,20 @@ class ConvertConfig:
 
 @commands.add
 def sft(config: ConvertConfig) -> None:
+    check_output("--out", config.out, config.data)
     write(config, sft_records(config.data))
 
 
 @commands.add
 def preferences(config: ConvertConfig) -> None:
+    check_output("--out", config.out, config.data)
     records, left_out = preference_records(config.data)
     write(config, records, left_out)
 
 
 @commands.add
 def instructions(config: ConvertConfig) -> None:
+    check_output("--out", config.out, config.data)
     write(config, instruction_records(config.data))
 
 

@@ -25,7 +25,7 @@ from model import ModelArgs, Transformer
 from spo import checkpoint
 from spo.checkpoint import HEADER_FIELDS, MAGIC, llama2c_layout
 from spo.config import flag, main_program, parse
-from spo.files import atomic_path, atomic_write, write_text
+from spo.files import atomic_path, atomic_write, check_output, write_text
 from spo.folders import has_rotated_heads, hf_name
 from spo.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer, tokenizer_path
 
@@ -174,9 +174,10 @@ def main(argv: list[str]) -> None:
     weights = checkpoint.open_weights(sources[0])
     is_folder = config.version == -1 and not config.filepath.endswith(".pt")
     folder = config.filepath if is_folder else os.path.dirname(config.filepath)
-    above = os.path.dirname(folder.rstrip("/")) if is_folder else folder
-    if above and not os.path.isdir(above):
-        raise ValueError(f"{config.filepath}: no such folder as {above}; make it first")
+    if is_folder:
+        check_folder(config.filepath, sources[0])
+    else:
+        check_output("", config.filepath, sources[0], config.tokenizer)
     tokenizer = None
     if config.tokenizer or os.path.isfile(tokenizer_path(sources[0])):
         tokenizer = load_tokenizer(config.tokenizer, sources[0], weights.args.vocab_size)
@@ -187,6 +188,18 @@ def main(argv: list[str]) -> None:
     copy_tokenizer(tokenizer, folder)
     for_run_c = "" if tokenizer.kind == "tiktoken" else ", and tokenizer.bin, which run.c reads"
     print(f"  beside it: tokenizer.model, which our own scripts read{for_run_c}")
+
+
+def check_folder(path: str, source: str) -> None:
+    """ValueError if a Hugging Face folder cannot be made there, or is the one that is read."""
+    path = path.rstrip("/")
+    above = os.path.dirname(path)
+    if above and not os.path.isdir(above):
+        raise ValueError(f"{path}: there is no folder {above}; make it first")
+    if os.path.isfile(path):
+        raise ValueError(f"{path}: is a file; name a folder")
+    if os.path.realpath(path) == os.path.realpath(source):
+        raise ValueError(f"{path}: is read, too, and would be replaced; choose another name")
 
 
 def write_model(config: ExportConfig, weights, tokenizer: Tokenizer | None) -> None:

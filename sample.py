@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from spo import checkpoint, fast, parallel
 from spo.config import flag, main_program, parse
-from spo.files import write_jsonl, write_text
+from spo.files import check_output, write_jsonl, write_text
 from spo.generate import SamplingFlags, sample_batches, story_records
 from spo.records import read_prompts
 from spo.tokenizer import load_tokenizer
@@ -46,6 +46,8 @@ class SampleConfig(SamplingFlags):
 def main(argv: list[str]) -> None:
     config = parse(SampleConfig, argv, "sample.py", "Sample stories from a checkpoint.")
     config.check()
+    if config.out:
+        check_output("--out", config.out, config.checkpoint, config.tokenizer, config.prompts)
     device = parallel.pick_device(config.device)
     fast.enable_fast_matmul(device)
     model = checkpoint.load(config.checkpoint, device)

@@ -39,7 +39,7 @@ from losses import LOSSES
 from spo import checkpoint, demo_stories, fast, parallel
 from spo.config import Commands, flag, main_program
 from spo.download import fetch, unpack
-from spo.files import file_sha256, jsonl_line, read_jsonl, write_jsonl, write_text
+from spo.files import check_output, file_sha256, jsonl_line, read_jsonl, write_jsonl, write_text
 from spo.generate import SamplingFlags, sample, sample_batches, story_records, tile_evenly
 from spo.groups import encode_groups
 from spo.pretokenize import make_token_files, make_vocab
@@ -418,6 +418,7 @@ class GenerateConfig(SamplingFlags):
 
 @commands.add
 def generate(config: GenerateConfig) -> None:
+    check_output("--out", config.out, config.checkpoint, config.tokenizer, config.prompts)
     device = parallel.pick_device(config.device)
     model = checkpoint.load(config.checkpoint, device)
     print(fast.enable_fast_matmul(device))
@@ -522,6 +523,7 @@ class RankConfig(JudgeFlags):
 @commands.add
 def rank(config: RankConfig) -> None:
     n = config.group_size
+    check_output("--out", config.out, config.stories, config.prompt)
     stories = read_stories(config.stories)
     groups, left_out = group_stories(stories, n)
     if not groups:
@@ -563,6 +565,7 @@ class BestOfNConfig(DataFlags):
 
 @commands.add
 def best_of_n(config: BestOfNConfig) -> None:
+    check_output("--out", config.out, config.data)
     records = ranked_records(config.data)
     write_jsonl(config.out, map(to_best_of_n, records))
     print(f"{config.out}: {len(records)} groups with their best named")
@@ -576,6 +579,7 @@ class PairsConfig(DataFlags):
 
 @commands.add
 def pairs(config: PairsConfig) -> None:
+    check_output("--out", config.out, config.data)
     records = []
     for record in ranked_records(config.data):
         records += to_pairs(record, config.pairs)

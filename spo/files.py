@@ -12,8 +12,13 @@ from typing import IO
 def atomic_path(path: str) -> Iterator[str]:
     """Yield a temporary name to write to. The file gets its own name when it is on the disk.
 
-    A reader finds the old file or the new one, and never half of one.
+    A reader finds the old file or the new one, and never half of one. What is no regular file, such
+    as /dev/stdout, is written to as it is.
     """
+    is_device = path.startswith("/dev/")  # /dev/stdout may be a link to a regular file
+    if is_device or (os.path.exists(path) and not os.path.isfile(path)):
+        yield path
+        return
     temporary = f"{path}.tmp{os.getpid()}"
     try:
         yield temporary
@@ -31,6 +36,24 @@ def atomic_write(path: str) -> Iterator[IO[bytes]]:
     with atomic_path(path) as temporary, open(temporary, "wb") as f:
         yield f
         f.flush()
+
+
+def check_output(flag: str, out: str, *inputs: str) -> None:
+    """ValueError, naming the flag, if `out` cannot be written, or is a file that is read.
+
+    Called before the work, so that nothing is computed and then lost. An empty name is no input.
+    """
+    given = f"{flag}={out}" if flag else out
+    folder = os.path.dirname(out) or "."
+    if not os.path.isdir(folder):
+        raise ValueError(f"{given}: there is no folder {folder}; make it first")
+    if os.path.isdir(out):
+        raise ValueError(f"{given}: is a folder; name a file")
+    if not os.access(out if os.path.exists(out) else folder, os.W_OK):
+        raise ValueError(f"{given}: may not be written; choose another place")
+    for path in inputs:
+        if path and os.path.realpath(path) == os.path.realpath(out):
+            raise ValueError(f"{given}: is read, too, and would be replaced; choose another name")
 
 
 def write_text(path: str, text: str) -> None:
