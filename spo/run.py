@@ -13,6 +13,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 
@@ -22,13 +23,21 @@ from tqdm import tqdm
 
 from model import Transformer
 from spo import checkpoint, parallel
-from spo.config import flags_of
-from spo.files import file_sha256, flush, write_jsonl, write_text
+from spo.config import flags_of, refuse_if
+from spo.files import (
+    file_sha256,
+    flush,
+    read_json_object,
+    read_jsonl,
+    write_jsonl,
+    write_text,
+)
 from spo.groups import EncodedGroup
 from spo.tokenizer import Tokenizer, copy_tokenizer
 
 STATES_KEPT = 2
 FILES_OF_A_RUN = (
+    "run.json",
     "ckpt.pt",
     "best.pt",
     "model.bin",
@@ -46,6 +55,38 @@ def identity(config, files: list[str]) -> dict:
     values = dataclasses.asdict(config)
     flags = {name: values[name] for name, flag in flags_of(config).items() if not flag.free}
     return {"flags": flags, "files": {path: file_sha256(path) for path in files}}
+
+
+def is_inside(path: str, folder: str) -> bool:
+    """Tell whether a path is a folder, or lies in it."""
+    real = os.path.realpath(folder)
+    return os.path.commonpath([os.path.realpath(path), real]) == real
+
+
+def description_of_run(folder: str) -> str | None:
+    """Return "2026-11-27 10:47, 96 steps" of a folder that a run of ours wrote; None of any other.
+
+    run.json marks it; earlier versions wrote none, but config.json and log.jsonl.
+    """
+    try:
+        if os.path.isfile(os.path.join(folder, "run.json")):
+            marked = read_json_object(os.path.join(folder, "run.json"))
+            if marked.get("run_of") != "spo_train.py":
+                return None
+            began = str(marked.get("began"))
+        else:
+            config = read_json_object(os.path.join(folder, "config.json"))
+            log = os.path.join(folder, "log.jsonl")
+            if not {"loss", "learning_rate", "out_dir"} <= config.keys():
+                return None
+            began = time.strftime("%Y-%m-%d %H:%M", time.localtime(os.path.getmtime(log)))
+    except (OSError, ValueError):
+        return None
+    steps = 0
+    with contextlib.suppress(ValueError, KeyError, TypeError):  # no log yet, or one that a kill cut
+        for _, entry in read_jsonl(os.path.join(folder, "log.jsonl")):
+            steps = max(steps, entry["step"])
+    return f"{began}, {steps} steps"
 
 
 class RunFolder:
@@ -79,21 +120,39 @@ class RunFolder:
     # --- beginning -------------------------------------------------------------------------------
 
     def _new_run(self, tokenizer: Tokenizer) -> None:
-        """Make out_dir the folder of this run: what an earlier run left there is removed."""
-        patterns = [os.path.join(glob.escape(self.config.out_dir), p) for p in FILES_OF_A_RUN]
-        former = [path for pattern in patterns for path in glob.glob(pattern)]
+        """Make out_dir the folder of this run: what an earlier run left there is removed.
+
+        ValueError if something there would be replaced that is no earlier run, or that is read.
+        """
         config = self.config
+        patterns = [os.path.join(glob.escape(config.out_dir), name) for name in FILES_OF_A_RUN]
+        former = [path for pattern in patterns for path in glob.glob(pattern)]
+        if os.path.isdir(self.path("state")):
+            former.append(self.path("state"))
+        choose = "choose another --out_dir"
+        refuse_if(not config.out_dir, "--out_dir=: is empty; name a folder")
+        if os.path.isdir(config.init_from) and is_inside(config.out_dir, config.init_from):
+            raise ValueError(f"--out_dir={config.out_dir}: lies in --init_from; {choose}")
         inputs = [config.init_from, tokenizer.path, config.data, config.baseline]
         read_here = {os.path.realpath(path) for path in inputs if path}
         for path in former:
             if os.path.realpath(path) in read_here:
                 reads = f"this run reads {path}, and would replace what is in that folder"
-                raise ValueError(f"--out_dir={config.out_dir}: {reads}; choose another --out_dir")
+                raise ValueError(f"--out_dir={config.out_dir}: {reads}; {choose}")
+        if former:
+            earlier = description_of_run(config.out_dir)
+            not_ours = f"holds {former[0]}, which a run would replace, and is no folder of a run"
+            refuse_if(earlier is None, f"--out_dir={config.out_dir}: {not_ours}; {choose}")
+            print(f"{config.out_dir}: replacing the run of {earlier}", flush=True)
         for path in former:
-            os.remove(path)
-        shutil.rmtree(self.path("state"), ignore_errors=True)
+            if os.path.isdir(path):
+                shutil.rmtree(path)
+            else:
+                os.remove(path)
         os.makedirs(self.path("stories"), exist_ok=True)
         os.makedirs(self.path("state"), exist_ok=True)
+        began = {"run_of": "spo_train.py", "began": time.strftime("%Y-%m-%d %H:%M")}
+        write_text(self.path("run.json"), json.dumps(began))
         write_text(self.path("config.json"), json.dumps(dataclasses.asdict(config), indent=1))
         copy_tokenizer(tokenizer, config.out_dir)
 

@@ -5,6 +5,7 @@ import dataclasses
 import glob
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -25,6 +26,7 @@ from helpers import (
     write,
 )
 
+import export
 import spo_train
 import tinystories_data as data
 from judge import OfflineJudge
@@ -317,6 +319,7 @@ def test_a_run_leaves_its_files_and_they_agree(workshop, capsys):
     folder = workshop("spo_rank")
     out = capsys.readouterr().out
     names = {
+        "run.json",
         "ckpt.pt",
         "best.pt",
         "model.bin",
@@ -415,6 +418,44 @@ def test_a_new_run_replaces_the_old_one_but_never_what_it_reads(workshop):
         and not os.path.exists("out/step_000008.pt")
         and not os.listdir("out/stories")
     )
+
+
+@pytest.mark.parametrize(
+    "name", ["log.jsonl", "config.json", "stories/mine.jsonl", "state/mine", "run.json", "best.pt"]
+)
+def test_a_run_replaces_nothing_that_is_not_of_a_run(workshop, name):
+    os.makedirs(os.path.dirname(f"out/{name}"))
+    with open(f"out/{name}", "w") as f:
+        f.write('{"loss": "mine"}\n')
+    with pytest.raises(ValueError, match="--out_dir=out: holds out/.* is no folder of a run"):
+        workshop("dpo_rank", "--max_iters=1")
+    with open(f"out/{name}") as f:
+        assert f.read() == '{"loss": "mine"}\n'
+    assert [path for path in glob.glob("out/**", recursive=True) if os.path.isfile(path)] == [
+        f"out/{name}"
+    ]
+
+
+def test_a_run_that_is_replaced_is_named_and_other_files_stay(workshop, capsys):
+    os.makedirs("out")
+    with open("out/notes.txt", "w") as f:
+        f.write("mine")
+    workshop("dpo_rank", "--max_iters=2", "--eval_interval=2")
+    assert "replacing" not in capsys.readouterr().out
+    os.remove("out/run.json")  # as an earlier version left it
+    workshop("dpo_rank", "--max_iters=1")
+    printed = capsys.readouterr().out
+    assert re.search(r"out: replacing the run of \d{4}-\d\d-\d\d \d\d:\d\d, 2 steps", printed)
+    assert os.path.isfile("out/notes.txt")
+
+
+@pytest.mark.parametrize("out_dir", ["", "model", "model/run", "./model/../model"])
+def test_the_folder_of_the_model_is_not_the_folder_of_the_run(workshop, out_dir):
+    export.main(["model", "--checkpoint=start.pt", "--version=-1"])
+    before = sorted(os.listdir("model"))
+    with pytest.raises(ValueError, match="--out_dir=.*(is empty|lies in --init_from)"):
+        workshop("dpo_rank", "--init_from=model", f"--out_dir={out_dir}")
+    assert sorted(os.listdir("model")) == before
 
 
 def test_prompts_of_groups_that_were_dropped_are_not_sampled_from(workshop, tmp_path):
