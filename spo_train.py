@@ -175,12 +175,12 @@ def train(config: TrainConfig) -> bool:
     if objective.needs_reference or config.judged:
         reference = copy.deepcopy(policy).requires_grad_(False)
     evaluation = make_evaluation(config, reference, tokenizer, prompts)
+    run = RunFolder(config, tokenizer)  # a new one, or that of a run that is resumed
     compiled = config.compile and parallel.can_compile(config.device)
     for model in filter(None, (policy, reference)):
         checkpoint.load_and_shard(model, weights, config.device, config.dtype, compiled)
     if config.activation_checkpointing:
         parallel.checkpoint_activations(policy)
-    run = RunFolder(config, tokenizer)  # a new one, or that of a run that is resumed
     if "reference_logps" in objective.reads:  # the policy still equals the reference
         groups = add_reference_logps(groups, indices_of_run(config, len(groups)), policy, config)
     optimizer = make_optimizer(config, policy)

@@ -39,7 +39,14 @@ from losses import LOSSES
 from spo import checkpoint, demo_stories, fast, parallel
 from spo.config import Commands, flag, main_program
 from spo.download import fetch, unpack
-from spo.files import check_output, file_sha256, jsonl_line, read_jsonl, write_jsonl, write_text
+from spo.files import (
+    check_output,
+    jsonl_line,
+    read_jsonl,
+    weights_sha256,
+    write_jsonl,
+    write_text,
+)
 from spo.generate import SamplingFlags, sample, sample_batches, story_records, tile_evenly
 from spo.groups import encode_groups
 from spo.pretokenize import make_token_files, make_vocab
@@ -465,7 +472,7 @@ def settings_of_stories(config: GenerateConfig, tokenizer: Tokenizer) -> dict:
         "tokenizer": tokenizer.path,
         "prompts": config.prompts,
     }
-    return settings | {name: file_sha256(path) if path else "" for name, path in files.items()}
+    return settings | {name: weights_sha256(path) if path else "" for name, path in files.items()}
 
 
 class PartialFile:

@@ -165,7 +165,7 @@ def rows_of(row: dict) -> list[tuple[str, ...]]:
         values = [
             f"{seconds:.4f} s",
             f"{figure['tokens'] / seconds:,.0f} tokens/s",
-            f"{figure['flops'] / seconds / rate:.0%} of matmul",
+            f"{figure['flops'] / seconds / rate:.0%} of matmul" if rate else "matmul not measured",
             f"{figure['peak_mb']:,.0f} MB",
         ]
         values += (

@@ -180,7 +180,9 @@ class Evaluation:
         """Return the KL per story and the entropy per token, over the stories of all processes."""
         mine = samples[parallel.share(len(samples))]
         totals = torch.zeros(2, dtype=torch.float64)
-        for batch in micro_batches(mine, None, policy):
+        with parallel.alone():  # nothing is sharded here, so the others may have other batches
+            batches = micro_batches(mine, None, policy) if mine else []
+        for batch in batches:
             reference = head.reference_states(self.reference, batch)
             kl, entropy = head.token_kl(policy, batch, reference)
             totals += torch.stack([kl.sum(), entropy.sum()]).double().cpu()

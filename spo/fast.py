@@ -180,7 +180,8 @@ class StaticDecoder:
     def __init__(self, model: Transformer):
         self.model = model
         self.shape = (0, 0)  # rows and length of what was captured
-        self.graph = None
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.logits: Tensor | None = None
 
     def next_logits(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """Token ids (N, 1) -> logits (N, V), in memory that the next call uses again."""
@@ -188,31 +189,40 @@ class StaticDecoder:
         length = min(blocks * LENGTHS_PER_GRAPH, cache.keys.shape[3])
         if self.shape != (len(tokens), length):
             self.shape = (len(tokens), length)
-            self._prepare(tokens, cache, length)
+            self.tokens = tokens.clone()
+            self.position = torch.full((1,), cache.position, device=tokens.device)
+            self._capture(cache)
         self.tokens.copy_(tokens)
         self.position.fill_(cache.position)
         cache.position += 1
         if self.graph is None:
-            return self.step()
+            return self._step(cache)
         self.graph.replay()
         return self.logits
 
-    def _prepare(self, tokens: Tensor, cache: KVCache, length: int) -> None:
-        """Set up the step for these rows and this length; on a GPU, capture it."""
-        self.tokens = tokens.clone()
-        self.position = torch.full((1,), cache.position, device=tokens.device)
-        self.step = lambda: static_step(self.model, self.tokens, self.position, cache, length)
-        if tokens.device.type != "cuda":
+    def _step(self, cache: KVCache) -> Tensor:
+        return static_step(self.model, self.tokens, self.position, cache, self.shape[1])
+
+    def _capture(self, cache: KVCache) -> None:
+        """On a GPU, capture the step for these rows and this length."""
+        self.graph = self.logits = None  # gives back the memory of the last one
+        deterministic = torch.are_deterministic_algorithms_enabled()  # its index_copy_ synchronizes
+        if self.tokens.device.type != "cuda" or deterministic:
             return
-        self.graph = None  # gives back the memory of the last one
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # the first pass allocates what a capture may not
-            self.step()
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.logits = self.step()
+        try:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # the first pass allocates what a capture may not
+                self._step(cache)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            # Another thread, such as NCCL's watchdog, may call CUDA in the meantime.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self.logits = self._step(cache)
+            self.graph = graph
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            print(f"generation goes without a CUDA graph (slower): {reason}", flush=True)
 
 
 def static_step(
@@ -237,8 +247,10 @@ def static_step(
         cache.keys[i].index_copy_(2, position, k)
         cache.values[i].index_copy_(2, position, v)
         keys, values = cache.keys[i][:, :, :length], cache.values[i][:, :, :length]
-        y = F.scaled_dot_product_attention(q, keys, values, attn_mask=seen, enable_gqa=True)
-        x = x + attention.wo(y.transpose(1, 2).reshape(N, 1, -1))
+        # The heads that share a key are batched as queries, as in attend_on_cpu.
+        queries = q.squeeze(2).unflatten(1, (args.n_kv_heads, -1))  # (N, KV, heads per KV, hd)
+        y = F.scaled_dot_product_attention(queries, keys, values, attn_mask=seen)
+        x = x + attention.wo(y.reshape(N, 1, -1))
         x = x + layer.feed_forward(layer.ffn_norm(x))
     return model.output(model.norm(x[:, -1]))
 

@@ -119,6 +119,15 @@ def file_sha256(path: str) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def weights_sha256(path: str) -> str:
+    """Return the SHA-256 of a file; of a folder, that of the hashes of its files."""
+    if not os.path.isdir(path):
+        return file_sha256(path)
+    files = [os.path.join(path, name) for name in sorted(os.listdir(path))]
+    hashes = "".join(file_sha256(file) for file in files if os.path.isfile(file))
+    return hashlib.sha256(hashes.encode()).hexdigest()
+
+
 def flush(path: str) -> None:
     """Wait until a file is on the disk; for a folder, until the names in it are."""
     handle = os.open(path, os.O_RDONLY)

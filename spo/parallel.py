@@ -40,6 +40,8 @@ def pick_device(name: str) -> str:
     except (RuntimeError, AssertionError, NotImplementedError):
         message = f"--device={name}: not available on this machine; use --device=cpu"
         raise ValueError(message) from None
+    if name.startswith("cuda:"):
+        torch.cuda.set_device(name)  # streams and graphs are made on the current device
     return name
 
 

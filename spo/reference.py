@@ -13,7 +13,7 @@ import torch
 
 from model import Transformer
 from spo import head, parallel
-from spo.files import atomic_write, file_sha256
+from spo.files import atomic_write, weights_sha256
 from spo.groups import Batch, EncodedGroup, micro_batches
 
 
@@ -59,7 +59,7 @@ class ReferenceCache:
                 digest.update(array.array("q", [len(ids), *ids]).tobytes())
         self.key = {
             "data and tokenizer": digest.hexdigest(),  # the tokenizer is in the ids
-            "weights": sha256_of_weights(init_from),
+            "weights": weights_sha256(init_from),
             "dtype": dtype,
         }
 
@@ -93,16 +93,6 @@ class ReferenceCache:
             print(f"{self.path}: not kept, {error.strerror}", flush=True)
 
 
-def sha256_of_weights(init_from: str) -> str:
-    """Return the SHA-256 of a file; of a folder, that of the hashes of its files."""
-    if os.path.isfile(init_from):
-        return file_sha256(init_from)
-    names = sorted(os.listdir(init_from))
-    files = [os.path.join(init_from, name) for name in names]
-    hashes = "".join(file_sha256(file) for file in files if os.path.isfile(file))
-    return hashlib.sha256(hashes.encode()).hexdigest()
-
-
 def add_reference_logps(
     groups: Sequence[EncodedGroup], wanted: Iterable[int], reference: Transformer, config
 ) -> list[EncodedGroup]:
@@ -113,9 +103,9 @@ def add_reference_logps(
 
     config  of a run: data, init_from, dtype and micro_batch_size are read here
     """
-    cache = None
-    if config.init_from != "scratch" and parallel.rank() == 0:
-        cache = ReferenceCache(config.data, groups, config.init_from, config.dtype)
+    key = (config.data, groups, config.init_from, config.dtype)
+    from_file = config.init_from != "scratch"
+    cache = parallel.on_rank_0(lambda: ReferenceCache(*key)) if from_file else None
     return complete(groups, wanted, reference, cache, config.micro_batch_size)
 
 
@@ -126,7 +116,7 @@ def complete(
     cache: ReferenceCache | None,
     size: int | None = None,
 ) -> list[EncodedGroup]:
-    """Do what add_reference_logps says. cache: of rank 0; None: nothing is kept."""
+    """Do what add_reference_logps says. cache: used by rank 0; None: nothing is kept."""
     wanted = sorted(set(wanted))
     nothing = torch.full((len(groups), 1), math.nan)
     logps = parallel.on_rank_0(lambda: cache.read() if cache else nothing)
@@ -136,7 +126,7 @@ def complete(
         parallel.print0(f"the reference reads {len(missing):,} groups, once")
         computed = compute_logps([groups[i] for i in missing], reference, size)
         found |= dict(zip(missing, computed, strict=True))
-        if cache is not None:
+        if cache is not None and parallel.rank() == 0:
             logps[missing] = torch.tensor([found[i] for i in missing], dtype=torch.float64)
             cache.write(logps)
     return [replace(group, reference_logps=found.get(i)) for i, group in enumerate(groups)]

@@ -236,8 +236,8 @@ class RunFolder:
         if step > self.first_step:
             self.save_state(step, samples)
         self.stopped = True
-        go_on = "the same command with --resume goes on"
-        self.say(f"stopped by SIGTERM before step {step}; {go_on}")
+        command = "the same command" if self.config.resume == "auto" else "it with --resume"
+        self.say(f"stopped by SIGTERM before step {step}; run {command} to continue")
 
     def record(self, step: int, values: dict[str, float]) -> None:
         """Append a line to log.jsonl."""

@@ -1,8 +1,10 @@
 """What makes a model fast equals what it replaces; devices and precisions."""
 
+import gc
 import os
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -123,6 +125,21 @@ def test_the_static_step_equals_the_model(n_kv_heads, monkeypatch):
                 tokens = tokens[[0, 2]]
                 cache.keep(torch.tensor([True, False, True]))
     assert lengths == {(3, 4), (3, 8), (3, 12), (2, 12), (2, 14)}
+
+
+def test_a_decoder_gives_its_memory_back_without_the_garbage_collector():
+    gc.disable()
+    try:
+        model = plain_tiny()
+        cache = KVCache(model.args, 1, 14, "cpu", torch.float32)
+        decoder = fast.StaticDecoder(model)
+        with torch.inference_mode():
+            decoder.next_logits(torch.tensor([[1]]), cache)
+        left = [weakref.ref(cache), weakref.ref(decoder)]
+        del cache, decoder
+        assert [reference() for reference in left] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_generation_by_static_steps_is_generation(monkeypatch):

@@ -73,6 +73,14 @@ def test_a_part_that_fails_or_hangs_is_a_row_and_the_next_one_runs(tmp_path, mon
     )
 
 
+def test_a_measurement_that_fails_leaves_the_others_in_the_table():
+    measured = {"seconds": [1.0], "tokens": 5, "flops": 10, "peak_mb": 1.0}
+    figures = [{"what": "matmul, bfloat16", "error": "no memory"}, {"what": "spo"} | measured]
+    row = {"part": "W4", "status": "passed", "seconds": 1, "last line": "", "figures": figures}
+    assert ("", "matmul, bfloat16", "no memory") in gpu.rows_of(row)
+    assert gpu.rows_of(row)[-1][2].startswith("1.0000 s, 5 tokens/s, matmul not measured")
+
+
 def test_one_part_alone_and_no_time_left(tmp_path, monkeypatch):
     monkeypatch.setattr(
         gpu, "parts", lambda tiny: [gpu.Part("W4", "true", 9), gpu.Part("head", "true", 9)]

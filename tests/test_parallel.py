@@ -131,6 +131,15 @@ def test_bfloat16_is_close_to_float32_and_its_kl_begins_at_0(flags, processes):
     assert_same_runs("low", "again")
 
 
+@pytest.mark.parametrize("stories", [1, 3])
+def test_two_processes_judge_any_number_of_stories(flags, stories):
+    """Uneven shares, and none for one of the two: the evaluations are those of one process."""
+    more = ["--max_iters=2", "--eval_interval=2", f"--eval_stories={stories}"]
+    run(1, flags("dpo_rank", "one", *more))
+    run(2, flags("dpo_rank", "two", *more))
+    assert_close_runs("one", "two", 2e-4)
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 def test_shares_and_dealt_parts_are_all_of_the_things(monkeypatch, size):
     things, shares, dealt = list(range(10)), [], []
