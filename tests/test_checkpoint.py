@@ -224,6 +224,11 @@ def test_what_the_model_lacks_is_refused_in_words(tmp_path, config, message):
         checkpoint.load(hf_folder(tmp_path / "model", untied(), **config))
 
 
+def test_of_several_terminators_the_first_is_the_one(tmp_path):
+    path = hf_folder(tmp_path / "model", untied(), eos_token_id=[7, 9])
+    assert checkpoint.load(path).eos_id == 7
+
+
 def test_damaged_folders_are_refused_by_name(tmp_path):
     path = meta_folder(tmp_path / "meta", untied())
     (tmp_path / "meta" / "consolidated.00.pth").write_bytes(b"PK\x03\x04 no")

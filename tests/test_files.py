@@ -94,3 +94,12 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path):
     assert (tmp_path / "a.jsonl").read_text() == '{"a": 1}\n' and os.listdir(tmp_path) == [
         "a.jsonl"
     ]
+
+
+def test_a_file_gets_its_name_only_when_it_is_on_the_disk(tmp_path, monkeypatch):
+    calls = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: calls.append("fsync") or fsync(handle))
+    monkeypatch.setattr(os, "replace", lambda *a: calls.append("replace") or replace(*a))
+    write_jsonl(str(tmp_path / "a.jsonl"), [{"a": 1}])
+    assert calls == ["fsync", "replace"]

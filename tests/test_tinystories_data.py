@@ -108,6 +108,13 @@ def test_groups_of_different_sizes_are_refused(tmp_path):
         require(read_groups(path), "best", path, "spo_bon")
 
 
+def test_the_best_of_two_is_a_full_ranking(tmp_path):
+    path = write(tmp_path / "d.jsonl", {"responses": ["a", "b"], "best": 1})
+    (group,) = read_groups(path)
+    assert group.order == "ranking" and group.responses == ("b", "a")
+    require([group], "pair", path, "dpo")
+
+
 def test_terminator_is_scored_and_kept_and_none_is_invented(tokenizer):
     groups = [RankedGroup("Once upon", (" a time.", " a day"), (True, False), "ranking", 1)]
     (group,), drops = encode_groups(groups, tokenizer, eos_id=1, max_seq_len=64)
