@@ -218,7 +218,7 @@ def write_model(config: ExportConfig, weights, tokenizer: Tokenizer | None) -> N
     args = model.args
     if config.version == 2 and config.group_size is None and largest_group_size(args) < 64:
         shape = f"dim {args.dim} and hidden_dim {args.hidden_dim}"
-        print(f"  groups of {largest_group_size(args)}: 64 does not divide {shape}")
+        print(f"  groups of {largest_group_size(args)}: 64 does not divide both {shape}")
 
 
 if __name__ == "__main__":

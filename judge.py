@@ -170,9 +170,7 @@ def rank_in_both_orders(
 ) -> list[BothOrders]:
     """Ask a judge for the ranking of every group, twice. label: of a progress bar; None: no bar."""
     tasks = both_orders(groups)
-    answers: dict[
-        int, list[int] | None
-    ] = {}  # task -> ranking; the tasks of group i are 2 i and 2 i + 1
+    answers: dict[int, list[int] | None] = {}  # by task; those of group i are 2 i and 2 i + 1
     kept = 0
     bar = tqdm(total=len(tasks), desc=label, unit="ranking", disable=label is None, leave=False)
 

@@ -41,9 +41,9 @@ class Loss:
     data         "text": any responses; "best": column 0 is the best one; "pair": n = 2; "ranking":
                  a full order
     regularizer  the default of --regularizer
-    statistic    (name, function): the mean over the global batch of what function gives per group,
-                 (B, ...), has to be passed as `name`; the function reads tensors and numbers by
-                 name, as a loss does
+    statistic    (name, function), such as ("weight_mean", weight_statistic): the loss takes as
+                 `name` the mean over the global batch of what function gives per group, (B, ...);
+                 the function reads tensors and numbers by name, as a loss does
     start        the loss at step 0, from n and the loss's numbers by name; None: it depends on the
                  data
     """
@@ -236,7 +236,7 @@ def spo_basic(policy_logps: Tensor, *, alpha: float = 0.001, centered: bool = Fa
     policy_logps  (B, 2), column 0 chosen
     alpha         softmax exponent, >= 0: the minimiser is softmax(r / alpha), so smaller is harder
     centered      less log(2)/alpha: same gradient, 0 at equal log-probs
-    at step 0     whatever the reference says of its data; the loss reads no reference
+    at step 0     depends on the data: the loss reads no reference to be equal to
     """
     check(policy_logps, most=2)
     return soft_choice(policy_logps, alpha, centered)
@@ -477,7 +477,7 @@ def cpo(
     nll           "sum": -logp_0 in nats, as CPO prints it; "mean": total NLL / total tokens of the
                   chosen, as TRL has it (reads lengths, and mean_length: the mean of lengths[:, 0]
                   over the global batch)
-    at step 0     whatever the reference says of its data
+    at step 0     depends on the data
     """
     check(policy_logps, most=2)
     scale = 1.0
@@ -525,7 +525,7 @@ def simpo(
 
     policy_logps, lengths  (B, 2), column 0 chosen; no reference
     gamma      the margin, in units of the reward (not divided by beta)
-    at step 0  whatever the reference says of its data, near softplus(gamma)
+    at step 0  depends on the data, near softplus(gamma)
     """
     check(policy_logps, {"lengths": lengths}, most=2)
     return F.softplus(gamma - beta * chosen_over_rejected(policy_logps / lengths))

@@ -160,9 +160,7 @@ DEMO_VOCAB = 1024
 DEMO_GROUPS = 1024
 DEMO_SEED = 1337
 DEMO_STEPS = 80  # of the alignment
-DEMO_VERSION = (
-    3  # raise it with every change of the grammar, of the reference's training, or of the judge
-)
+DEMO_VERSION = 3  # raise it with every change of the grammar, the reference's training, the judge
 DEMO_FILES = {
     "text": "stories.jsonl",
     "pair": "pairs.jsonl",

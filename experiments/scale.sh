@@ -12,6 +12,7 @@
 #
 # The paper: 100,000 stories of the 110M model, groups of four, batches of 32 groups, 32 online samples every 8 steps,
 # 5,000 steps of warm-up, a judgement of 1,000 stories every 1,000 steps. It does not print its learning rates.
+[ $# = 0 ] || { echo "$0: $1: takes no arguments; its settings are variables, see experiments/scale.sh" >&2; exit 2; }
 SCALE=${SCALE:-demo} JUDGE=${JUDGE:-offline}
 case "$SCALE" in
     demo) flags=(--max_iters=60 --eval_interval=20); stories=4096 ;;

@@ -8,6 +8,7 @@
 # command goes on where it was. The paper's 7B batch: 1 pair per GPU, 16 times, on 4 GPUs. It does not print its learning rates.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+[ $# = 0 ] || { echo "$0: $1: takes no arguments; its settings are variables, see the script's head" >&2; exit 2; }
 SCALE=${SCALE:-tiny} JUDGE=${JUDGE:-offline}
 read -ra judge <<<"--judge=$JUDGE ${JUDGE_FLAGS:-}"
 out=out/table1-$SCALE

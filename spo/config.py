@@ -140,6 +140,8 @@ def parse(config_class, argv: list[str], prog: str, description: str = ""):
     values, unknown = parser.parse_known_args([underscored(word) for word in argv])
     if unknown:
         given = unknown[0].split("=")[0]
+        if not given.startswith("-"):
+            parser.error(f"{given}: every value belongs to an option, as in --NAME={given}")
         hint = _nearest(given.lstrip("-").replace("-", "_"), [field.name for field in fields])
         parser.error(f"{given}: no such option; {hint}")
     config = config_class(**vars(values))

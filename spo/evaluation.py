@@ -61,8 +61,10 @@ class Verdict:
 
     def __str__(self) -> str:
         rate = self.reason or str(self.win_rate)
+        if self.win_rate and self.win_rate.trusted:
+            rate += f", {self.win_rate.length_controlled:.1%} length-controlled"
         policy = f"KL {self.kl:.1f} nats, entropy {self.entropy:.2f} nats a token"
-        return f"{rate:<32} score {self.score:.2f}, {policy}"
+        return f"{rate:<57} score {self.score:.2f}, {policy}"
 
 
 @dataclass

@@ -185,7 +185,7 @@ def read_prompts(path: str) -> list[dict]:
 
 
 def read_stories(path: str) -> list[dict]:
-    """Read records of {"text", "prompt"}, as sample.py writes them; a missing prompt is "".
+    """Read records of {"text", "prompt"}, as generate writes them; a missing prompt is "".
 
     ValueError naming file and line for anything else.
     """
@@ -193,7 +193,8 @@ def read_stories(path: str) -> list[dict]:
     for line, record in read_jsonl(path):
         where = f"{path} line {line}"
         if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-            raise ValueError(f'{where}: no "text"; expected {{"text": "..."}}, as sample.py writes')
+            expected = '{"text": "..."}, as `tinystories_data.py generate` writes'
+            raise ValueError(f'{where}: no "text"; expected {expected}')
         parse_group(record, where, line)
         stories.append(record | {"prompt": record.get("prompt", "")})
     if not stories:
@@ -222,7 +223,8 @@ def require(groups: list[RankedGroup], need: str, path: str, loss: str) -> None:
         if need in ("pair", "ranking") and group.order != "ranking":
             known = "its best" if group.order == "best" else "texts"
             full = f"--loss={loss} needs a full ranking"
-            raise ValueError(f"{where}: {full}, the group tells only {known}")
+            rank = "`python tinystories_data.py rank` makes rankings of stories"
+            raise ValueError(f"{where}: {full}, the group tells only {known}; {rank}")
         if need == "best" and group.order == "text" and n > 1:
             named = 'the best response named ("best" or "ranking")'
             raise ValueError(f"{where}: --loss={loss} needs {named}")

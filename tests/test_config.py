@@ -30,7 +30,7 @@ def test_values_are_typed_by_their_annotation():
         (["--bata=1"], "prog: --bata: no such option; did you mean --beta?"),
         (["--step=1"], "prog: --step: no such option; did you mean --steps?"),
         (["--zzz"], "prog: --zzz: no such option; see --help"),
-        (["stray"], "prog: stray: no such option"),
+        (["stray"], "prog: stray: every value belongs to an option, as in --NAME=stray"),
         (["--steps=1.5"], "invalid int value: '1.5'"),
         (["--decay=maybe"], "'maybe' is neither true nor false"),
         (["--data=c"], "invalid choice: 'c'"),

@@ -143,3 +143,11 @@ def test_an_unknown_scale_is_refused(tmp_path):
         text=True,
     )
     assert done.returncode == 2 and "SCALE=7B: choose demo, 260K or 110M" in done.stderr
+
+
+@pytest.mark.parametrize("table", [1, 2, 3, 4])
+def test_an_argument_to_a_table_is_refused_and_nothing_runs(tmp_path, table):
+    script = os.path.join(frontier.ROOT, "experiments", f"table{table}.sh")
+    done = subprocess.run(["bash", script, "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "--help: takes no arguments" in done.stderr
+    assert os.listdir(tmp_path) == []

@@ -5,11 +5,22 @@ paper.
 import inspect
 import itertools
 import math
+import os
+import re
 
 import pytest
 import torch
+from helpers import ROOT
 
-from losses import LOSSES, REGULARIZERS, clamped, sequence_logps, token_kl, weight_statistic
+from losses import (
+    LOSSES,
+    REGULARIZERS,
+    Objective,
+    clamped,
+    sequence_logps,
+    token_kl,
+    weight_statistic,
+)
 
 DOUBLE = torch.float64
 
@@ -652,3 +663,21 @@ def test_token_kl_gradient_is_that_of_the_formula_and_spares_the_reference():
         [expected[:, :-1] * mask[:, 1:, None], torch.zeros(3, 1, 7, dtype=DOUBLE)], dim=1
     )
     assert torch.allclose(logits.grad, expected, atol=1e-12) and other.grad is None
+
+
+def test_the_readme_has_the_defaults_of_every_loss():
+    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
+        rows = re.findall(r"^\| `(\w+)` \|[^|]*\|[^|]*\|([^|]*)\|", file.read(), re.MULTILINE)
+    documented = {
+        name: dict(setting.split() for setting in flags.split(",") if setting.strip())
+        for name, flags in rows
+        if name in LOSSES
+    }
+    actual = {}
+    for name in LOSSES:
+        objective = Objective(name)
+        settings = {key: value for key, value in objective.settings.items() if key != "centered"}
+        if objective.beta:
+            settings["beta"] = objective.beta
+        actual[name] = {key: f"{v:g}" if v != str(v) else v for key, v in settings.items()}
+    assert documented == actual

@@ -388,9 +388,10 @@ def test_an_evaluation_says_kl_entropy_and_score_of_its_own_stories(tokenizer):
     texts = [story["prompt"] + story["text"] for story in verdict.stories]
     assert all(text.startswith("the owl") for text in texts)
     assert verdict.score == pytest.approx(sum(map(offline_judge.score, texts)) / 3)
-    assert (
-        "nats a token" in str(verdict) and verdict.logged("eval")["eval/entropy"] == verdict.entropy
-    )
+    assert verdict.logged("eval")["eval/entropy"] == verdict.entropy
+    controlled = verdict.win_rate.length_controlled
+    assert f", {controlled:.1%} length-controlled" in str(verdict)
+    assert f"entropy {verdict.entropy:.2f} nats a token" in str(verdict)
     assert {story["checkpoint"] for story in verdict.stories} == {"step 7"}
 
 
