@@ -152,13 +152,13 @@ def parse(config_class, argv: list[str], prog: str, description: str = ""):
 def _add_argument(parser: argparse.ArgumentParser, field: dataclasses.Field, kind) -> None:
     declared: Flag = field.metadata["flag"]
     text = declared.help.replace("%", "%%")
-    if isinstance(
-        kind, types.UnionType
-    ):  # `float | None` is a float, or None where it is not given
+    if isinstance(kind, types.UnionType):  # `float | None`: a float, or None where it is not given
         kind = next(t for t in kind.__args__ if t is not type(None))
     if declared.positional:
         parser.add_argument(field.name, type=kind, help=text)
         return
+    if declared.choices:
+        text += f"; one of {', '.join(str(choice) for choice in declared.choices if choice != '')}"
     if field.default not in (None, ""):
         text += " (default: %(default)s)"
     alone = True if kind is bool else declared.alone
@@ -174,9 +174,10 @@ def _add_argument(parser: argparse.ArgumentParser, field: dataclasses.Field, kin
 
 
 def _nearest(name: str, names: list[str]) -> str:
-    """name="bata", names=["beta", "data"] -> "did you mean --beta?" """
+    """name="bata", names=["beta", "data"] -> "did you mean --beta?"; "lr" is --learning_rate"""
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     near.sort(key=lambda other: other[:1] != name[:1])  # of equals, the one that begins alike
+    near = [other for other in names if "".join(w[:1] for w in other.split("_")) == name] or near
     return f"did you mean --{near[0]}?" if near else "see --help"
 
 

@@ -14,6 +14,7 @@ class Config:
     steps: int = flag(3, "how many")
     decay: bool = flag(True, "a switch")
     data: str = flag("", "a file", choices=["", "a", "b"])
+    learning_rate: float = flag(0.1, "a step's size")
 
 
 def test_values_are_typed_by_their_annotation():
@@ -29,6 +30,7 @@ def test_values_are_typed_by_their_annotation():
     [
         (["--bata=1"], "prog: --bata: no such option; did you mean --beta?"),
         (["--step=1"], "prog: --step: no such option; did you mean --steps?"),
+        (["--lr=1"], "prog: --lr: no such option; did you mean --learning_rate?"),
         (["--zzz"], "prog: --zzz: no such option; see --help"),
         (["stray"], "prog: stray: every value belongs to an option, as in --NAME=stray"),
         (["--steps=1.5"], "invalid int value: '1.5'"),
@@ -50,4 +52,5 @@ def test_help_lists_every_flag_with_its_default(capsys):
         parse(Config, ["--help"], "prog")
     text = capsys.readouterr().out
     assert stop.value.code == 0 and "100% typed" in text and "how many (default: 3)" in text
+    assert "a file; one of a, b" in text
     assert all(f"--{name}" in text for name in ("out", "beta", "steps", "decay", "data"))
