@@ -16,7 +16,6 @@ continues.
 
 import spo  # isort: skip  # noqa: F401  (sets OpenMP's waiting; must precede torch)
 
-
 import copy
 import functools
 import math

@@ -15,7 +15,6 @@ Datasets have the forms of spo/records.py; stories are JSONL with "prompt", "tex
 
 import spo  # isort: skip  # noqa: F401  (sets OpenMP's waiting; must precede torch)
 
-
 import json
 import math
 import os
@@ -36,17 +35,9 @@ from judge import (
     rank_in_both_orders,
 )
 from losses import LOSSES
-from spo import checkpoint, demo_stories, fast, parallel
+from spo import checkpoint, demo_stories, fast, files, parallel
 from spo.config import Commands, flag, main_program
 from spo.download import fetch, unpack
-from spo.files import (
-    check_output,
-    jsonl_line,
-    read_jsonl,
-    weights_sha256,
-    write_jsonl,
-    write_text,
-)
 from spo.generate import SamplingFlags, sample, sample_batches, story_records, tile_evenly
 from spo.groups import encode_groups
 from spo.pretokenize import make_token_files, make_vocab
@@ -96,18 +87,16 @@ def rank_groups(judge: Judge, groups: list[list[dict]], label: str) -> list[Both
 
 def agreed_records(groups: list[list[dict]], results: list[BothOrders]) -> list[dict]:
     """Return the ranked records of the groups whose two rankings agree."""
-    records = []
-    for members, result in zip(groups, results, strict=True):
-        if result.ranking is not None:
-            records.append(
-                {
-                    "prompt": members[0]["prompt"],
-                    "responses": [member["text"] for member in members],
-                    "finished": [member.get("finished", True) for member in members],
-                    "ranking": result.ranking,
-                }
-            )
-    return records
+    return [
+        {
+            "prompt": members[0]["prompt"],
+            "responses": [member["text"] for member in members],
+            "finished": [member.get("finished", True) for member in members],
+            "ranking": result.ranking,
+        }
+        for members, result in zip(groups, results, strict=True)
+        if result.ranking is not None
+    ]
 
 
 def to_best_of_n(record: dict) -> dict:
@@ -143,7 +132,7 @@ def to_pairs(record: dict, which: str) -> list[dict]:
 
 def ranked_records(path: str) -> list[dict]:
     """Read a file of full rankings; ValueError naming the first line that is something else."""
-    records = read_jsonl(path)
+    records = files.read_jsonl(path)
     for number, record in records:
         where = f"{path} line {number}"
         group = parse_group(record, where, number)
@@ -217,11 +206,11 @@ def demo_text() -> None:
         if former != json.dumps(recipe):
             shutil.rmtree(DEMO_DIR)
     os.makedirs(DEMO_DIR, exist_ok=True)
-    write_text(recipe_file, json.dumps(recipe))
+    files.write_text(recipe_file, json.dumps(recipe))
     stories = os.path.join(DEMO_DIR, DEMO_FILES["text"])
     if not os.path.isfile(stories):
         rng = random.Random(DEMO_SEED)
-        write_jsonl(stories, ({"text": demo_stories.story(rng)} for _ in range(DEMO_STORIES)))
+        files.write_jsonl(stories, ({"text": demo_stories.story(rng)} for _ in range(DEMO_STORIES)))
     tokenizer = os.path.join(DEMO_DIR, "tokenizer.model")
     if not os.path.isfile(tokenizer):
         make_vocab(stories, DEMO_VOCAB, tokenizer, num_shards=1)
@@ -274,11 +263,13 @@ def demo_groups(device: str) -> None:
         samples = sample(reference, encoded, DEMO_SEED, progress="sampling")
         stories = story_records(samples, prompts, tokenizer, reference.eos_id)
         groups, _ = group_stories(stories, 4)
-        write_jsonl(ranked, agreed_records(groups, rank_groups(OfflineJudge(), groups, "ranking")))
+        files.write_jsonl(
+            ranked, agreed_records(groups, rank_groups(OfflineJudge(), groups, "ranking"))
+        )
     records = ranked_records(ranked)
     best_pairs = [to_pairs(record, "best_worst")[0] for record in records]
-    write_jsonl(os.path.join(DEMO_DIR, DEMO_FILES["best"]), map(to_best_of_n, records))
-    write_jsonl(os.path.join(DEMO_DIR, DEMO_FILES["pair"]), best_pairs)
+    files.write_jsonl(os.path.join(DEMO_DIR, DEMO_FILES["best"]), map(to_best_of_n, records))
+    files.write_jsonl(os.path.join(DEMO_DIR, DEMO_FILES["pair"]), best_pairs)
 
 
 # --- commands ------------------------------------------------------------------------------------
@@ -423,7 +414,7 @@ class GenerateConfig(SamplingFlags):
 
 @commands.add
 def generate(config: GenerateConfig) -> None:
-    check_output("--out", config.out, config.checkpoint, config.tokenizer, config.prompts)
+    files.check_output("--out", config.out, config.checkpoint, config.tokenizer, config.prompts)
     device = parallel.pick_device(config.device)
     model = checkpoint.load(config.checkpoint, device)
     print(fast.enable_fast_matmul(device))
@@ -451,7 +442,7 @@ def generate(config: GenerateConfig) -> None:
     for batch in batches:
         remaining = prompts[len(part.records) :]
         part.add(story_records(batch, remaining, tokenizer, model.eos_id, **origin))
-    write_jsonl(config.out, part.records)
+    files.write_jsonl(config.out, part.records)
     os.remove(part.path)
     cut = sum(not record["finished"] for record in part.records)
     speed = (len(part.records) - first) / (time.monotonic() - started)
@@ -465,12 +456,14 @@ def settings_of_stories(config: GenerateConfig, tokenizer: Tokenizer) -> dict:
     settings = asdict(config)
     for name in ("out", "batch_size", "device"):
         del settings[name]
-    files = {
+    inputs = {
         "checkpoint": config.checkpoint,
         "tokenizer": tokenizer.path,
         "prompts": config.prompts,
     }
-    return settings | {name: weights_sha256(path) if path else "" for name, path in files.items()}
+    return settings | {
+        name: files.weights_sha256(path) if path else "" for name, path in inputs.items()
+    }
 
 
 class PartialFile:
@@ -506,12 +499,12 @@ class PartialFile:
         """Rewrite the file up to its last whole batch; return the number of the next story."""
         whole_batches = len(self.records) // batch_size
         self.records = self.records[: whole_batches * batch_size]
-        write_jsonl(self.path, [self.header, *self.records])
+        files.write_jsonl(self.path, [self.header, *self.records])
         return len(self.records)
 
     def add(self, records: list[dict]) -> None:
         with open(self.path, "ab") as f:
-            f.write("".join(map(jsonl_line, records)).encode("utf-8"))
+            f.write("".join(map(files.jsonl_line, records)).encode("utf-8"))
             f.flush()
             os.fsync(f.fileno())
         self.records += records
@@ -528,7 +521,7 @@ class RankConfig(JudgeFlags):
 @commands.add
 def rank(config: RankConfig) -> None:
     n = config.group_size
-    check_output("--out", config.out, config.stories, config.prompt)
+    files.check_output("--out", config.out, config.stories, config.prompt)
     stories = read_stories(config.stories)
     groups, left_out = group_stories(stories, n)
     if not groups:
@@ -554,7 +547,7 @@ def rank(config: RankConfig) -> None:
         print(f"--judge_attempts={config.judge_attempts + 2} asks for the invalid ones again")
     if not records:
         raise ValueError(f"{config.out}: not written, no group was ranked alike in both orders")
-    write_jsonl(config.out, records)
+    files.write_jsonl(config.out, records)
     print(f"{config.out}: {len(records)} ranked groups")
 
 
@@ -570,9 +563,9 @@ class BestOfNConfig(DataFlags):
 
 @commands.add
 def best_of_n(config: BestOfNConfig) -> None:
-    check_output("--out", config.out, config.data)
+    files.check_output("--out", config.out, config.data)
     records = ranked_records(config.data)
-    write_jsonl(config.out, map(to_best_of_n, records))
+    files.write_jsonl(config.out, map(to_best_of_n, records))
     print(f"{config.out}: {len(records)} groups with their best named")
 
 
@@ -584,11 +577,11 @@ class PairsConfig(DataFlags):
 
 @commands.add
 def pairs(config: PairsConfig) -> None:
-    check_output("--out", config.out, config.data)
+    files.check_output("--out", config.out, config.data)
     records = []
     for record in ranked_records(config.data):
         records += to_pairs(record, config.pairs)
-    write_jsonl(config.out, records)
+    files.write_jsonl(config.out, records)
     print(f"{config.out}: {len(records)} pairs ({config.pairs})")
 
 
