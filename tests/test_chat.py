@@ -499,22 +499,19 @@ def assert_no_key(text: str) -> None:
     assert not [form for form in forms if form in text]
 
 
+def judge_command(folder, count: int, api: FakeApi) -> list[str]:
+    """judge.py on a file of stories against itself, asking a fake API"""
+    stories = folder / "s.jsonl"
+    stories.write_text("".join(json.dumps({"text": s}) + "\n" for s in make_stories(count)))
+    command = [sys.executable, os.path.join(ROOT, "judge.py"), str(stories), str(stories)]
+    settings = [f"--base_url={api.url}", f"--journal={folder / 'j.jsonl'}", "--workers=2"]
+    return [*command, "--judge=fake", *settings]
+
+
 @pytest.mark.parametrize("fault", ["", "401", "400", "500", "429", "cut json", "reset after"])
 def test_the_key_goes_into_one_header_and_nowhere_else(tmp_path, fault):
-    stories = tmp_path / "s.jsonl"
-    stories.write_text("".join(json.dumps({"text": s}) + "\n" for s in make_stories(4)))
     with FakeApi([fault] * 40, score=quality, patience=False) as api:
-        command = [
-            sys.executable,
-            os.path.join(ROOT, "judge.py"),
-            str(stories),
-            str(stories),
-            "--judge=fake",
-            f"--base_url={api.url}",
-            f"--journal={tmp_path / 'j.jsonl'}",
-            "--judge_retries=1",
-            "--workers=2",
-        ]
+        command = [*judge_command(tmp_path, 4, api), "--judge_retries=1"]
         environment = os.environ | {"OPENAI_API_KEY": KEY, "SPO_DEBUG": "1"}  # the traceback, too
         result = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert f"Authorization: Bearer {KEY}" in api.headers[0]
@@ -571,19 +568,8 @@ def test_a_stop_waits_for_the_replies_that_are_on_their_way(flags):
 
 
 def test_ctrl_c_does_not_wait_for_a_slow_server(tmp_path):
-    stories = tmp_path / "s.jsonl"
-    stories.write_text("".join(json.dumps({"text": s}) + "\n" for s in make_stories(8)))
     with FakeApi(["", "", *["stall"] * 100], score=quality, stall=20.0, patience=False) as api:
-        command = [
-            sys.executable,
-            os.path.join(ROOT, "judge.py"),
-            str(stories),
-            str(stories),
-            "--judge=fake",
-            f"--base_url={api.url}",
-            f"--journal={tmp_path / 'j.jsonl'}",
-            "--workers=2",
-        ]
+        command = judge_command(tmp_path, 8, api)
         # a shell's background job ignores Ctrl-C, and so would its children
         process = subprocess.Popen(
             command,
