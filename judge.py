@@ -220,7 +220,9 @@ class JudgeFlags(ChatFlags):
         "offline", "who judges: offline, a fixed formula, or the name of a model behind --base_url"
     )
     prompt: str = flag(
-        "", "another prompt for the API judge: a file that says {stories} and {conclusion}"
+        "",
+        "another prompt for the API judge: a file that says {stories} and {conclusion}",
+        path=True,
     )
     judge_attempts: int = flag(
         2,
@@ -357,7 +359,6 @@ class ApiJudge(Judge):
             self.flags.workers,
             self.chat.stop,
             on_wait,
-            patience=self.flags.judge_timeout,
         )
         for i, ranking in done:
             answers[questions[i]] = ranking

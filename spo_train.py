@@ -34,6 +34,7 @@ from model import ModelArgs, Transformer
 from spo import checkpoint, fast, head, parallel, plan
 from spo.config import flag, main_program, non_default, parse, refuse_if
 from spo.evaluation import Evaluation, report
+from spo.failure import one_reason
 from spo.generate import PURPOSE_KL, sample
 from spo.groups import Batch, EncodedGroup, load_dataset, micro_batches, padding_share
 from spo.parallel import print0
@@ -68,10 +69,12 @@ class TrainConfig(JudgeFlags):
     norm: str | None = flag(None, "ipo: log-ratios, summed or per token", choices=["sum", "mean"])
     nll: str | None = flag(None, "cpo: likelihood, summed or per token", choices=["sum", "mean"])
     # Data and model.
-    data: str = flag("", "ranked groups (JSONL); default: the offline demo")
-    init_from: str = flag("", "model to align: a .pt, a .bin, a folder of weights, or `scratch`")
-    tokenizer: str = flag("", "its tokenizer file; default: tokenizer.model beside init_from")
-    out_dir: str = flag("out", "where the run's files go")
+    data: str = flag("", "ranked groups (JSONL); default: the offline demo", path=True)
+    init_from: str = flag(
+        "", "model to align: a .pt, a .bin, a folder of weights, or `scratch`", path=True
+    )
+    tokenizer: str = flag("", "its tokenizer; default: tokenizer.model by init_from", path=True)
+    out_dir: str = flag("out", "where the run's files go", free=True)
     dim: int = flag(288, "width (this and the next four: with --init_from=scratch)", least=1)
     n_layers: int = flag(6, "layers", least=1)
     n_heads: int = flag(6, "attention heads", least=1)
@@ -98,7 +101,7 @@ class TrainConfig(JudgeFlags):
     # Evaluation and logging.
     eval_interval: int = flag(20, "steps between evaluations", least=1)
     eval_stories: int = flag(128, "stories judged at an evaluation; 0: none", least=0)
-    baseline: str = flag("", "stories to win against (JSONL); default: the reference's own")
+    baseline: str = flag("", "stories to win against; default: the reference's own", path=True)
     report: bool = flag(True, "end with a table on twice as many fresh stories", free=True)
     keep_checkpoints: bool = flag(False, "keep every evaluation's weights, as step_N.pt", free=True)
     log_interval: int = flag(5, "steps between log lines", least=1, free=True)
@@ -137,10 +140,12 @@ class TrainConfig(JudgeFlags):
             method = f"{self.loss} with regularizer {objective.regularizer.__name__}"
             draws = f"--{name}: {method} draws no samples of the policy"
             refuse_if(name in given and not objective.online, draws)
-        for name in ("batch_size", "kl_batch_size"):
-            multiple = f"must be a multiple of the number of processes, {processes}"
+        for name in ["batch_size", "kl_batch_size"][: 1 + objective.online]:
             value = getattr(self, name)
-            refuse_if(value % processes, f"--{name}={value}: {multiple}")
+            fits = [n for n in range(value - processes, value + processes) if n % processes == 0]
+            fit = " or ".join(str(n) for n in fits if n > 0)
+            uneven = f"{processes} processes cannot share it evenly; {fit} would do"
+            refuse_if(value % processes, f"--{name}={value}: {uneven}")
         nothing = "nothing is judged with --eval_stories=0"
         asked = self.judge != "offline" and self.eval_stories == 0
         refuse_if(asked, f"--judge={self.judge}: {nothing}; leave it out")
@@ -215,7 +220,7 @@ def train(config: TrainConfig) -> bool:
 
     if evaluation and config.report and not run.stopped:
         final_report(run, evaluation, policy)
-    return not run.stopped
+    return run.end()
 
 
 def preference_gradient(
@@ -459,10 +464,13 @@ def evaluate_and_save(
     verdict = evaluation.evaluate(policy, step, "select") if evaluation else None
     improved = verdict is None or verdict.rate > run.best_rate
     whole = parallel.full_model(policy, run.config.dtype)  # all weights, on rank 0
-    if whole is not None:
+
+    def save() -> None:
         run.save_evaluation(step, whole, verdict, improved)
         if improved:
             save_llama2c(run.path("model.bin"), whole)
+
+    parallel.on_rank_0(save)
     if verdict is not None:
         run.best_rate = max(run.best_rate, verdict.rate)
         run.record(step, verdict.logged("eval"))
@@ -493,12 +501,13 @@ def main(argv: list[str]) -> None:
     config = parse(TrainConfig, argv, "spo_train.py", about)
     device, dtype = parallel.start(config.device, config.dtype)
     config = replace(config, device=device, dtype=dtype)
-    config.check()
-    print0(fast.enable_fast_matmul(device))
-    if not config.data:
-        config = build_demo(config, train)  # its reference model is trained by this very loop
-    if config is not None:  # None: SIGTERM while the demo was built
-        train(config)
+    with one_reason():  # of several processes, one says why they end
+        config.check()
+        print0(fast.enable_fast_matmul(device))
+        if not config.data:
+            config = build_demo(config, train)  # its reference model is trained by this very loop
+        if config is not None:  # None: SIGTERM while the demo was built
+            train(config)
     parallel.end()
 
 

@@ -15,6 +15,7 @@ Datasets have the forms of spo/records.py; stories are JSONL with "prompt", "tex
 
 import spo  # isort: skip  # noqa: F401  (sets OpenMP's waiting; must precede torch)
 
+import glob
 import json
 import math
 import os
@@ -167,8 +168,10 @@ def build_demo(config, train: Callable):
     """
 
     def build() -> bool:
-        demo_text()
-        with parallel.alone():
+        os.makedirs(os.path.dirname(DEMO_DIR), exist_ok=True)
+        with files.lock(f"{DEMO_DIR}.lock", DEMO_DIR, wait=math.inf), parallel.alone():
+            # A second builder has waited here, and uses what the first has made.
+            demo_text()
             finished = demo_reference(config, train)
             if finished:
                 demo_groups(config.device)
@@ -188,7 +191,7 @@ def demo_checkpoint() -> str:
 def demo_text() -> None:
     """Write data/demo/stories.jsonl and tokenizer.model.
 
-    What a former, different recipe left there is removed.
+    What a former, different recipe left there is removed. ValueError if the folder is no demo.
     """
     recipe = {
         "stories": DEMO_STORIES,
@@ -198,14 +201,16 @@ def demo_text() -> None:
         "version": DEMO_VERSION,
     }
     recipe_file = os.path.join(DEMO_DIR, "recipe.json")
-    if os.path.isdir(DEMO_DIR):
-        former = None
-        if os.path.isfile(recipe_file):
-            with open(recipe_file, encoding="utf-8") as f:
-                former = f.read()
-        if former != json.dumps(recipe):
-            shutil.rmtree(DEMO_DIR)
     os.makedirs(DEMO_DIR, exist_ok=True)
+    there = os.listdir(DEMO_DIR)
+    if there and "recipe.json" not in there:
+        mend = "the demo goes there; move it away"
+        raise ValueError(f"{DEMO_DIR}: holds {there[0]}, and no recipe.json of a demo; {mend}")
+    if there and files.read_json(recipe_file) != recipe:
+        print(f"{DEMO_DIR}: is of a former recipe; built anew", flush=True)
+        made = (*DEMO_FILES.values(), "*.safetensors", "tokenizer.*", "reference", "reference.tmp")
+        for path in (p for name in made for p in glob.glob(os.path.join(DEMO_DIR, name))):
+            shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
     files.write_text(recipe_file, json.dumps(recipe))
     stories = os.path.join(DEMO_DIR, DEMO_FILES["text"])
     if not os.path.isfile(stories):
@@ -443,7 +448,7 @@ def generate(config: GenerateConfig) -> None:
         remaining = prompts[len(part.records) :]
         part.add(story_records(batch, remaining, tokenizer, model.eos_id, **origin))
     files.write_jsonl(config.out, part.records)
-    os.remove(part.path)
+    part.remove()
     cut = sum(not record["finished"] for record in part.records)
     speed = (len(part.records) - first) / (time.monotonic() - started)
     resumed = f", the first {first} from an interrupted run" if first else ""
@@ -462,7 +467,7 @@ def settings_of_stories(config: GenerateConfig, tokenizer: Tokenizer) -> dict:
         "prompts": config.prompts,
     }
     return settings | {
-        name: files.weights_sha256(path) if path else "" for name, path in inputs.items()
+        name: files.inputs_sha256(path) if path else "" for name, path in inputs.items()
     }
 
 
@@ -470,44 +475,51 @@ class PartialFile:
     """OUT.part: the settings of a generate command in the first line, then its stories so far.
 
     If the command is interrupted, running it again continues where it stopped. A command with other
-    settings refuses to.
+    settings refuses to, and so does one beside another that is at work.
     """
 
     def __init__(self, out: str, settings: dict):
-        """ValueError if the file is of other settings, or damaged."""
+        """ValueError if the file is of other settings, damaged, or another process's now."""
         self.path = f"{out}.part"
+        self.file = files.lock(self.path, f"--out={out}", again=True)
         self.header = {"settings": settings}
         self.records: list[dict] = []
-        if not os.path.isfile(self.path):
-            return
-        with open(self.path, "rb") as f:
-            lines = f.read().split(b"\n")[:-1]  # what has no newline was cut by a kill
+        self.file.seek(0)
+        self.lines = self.file.read().split(b"\n")[:-1]  # what has no newline was cut by a kill
         mend = "remove it, or give another --out"
         try:
-            former, *self.records = map(json.loads, lines) if lines else [self.header]
+            former, *self.records = map(json.loads, self.lines) if self.lines else [self.header]
             differing = [f"--{k}" for k, v in settings.items() if former["settings"].get(k) != v]
             whole = all({"finished", "text"} <= record.keys() for record in self.records)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             whole = False
+        if whole and not (differing and self.records):
+            return
+        self.file.close()
         if not whole:
             raise ValueError(f"{self.path}: damaged; {mend}")
-        if differing and self.records:
-            others = ", ".join(differing)
-            raise ValueError(f"{self.path}: was begun with another {others}; {mend}")
+        raise ValueError(f"{self.path}: was begun with another {', '.join(differing)}; {mend}")
 
     def resume(self, batch_size: int) -> int:
-        """Rewrite the file up to its last whole batch; return the number of the next story."""
-        whole_batches = len(self.records) // batch_size
-        self.records = self.records[: whole_batches * batch_size]
-        files.write_jsonl(self.path, [self.header, *self.records])
+        """Cut the file to its last whole batch; return the number of the next story."""
+        self.records = self.records[: len(self.records) // batch_size * batch_size]
+        kept = self.lines[1 : 1 + len(self.records)]
+        self.file.truncate(0)
+        self._append(files.jsonl_line(self.header).encode("utf-8"))
+        self._append(b"".join(line + b"\n" for line in kept))
         return len(self.records)
 
     def add(self, records: list[dict]) -> None:
-        with open(self.path, "ab") as f:
-            f.write("".join(map(files.jsonl_line, records)).encode("utf-8"))
-            f.flush()
-            os.fsync(f.fileno())
+        self._append("".join(map(files.jsonl_line, records)).encode("utf-8"))
         self.records += records
+
+    def _append(self, data: bytes) -> None:
+        with files.named_errors(self.path, len(data)):
+            files.append_to(self.file, data)
+
+    def remove(self) -> None:
+        os.remove(self.path)
+        self.file.close()
 
 
 @dataclass

@@ -36,6 +36,8 @@ from spo.journal import Journal
 
 OPENAI = "https://api.openai.com/v1"
 OVERHEAD_TOKENS = 64  # what a chat template adds to a prompt, at most
+SECONDS_IN_FLIGHT = 5.0  # for requests that are on their way when another ends the run
+LARGEST_BODY = 2**24  # bytes of an answer, unpacked
 
 
 @dataclass
@@ -232,10 +234,14 @@ class Chat:
             deadline.daemon = True
             deadline.start()
             try:
-                body = response.content.decode("utf-8", "replace")
+                body = b""
+                for chunk in response.iter_content(2**16):
+                    body += chunk
+                    if len(body) > LARGEST_BODY:
+                        raise TruncatedReply
             finally:
                 deadline.cancel()
-            return response.status_code, response.headers, body
+            return response.status_code, response.headers, body.decode("utf-8", "replace")
 
     def authorize(self, request):
         if self.key:
@@ -277,11 +283,9 @@ class Chat:
 
     def cost(self, usage: dict[str, int] | None, bound: float) -> float:
         """US dollars by the server's count of tokens; the bound where it tells none."""
-        return (
-            bound
-            if usage is None
-            else self.price(usage["prompt_tokens"], usage["completion_tokens"])
-        )
+        if usage is None:
+            return bound
+        return self.price(usage["prompt_tokens"], usage["completion_tokens"])
 
     def stop_if_hopeless(self, status: int, body: str) -> None:
         """Stopped for an answer that asking again does not change."""
@@ -336,24 +340,20 @@ class Chat:
         """Retry-After, in seconds or as a date: no thread sends anything before."""
         seconds = 0.0
         with contextlib.suppress(ValueError, TypeError, OverflowError):
-            seconds = (
-                float(retry_after)
-                if re.fullmatch(r"[\d.]+", retry_after.strip())
-                else email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time()
-            )
+            if re.fullmatch(r"[\d.]+", retry_after.strip()):
+                seconds = float(retry_after)
+            else:
+                date = email.utils.parsedate_to_datetime(retry_after)
+                seconds = date.timestamp() - time.time()
         self.hold_until = max(self.hold_until, time.monotonic() + min(seconds, 3600.0))
 
     @property
     def status(self) -> str:
         """For a progress bar: the cost so far, and what it is waiting for, if it is."""
         waiting = self.hold_until - time.monotonic()
-        trouble = (
-            f", waiting {waiting:.0f} s (rate limit)"
-            if waiting > 1
-            else f", trying again ({self.failure})"
-            if self.failure
-            else ""
-        )
+        trouble = f", trying again ({self.failure})" if self.failure else ""
+        if waiting > 1:
+            trouble = f", waiting {waiting:.0f} s (rate limit)"
         return f"${self.journal.spent:.2f}{trouble}"
 
 
@@ -399,7 +399,7 @@ def as_done(
     workers: int,
     stop: threading.Event,
     on_wait: Callable = lambda: None,
-    patience: float = 0.0,
+    patience: float = SECONDS_IN_FLIGHT,
 ) -> Iterator:
     """(index, function(item)) of every item, as they are done, by threads; the first exception ends
     it all.

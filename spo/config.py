@@ -19,6 +19,7 @@ class Flag:
     least, above, most, below  bounds of its value, of which any may be None
     alone     the value of --key without a value; None: it needs one
     free      a run that is resumed may change it: it changes nothing of what is computed
+    path      of an input: a run that is resumed may spell it otherwise, if its content is the same
     required  it has to be given
     """
 
@@ -31,6 +32,7 @@ class Flag:
     most: float | None = None
     below: float | None = None
     free: bool = False
+    path: bool = False
     required: bool = False
 
 
@@ -209,21 +211,31 @@ class Commands:
         self.functions[name](parse(self.config_class(name), argv[1:], f"{self.script} {name}"))
 
 
-def main_program(main: Callable) -> None:
-    """Call main(argv); what the user caused is one line on stderr and exit code 2.
+def one_line(error: Exception) -> str:
+    """Return what a script says of an error: its own name, the file or flag, the reason."""
+    file = getattr(error, "filename", None)
+    text = f"{file}: {error.strerror}" if file else str(error)
+    return f"{os.path.basename(sys.argv[0])}: {' '.join(text.split())}"
 
-    A server that cannot be reached (ConnectionError) is exit code 3. SPO_DEBUG=1 shows the
-    traceback instead.
+
+def exit_code(error: Exception) -> int:
+    """Return 2 for what the user can mend, 3 for a server that cannot be reached."""
+    return 3 if isinstance(error, ConnectionError) else 2
+
+
+def main_program(main: Callable) -> None:
+    """Call main(argv); what the user caused is one line on stderr, and an exit code.
+
+    SPO_DEBUG=1 shows the traceback instead.
     """
     try:
         main(sys.argv[1:])
     except (ValueError, OSError) as error:
         if os.environ.get("SPO_DEBUG"):
             raise
-        file = getattr(error, "filename", None)
-        text = f"{error.strerror}: {file}" if file else str(error)
-        print(f"{os.path.basename(sys.argv[0])}: {' '.join(text.split())}", file=sys.stderr)
-        sys.exit(3 if isinstance(error, ConnectionError) else 2)
-    except KeyboardInterrupt:
-        print("\nstopped by Ctrl-C; what was finished is kept", file=sys.stderr)
+        print(one_line(error), file=sys.stderr)
+        sys.exit(exit_code(error))
+    except KeyboardInterrupt as interrupt:
+        kept = str(interrupt) or "what was finished is kept"
+        print(f"\nstopped by Ctrl-C; {kept}", file=sys.stderr)
         sys.exit(130)

@@ -1,20 +1,21 @@
 """Files from the network: the whole file with the right hash, or nothing under its name."""
 
-import contextlib
 import os
 import re
 import shutil
 import tarfile
 import time
 import zlib
+from typing import IO
 
 import requests
 from tqdm import tqdm
 
-from spo.files import file_sha256
+from spo.files import append_to, file_sha256, lock, named_errors, remove
 
 ATTEMPTS = 6
 SECONDS = (10, 60)  # to connect, and of silence
+LARGEST = 100 * 10**9  # bytes of a file; nothing that is fetched here has a hundredth of that
 
 
 class Interrupted(Exception):
@@ -58,7 +59,16 @@ def fetch(url: str, path: str, sha256: str = "") -> None:
 
 def fetch_once(url: str, path: str, sha256: str) -> None:
     part = f"{path}.part"
-    have = os.path.getsize(part) if os.path.isfile(part) else 0
+    with lock(part, path, again=True) as f:  # two downloads of a file do not mix
+        try:
+            _fetch_to(f, url, path, sha256)
+        finally:
+            if os.path.isfile(part) and os.path.getsize(part) == 0:
+                os.remove(part)
+
+
+def _fetch_to(f: IO[bytes], url: str, path: str, sha256: str) -> None:
+    part, have = f.name, os.path.getsize(f.name)
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
     with requests.get(url, headers=headers, stream=True, timeout=SECONDS) as response:
         length = length_of(url, response, part, have)
@@ -77,6 +87,8 @@ def fetch_once(url: str, path: str, sha256: str) -> None:
                 f"{path}: there already, with another SHA-256 than {expected}; remove it first"
             )
         resumed = response.status_code in (206, 416)  # 416: all of it is there already
+        if not resumed:
+            f.truncate(0)
         bar = tqdm(
             total=length,
             initial=have if resumed else 0,
@@ -84,11 +96,13 @@ def fetch_once(url: str, path: str, sha256: str) -> None:
             unit="B",
             unit_scale=True,
         )
-        with open(part, "ab" if resumed else "wb") as f, bar:
+        with bar, named_errors(path, length or 0, part):
             for chunk in response.iter_content(2**16) if response.status_code != 416 else ():
-                f.write(chunk)
+                append_to(f, chunk, durable=False)
                 bar.update(len(chunk))
-            f.flush()
+                if f.tell() > LARGEST:
+                    remove(part)
+                    raise ValueError(f"{url}: sends more than {LARGEST:,} bytes; not kept")
             os.fsync(f.fileno())
     size = os.path.getsize(part)
     if length is not None and size != length:
@@ -116,7 +130,7 @@ def length_of(url: str, response: requests.Response, part: str, have: int) -> in
     if status == 416:  # nothing is missing, or the part is longer than the file
         if response.headers.get("Content-Range") == f"bytes */{have}":
             return have
-        os.remove(part)
+        remove(part)
         raise Interrupted("the server has no more than we have")
     if status in (408, 429) or status >= 500:
         raise Interrupted(f"it answered {status}")
@@ -142,8 +156,7 @@ def length_of(url: str, response: requests.Response, part: str, have: int) -> in
             or int(spelled[1]) != have
             or int(spelled[2]) + 1 != int(spelled[3])
         ):
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(part)
+            remove(part)
             raise Interrupted("it sent another range than the one asked for")
         return int(spelled[3])
     length = response.headers.get("Content-Length", "")

@@ -1,41 +1,158 @@
-"""Files on disk: written whole or not at all; JSON read with the place of what is wrong."""
+"""Files on disk: written whole or not at all; JSON read with the place of what is wrong; locks."""
 
 import contextlib
+import errno
+import functools
+import glob
 import hashlib
 import json
 import os
+import re
+import shutil
+import socket
+import time
 from collections.abc import Iterable, Iterator
 from typing import IO
 
+try:
+    import fcntl
+except ImportError:  # Windows has none: two runs in one folder are not noticed there
+    fcntl = None
+
+# What a folder's model, tokens and tokenizer are in; a README beside them is no input.
+MODEL_FILES = (".json", ".safetensors", ".bin", ".pth", ".pt", ".model")
+
+# --- writing -------------------------------------------------------------------------------------
+
 
 @contextlib.contextmanager
-def atomic_path(path: str) -> Iterator[str]:
+def atomic_path(path: str, size: int = 0, checked: bool = False) -> Iterator[str]:
     """Yield a temporary name to write to. The file gets its own name when it is on the disk.
 
     A reader finds the old file or the new one, and never half of one. What is no regular file, such
     as /dev/stdout, is written to as it is.
+
+    size     bytes that it will take, for the message of a full disk; 0: not known
+    checked  write path.sha256 beside it, which check_sha256 reads
+    OSError, naming `path`, if it cannot be written.
     """
     is_device = path.startswith("/dev/")  # /dev/stdout may be a link to a regular file
     if is_device or (os.path.exists(path) and not os.path.isfile(path)):
-        yield path
+        with named_errors(path, size):
+            yield path
         return
-    temporary = f"{path}.tmp{os.getpid()}"
+    remove(*leftovers_of(path))
+    temporary, digest = f"{path}.tmp{os.getpid()}", f"{path}.sha256"
     try:
-        yield temporary
-        flush(temporary)
-        os.replace(temporary, path)
+        with named_errors(path, size, temporary):
+            yield temporary
+            flush(temporary)
+            if checked:
+                remove(digest)  # a kill between the two leaves a file without a hash
+            os.replace(temporary, path)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(temporary)
+        remove(temporary)
         raise
+    if checked:
+        write_text(digest, f"{file_sha256(path)}  {os.path.basename(path)}\n")
 
 
 @contextlib.contextmanager
-def atomic_write(path: str) -> Iterator[IO[bytes]]:
+def atomic_write(path: str, size: int = 0, checked: bool = False) -> Iterator[IO[bytes]]:
     """Open a binary file for writing, as atomic_path does."""
-    with atomic_path(path) as temporary, open(temporary, "wb") as f:
+    with atomic_path(path, size, checked) as temporary, open(temporary, "wb") as f:
         yield f
         f.flush()
+
+
+def remove(*paths: str) -> None:
+    """Remove files, those that are there."""
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(path)
+
+
+def leftovers_of(path: str) -> list[str]:
+    """Return the temporary files of a path whose processes were killed."""
+    found = glob.glob(f"{glob.escape(path)}.tmp*")
+    return [name for name in found if not is_alive(name.removeprefix(f"{path}.tmp"))]
+
+
+def is_alive(pid: str) -> bool:
+    """Tell whether a process may be running here; a name that ends in no number is nobody's."""
+    if not pid.isdigit():
+        return True
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
+
+
+@contextlib.contextmanager
+def named_errors(path: str, size: int = 0, temporary: str = "") -> Iterator[None]:
+    """Make an OSError that says `path` of what goes wrong while it is written.
+
+    A full disk says what is needed and what is free, whichever library met it.
+    """
+    try:
+        yield
+    except ValueError:
+        raise
+    except Exception as error:
+        number = system_error(error)
+        if number is None:
+            raise
+        raise OSError(number, _in_words(number, path, size, temporary), path) from None
+
+
+def system_error(error: BaseException | None) -> int | None:
+    """Return the operating system's number of what went wrong, at the bottom of an exception.
+
+    torch, safetensors and torch.distributed.checkpoint wrap it, each in its own way.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno:
+            return error.errno
+        if spelled := re.search(r"os error (\d+)", str(error)):  # safetensors
+            return int(spelled[1])
+        for inner, _ in getattr(error, "failures", {}).values():  # CheckpointException
+            if number := system_error(inner):
+                return number
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _in_words(number: int, path: str, size: int, temporary: str) -> str:
+    if number not in (errno.ENOSPC, errno.EDQUOT):
+        return os.strerror(number)
+    folder = os.path.dirname(path) or "."
+    written = os.path.getsize(temporary) if temporary and os.path.isfile(temporary) else 0
+    needed = f"{size:,} bytes" if size else f"more than {written:,} bytes"
+    free = shutil.disk_usage(folder).free + written
+    return f"No space left on device: {needed} needed, {free:,} free"
+
+
+def append(path: str, data: bytes, durable: bool = False) -> None:
+    """Append to a file: all of it, or nothing. durable: and wait until it is on the disk."""
+    with named_errors(path, len(data)), open(path, "ab", buffering=0) as f:
+        append_to(f, data, durable)
+
+
+def append_to(f: IO[bytes], data: bytes, durable: bool = True) -> None:
+    """Do what `append` says, with an unbuffered file that is open."""
+    before = f.seek(0, os.SEEK_END)
+    try:
+        left = memoryview(data)
+        while left:
+            left = left[f.write(left) :]
+        if durable:
+            os.fsync(f.fileno())
+    except BaseException:
+        f.truncate(before)
+        raise
 
 
 def check_output(flag: str, out: str, *inputs: str) -> None:
@@ -58,8 +175,9 @@ def check_output(flag: str, out: str, *inputs: str) -> None:
 
 def write_text(path: str, text: str) -> None:
     """Write a text in UTF-8, atomically."""
-    with atomic_write(path) as f:
-        f.write(text.encode("utf-8"))
+    data = text.encode("utf-8")
+    with atomic_write(path, len(data)) as f:
+        f.write(data)
 
 
 def write_jsonl(path: str, records: Iterable[dict]) -> None:
@@ -70,6 +188,9 @@ def write_jsonl(path: str, records: Iterable[dict]) -> None:
 def jsonl_line(record: dict) -> str:
     """{"text": "é"} -> '{"text": "é"}\\n'"""
     return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+# --- reading -------------------------------------------------------------------------------------
 
 
 def read_jsonl(path: str) -> list[tuple[int, dict]]:
@@ -113,19 +234,34 @@ def is_unicode(text: str) -> bool:
     return not any("\ud800" <= c <= "\udfff" for c in text)
 
 
+# --- hashes --------------------------------------------------------------------------------------
+
+
 def file_sha256(path: str) -> str:
     """Return the SHA-256 of a file in hexadecimal digits."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def weights_sha256(path: str) -> str:
-    """Return the SHA-256 of a file; of a folder, that of the hashes of its files."""
+def inputs_sha256(path: str) -> str:
+    """Return the SHA-256 of a file; of a folder, that of the hashes of the files a model is in."""
     if not os.path.isdir(path):
         return file_sha256(path)
-    files = [os.path.join(path, name) for name in sorted(os.listdir(path))]
-    hashes = "".join(file_sha256(file) for file in files if os.path.isfile(file))
-    return hashlib.sha256(hashes.encode()).hexdigest()
+    names = [name for name in sorted(os.listdir(path)) if name.endswith(MODEL_FILES)]
+    hashes = [f"{name} {file_sha256(os.path.join(path, name))}\n" for name in names]
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def check_sha256(path: str) -> None:
+    """ValueError if path.sha256 is there, and was written for another content of the file."""
+    digest = f"{path}.sha256"
+    if not os.path.isfile(digest):
+        return
+    with open(digest, "rb") as f:
+        expected = f.read(64).decode("ascii", "replace")
+    if file_sha256(path) != expected:
+        damaged = "damaged, or not the file that its .sha256 was written for"
+        raise ValueError(f"{path}: {damaged}; if it is meant, remove {digest}")
 
 
 def flush(path: str) -> None:
@@ -135,3 +271,87 @@ def flush(path: str) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+# --- locks ---------------------------------------------------------------------------------------
+
+_held: dict[str, IO[bytes]] = {}  # by real path: what this process has locked
+
+
+def lock(path: str, flag: str, wait: float = 0.0, again: bool = False) -> IO[bytes]:
+    """Open or create a file and hold it for this process, until it is closed or the process ends.
+
+    flag   begins the messages: the flag, or the file, that the user knows
+    wait   how many seconds to wait for the process that holds it; what for is printed
+    again  this very process may hold it already, after work that failed
+    ValueError, naming that process, if it holds it still. Where there are no locks, that is said.
+    """
+    real = os.path.realpath(path)
+    mine = _held.get(real)
+    if again and mine is not None and not mine.closed and _is_file_at(mine, path):
+        return mine
+    deadline, waited = time.monotonic() + wait, False
+    while True:
+        with named_errors(path):
+            handle = open(path, "a+b", buffering=0)
+        if _try_to_lock(handle, path) and _is_file_at(handle, path):
+            _held[real] = handle
+            return handle
+        holder = _holder(handle)
+        handle.close()
+        if time.monotonic() >= deadline:
+            raise ValueError(f"{flag}: is in use by {holder}; wait for it, or choose another")
+        if not waited:
+            print(f"{flag}: waiting for {holder}", flush=True)
+            waited = True
+        time.sleep(0.1)
+
+
+def this_process() -> dict:
+    """Return what a locked file says of its holder."""
+    here = f"process {os.getpid()} on {socket.gethostname()}"
+    return {"held_by": f"{here} since {time.strftime('%Y-%m-%d %H:%M:%S')}"}
+
+
+def _holder(handle: IO[bytes]) -> str:
+    handle.seek(0)
+    try:
+        return json.loads(handle.read(4096))["held_by"]
+    except (ValueError, LookupError, TypeError):
+        return "another process"
+
+
+def _try_to_lock(handle: IO[bytes], path: str) -> bool:
+    try:
+        if fcntl is None:
+            raise OSError(errno.ENOSYS, "no locks")
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        _say_that_there_are_no_locks(os.path.dirname(path) or ".")
+    return True
+
+
+@functools.cache  # once
+def _say_that_there_are_no_locks(folder: str) -> None:
+    print(f"{folder}: has no file locks; start nothing else that writes there", flush=True)
+
+
+def _is_file_at(handle: IO[bytes], path: str) -> bool:
+    """Tell whether an open file still has its name, and was not removed or replaced."""
+    try:
+        return os.path.samestat(os.fstat(handle.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _forget_locks() -> None:
+    """Close, in a forked child, what its parent holds: the lock would outlive the parent."""
+    for handle in _held.values():
+        handle.close()
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_locks)

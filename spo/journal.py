@@ -5,10 +5,7 @@ import math
 import os
 import threading
 
-try:
-    import fcntl
-except ImportError:  # Windows: two runs with one journal are not noticed there
-    fcntl = None
+from spo.files import append_to, lock, named_errors
 
 
 class Journal:
@@ -34,15 +31,7 @@ class Journal:
         self.paid, self.next_id = 0.0, 0
         if os.path.dirname(path):
             os.makedirs(os.path.dirname(path), exist_ok=True)
-        self.file = open(path, "a+b")
-        if fcntl is not None:
-            try:
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                self.file.close()
-                raise ValueError(
-                    f"--journal={path}: another run is writing it; wait, or give another file"
-                ) from None
+        self.file = lock(path, f"--journal={path}")
         self.file.seek(0)
         content = self.file.read()
         whole = content.rfind(b"\n") + 1
@@ -81,12 +70,10 @@ class Journal:
             self.replies.setdefault(str(line["key"]), []).append(line["reply"])
 
     def append(self, line: dict) -> None:
+        data = (json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8", "replace")
         with self.lock:
-            self.file.write(
-                (json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8", "replace")
-            )
-            self.file.flush()
-            os.fsync(self.file.fileno())
+            with named_errors(self.path, len(data)):
+                append_to(self.file, data)
             self.note(line)
 
     def ask(self, key: str, usd: float) -> int:

@@ -11,6 +11,7 @@ import datetime
 import functools
 import gc
 import os
+import time
 import types
 from collections.abc import Callable, Iterator
 
@@ -21,10 +22,14 @@ from torch.utils.checkpoint import checkpoint
 
 from model import Transformer, rope_tables
 
-# The other processes wait this long for the first one, which may be asking an API judge.
-COLLECTIVE_TIMEOUT = datetime.timedelta(hours=6)
+# A process that does not answer is waited for this long; SPO_TIMEOUT_MINUTES changes it. What the
+# first one does alone (hashing, judging, writing) may take as long as it likes.
+TIMEOUT_MINUTES = 10.0
 
 _alone = False  # inside `alone()`
+store: dist.Store | None = None  # what the processes tell each other outside of collectives
+_turns = 0  # how often on_rank_0 was called
+place = "the start"  # how far this process has come, for messages
 
 # --- device and precision ------------------------------------------------------------------------
 
@@ -64,6 +69,7 @@ def start(device: str, dtype: str = "float32") -> tuple[str, str]:
     """
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
+    global store
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 and dtype == "float32":
         return device, dtype
@@ -73,21 +79,33 @@ def start(device: str, dtype: str = "float32") -> tuple[str, str]:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         if size == 1:
-            store, rank_here = dist.HashStore(), 0
+            joined, rank_here = dist.HashStore(), 0
         else:
-            store, rank_here, _ = next(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
+            joined, rank_here, _ = next(dist.rendezvous("env://", timeout=timeout()))
             # torchrun keeps one store over its restarts, with the addresses of the processes that
             # died.
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
-            store = dist.PrefixStore(f"attempt {attempt}", store)
+            joined = store = dist.PrefixStore(f"attempt {attempt}", joined)
         dist.init_process_group(
             "nccl" if device.startswith("cuda") else "gloo",
-            timeout=COLLECTIVE_TIMEOUT,
-            store=store,
+            timeout=timeout(),
+            store=joined,
             rank=rank_here,
             world_size=size,
         )
     return device, dtype
+
+
+def timeout() -> datetime.timedelta:
+    """Return how long a process waits for another. ValueError if the environment says no number."""
+    minutes = os.environ.get("SPO_TIMEOUT_MINUTES", "")
+    try:
+        limit = datetime.timedelta(minutes=float(minutes or TIMEOUT_MINUTES))
+    except (ValueError, OverflowError):
+        raise ValueError(f"SPO_TIMEOUT_MINUTES={minutes}: is no number of minutes") from None
+    if limit <= datetime.timedelta(0):
+        raise ValueError(f"SPO_TIMEOUT_MINUTES={minutes}: must be above 0")
+    return limit
 
 
 def end() -> None:
@@ -173,19 +191,48 @@ def all_gather(thing) -> list:
 
 
 def on_rank_0(make: Callable):
-    """Call make() in the first process alone; return its result, or raise its error, in all."""
+    """Call make() in the first process alone; return its result, or raise its error, in all.
+
+    The others wait as long as it takes.
+    """
+    global _turns
     if world_size() == 1:
         return make()
+    _turns += 1
     result = [None, None]
     if rank() == 0:
         try:
             result[0] = make()
         except (ValueError, OSError) as error:
             result[1] = error
+        store.set(f"turn {_turns}", "done")
+    pause = 0.001
+    while not store.check([f"turn {_turns}"]):
+        time.sleep(pause)
+        pause = min(2 * pause, 0.05)
     dist.broadcast_object_list(result, src=0)
     if result[1] is not None:
         raise result[1]
     return result[0]
+
+
+def refuse_differences(identity: dict[str, dict]) -> None:
+    """ValueError if the processes were given different flags, or read different inputs."""
+    ours = all_gather(identity)
+    for other, theirs in enumerate(ours):
+        for kind, what in (("flags", "was started with"), ("inputs", "reads")):
+            for name, value in ours[0][kind].items():
+                if theirs[kind].get(name) != value:
+                    raise ValueError(f"rank {other} {what} another --{name} than rank 0")
+
+
+def note_place(name: str) -> None:
+    """Keep how far this process has come, for the message when another does not answer."""
+    global place
+    place = name
+
+
+# --- means ---------------------------------------------------------------------------------------
 
 
 class GlobalMean:
@@ -277,8 +324,9 @@ def full_model(model: Transformer, dtype: str) -> Transformer | None:
 
     In a bfloat16 run the copy is bfloat16, as the layers compute, so that nobody holds a large
     model in float32. The float32 weights stay sharded, in the state of the run. None on the other
-    ranks.
+    ranks. ValueError, in all, if a weight is not finite.
     """
+    refuse_non_finite(model)
     if not is_sharded(model):
         return model if rank() == 0 else None
     weights = {}
@@ -296,6 +344,21 @@ def full_model(model: Transformer, dtype: str) -> Transformer | None:
     copy.freqs_cos, copy.freqs_sin = rope_tables(model.args)
     copy.eos_id = model.eos_id
     return copy
+
+
+def refuse_non_finite(model: Transformer) -> None:
+    """ValueError naming a weight that holds NaN or infinity. Collective."""
+    names = [
+        name for name, weight in model.named_parameters() if not local(weight).isfinite().all()
+    ]
+    for bad in filter(None, all_gather(names)):
+        lower = "ckpt.pt holds the last evaluation, a lower --learning_rate may help"
+        raise ValueError(f"{place}: {bad[0]} of the policy is not finite; {lower}")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this process's part of a tensor that may be sharded."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def clip_gradient(model: Transformer, limit: float) -> float:

@@ -13,7 +13,7 @@ import torch
 
 from model import Transformer
 from spo import head, parallel
-from spo.files import atomic_write, weights_sha256
+from spo.files import atomic_write, inputs_sha256
 from spo.groups import Batch, EncodedGroup, micro_batches
 
 
@@ -59,7 +59,7 @@ class ReferenceCache:
                 digest.update(array.array("q", [len(ids), *ids]).tobytes())
         self.key = {
             "data and tokenizer": digest.hexdigest(),  # the tokenizer is in the ids
-            "weights": weights_sha256(init_from),
+            "weights": inputs_sha256(init_from),
             "dtype": dtype,
         }
 

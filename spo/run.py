@@ -1,8 +1,7 @@
 """The folder of a run: its log, its best checkpoint, and the state that --resume continues from.
 
-A state is a folder of safetensors (weights and optimizer, written by torch.distributed.checkpoint:
-each process writes its part, and any number of processes can read it) with a state.json and the
-SHA-256 of every file. Nothing in it can run code.
+run.json marks a folder as a run of ours, and is locked while a process works there: nothing else is
+ever replaced, and no two runs mix.
 """
 
 import contextlib
@@ -14,33 +13,36 @@ import shutil
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from model import Transformer
 from spo import checkpoint, parallel
 from spo.config import flags_of, refuse_if
 from spo.files import (
-    file_sha256,
-    flush,
+    append,
+    inputs_sha256,
+    lock,
     read_json_object,
     read_jsonl,
+    remove,
+    this_process,
     write_jsonl,
     write_text,
 )
 from spo.groups import EncodedGroup
+from spo.state import find_state, load_state, read_metadata, save_state, tensors_of
 from spo.tokenizer import Tokenizer, copy_tokenizer
 
-STATES_KEPT = 2
+SECONDS_FOR_A_DYING_RUN = 30  # a resumed or restarted run may overlap the one it continues
+RUN_OF = {"run_of": "spo_train.py"}  # what run.json says of a folder that is ours
 FILES_OF_A_RUN = (
-    "run.json",
     "ckpt.pt",
     "best.pt",
     "model.bin",
+    "model.bin.sha256",
     "log.jsonl",
     "config.json",
     "tokenizer.model",
@@ -50,11 +52,19 @@ FILES_OF_A_RUN = (
 )
 
 
-def identity(config, files: list[str]) -> dict:
-    """Return what makes a run this run: its flags, but for free ones, and the files it reads."""
-    values = dataclasses.asdict(config)
-    flags = {name: values[name] for name, flag in flags_of(config).items() if not flag.free}
-    return {"flags": flags, "files": {path: file_sha256(path) for path in files}}
+def identity(config, tokenizer: Tokenizer) -> dict:
+    """Return what makes a run this run: its flags, but for free ones, and what its inputs hold.
+
+    A path may be spelled, and a file may be called, as one likes.
+    """
+    values = dataclasses.asdict(config) | {"tokenizer": tokenizer.path}
+    declared = flags_of(config).items()
+    paths = {name: values[name] for name, flag in declared if flag.path}
+    read = {name: path for name, path in paths.items() if os.path.exists(path)}
+    return {
+        "flags": {k: values[k] for k, flag in declared if not (flag.free or flag.path)},
+        "inputs": {name: inputs_sha256(path) for name, path in read.items()},
+    }
 
 
 def is_inside(path: str, folder: str) -> bool:
@@ -69,17 +79,16 @@ def description_of_run(folder: str) -> str | None:
     run.json marks it; earlier versions wrote none, but config.json and log.jsonl.
     """
     try:
-        if os.path.isfile(os.path.join(folder, "run.json")):
-            marked = read_json_object(os.path.join(folder, "run.json"))
-            if marked.get("run_of") != "spo_train.py":
+        mark, flags = os.path.join(folder, "run.json"), os.path.join(folder, "config.json")
+        if os.path.isfile(mark) and os.path.getsize(mark):
+            marked = read_json_object(mark)
+            if marked.get("run_of") != RUN_OF["run_of"]:
                 return None
             began = str(marked.get("began"))
         else:
-            config = read_json_object(os.path.join(folder, "config.json"))
-            log = os.path.join(folder, "log.jsonl")
-            if not {"loss", "learning_rate", "out_dir"} <= config.keys():
+            if not {"loss", "learning_rate", "out_dir"} <= read_json_object(flags).keys():
                 return None
-            began = time.strftime("%Y-%m-%d %H:%M", time.localtime(os.path.getmtime(log)))
+            began = time.strftime("%Y-%m-%d %H:%M", time.localtime(os.path.getmtime(flags)))
     except (OSError, ValueError):
         return None
     steps = 0
@@ -95,66 +104,102 @@ class RunFolder:
     def __init__(self, config, tokenizer: Tokenizer):
         """Find the state that --resume means, or make the folder of a new run. Collective.
 
-        config  the run's flags: out_dir, resume, init_from, data, baseline are read here, and all
-                are kept
-        ValueError if the state is of another run, or if a new run would replace what it reads.
+        config  the run's flags: out_dir, resume and the inputs are read here, and all are kept
+        ValueError if another run is at work there, if the state is of another run, if a new run
+        would replace what it reads or what is no run, or if the processes read different things.
         """
         self.config = config
         self.max_iters = config.max_iters
-        inputs = [config.data, config.init_from, config.baseline]
-        self.identity = identity(config, [path for path in inputs if os.path.isfile(path)])
+        self.identity = identity(config, tokenizer)
+        parallel.refuse_differences(self.identity)
         self.first_step = 0
         self.evaluated = -1  # the last step that was evaluated
         self.best_rate = -1.0
+        self.best_step = self.saved_step = 0  # of best.pt, and of the newest state
         self.samples: list[EncodedGroup] | None = None  # the policy's, from the state
         self.stopped = False
         self._sigterm = threading.Event()
         self._bar: tqdm | None = None
-        self.state = parallel.on_rank_0(self._state_to_resume) if config.resume else None
-        if self.state is None:
-            parallel.on_rank_0(lambda: self._new_run(tokenizer))
+        self.state = parallel.on_rank_0(lambda: self._open(tokenizer))
 
     def path(self, *names: str) -> str:
         return os.path.join(self.config.out_dir, *names)
 
     # --- beginning -------------------------------------------------------------------------------
 
-    def _new_run(self, tokenizer: Tokenizer) -> None:
-        """Make out_dir the folder of this run: what an earlier run left there is removed.
-
-        ValueError if something there would be replaced that is no earlier run, or that is read.
-        """
-        config = self.config
-        patterns = [os.path.join(glob.escape(config.out_dir), name) for name in FILES_OF_A_RUN]
-        former = [path for pattern in patterns for path in glob.glob(pattern)]
-        if os.path.isdir(self.path("state")):
-            former.append(self.path("state"))
-        choose = "choose another --out_dir"
+    def _open(self, tokenizer: Tokenizer) -> str | None:
+        """Lock out_dir, and make it this run's; return the state to resume, None: a new run."""
+        config, out = self.config, f"--out_dir={self.config.out_dir}"
         refuse_if(not config.out_dir, "--out_dir=: is empty; name a folder")
         if os.path.isdir(config.init_from) and is_inside(config.out_dir, config.init_from):
-            raise ValueError(f"--out_dir={config.out_dir}: lies in --init_from; {choose}")
-        inputs = [config.init_from, tokenizer.path, config.data, config.baseline]
+            raise ValueError(f"{out}: lies in --init_from; choose another --out_dir")
+        is_new = not os.path.isdir(config.out_dir)
+        os.makedirs(config.out_dir, exist_ok=True)
+        continues = config.resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        wait = SECONDS_FOR_A_DYING_RUN if continues else 0
+        mark = lock(self.path("run.json"), out, wait, again=True)
+        try:
+            state = self._state_to_resume() if config.resume else None
+            if state is None:
+                self._refuse_what_is_no_run(tokenizer)
+            began = time.strftime("%Y-%m-%d %H:%M")
+            if state is not None:
+                began = (description_of_run(config.out_dir) or began).split(",")[0]
+            mark.truncate(0)
+            mark.write(json.dumps(RUN_OF | {"began": began} | this_process()).encode())
+        except BaseException:
+            if os.path.getsize(self.path("run.json")) == 0:  # it was not there
+                remove(self.path("run.json"))
+            mark.close()
+            if is_new:
+                os.rmdir(config.out_dir)
+            raise
+        self._lock = mark
+        self._remove_leftovers()
+        if state is None:
+            self._new_run(tokenizer)
+        return state
+
+    def _files_there(self, suffix: str = "") -> list[str]:
+        folder = glob.escape(self.config.out_dir)
+        patterns = [os.path.join(folder, name + suffix) for name in FILES_OF_A_RUN]
+        return [path for pattern in patterns for path in glob.glob(pattern)]
+
+    def _refuse_what_is_no_run(self, tokenizer: Tokenizer) -> None:
+        """ValueError if a new run would replace what is no earlier run, or what it reads."""
+        config, choose = self.config, "choose another --out_dir"
+        former = self._files_there()
+        if os.path.getsize(self.path("run.json")):
+            former.append(self.path("run.json"))
+        if os.path.isdir(self.path("state")):
+            former.append(self.path("state"))
+        if not former:
+            return
+        inputs = [config.init_from, tokenizer.path, config.data, config.baseline, config.prompt]
         read_here = {os.path.realpath(path) for path in inputs if path}
         for path in former:
             if os.path.realpath(path) in read_here:
                 reads = f"this run reads {path}, and would replace what is in that folder"
                 raise ValueError(f"--out_dir={config.out_dir}: {reads}; {choose}")
-        if former:
-            earlier = description_of_run(config.out_dir)
-            not_ours = f"holds {former[0]}, which a run would replace, and is no folder of a run"
-            refuse_if(earlier is None, f"--out_dir={config.out_dir}: {not_ours}; {choose}")
-            print(f"{config.out_dir}: replacing the run of {earlier}", flush=True)
-        for path in former:
-            if os.path.isdir(path):
-                shutil.rmtree(path)
-            else:
-                os.remove(path)
+        earlier = description_of_run(config.out_dir)
+        not_ours = f"holds {former[0]}, which a run would replace, and is no folder of a run"
+        refuse_if(earlier is None, f"--out_dir={config.out_dir}: {not_ours}; {choose}")
+        print(f"{config.out_dir}: replacing the run of {earlier}", flush=True)
+
+    def _remove_leftovers(self) -> None:
+        """Remove the temporary files of runs that were killed here."""
+        remove(*self._files_there(".tmp*"))
+        for path in glob.glob(os.path.join(glob.escape(self.path("state")), "step_*.tmp")):
+            shutil.rmtree(path)
+
+    def _new_run(self, tokenizer: Tokenizer) -> None:
+        """Remove what an earlier run left, and write what a run begins with."""
+        remove(*self._files_there())
+        shutil.rmtree(self.path("state"), ignore_errors=True)
         os.makedirs(self.path("stories"), exist_ok=True)
         os.makedirs(self.path("state"), exist_ok=True)
-        began = {"run_of": "spo_train.py", "began": time.strftime("%Y-%m-%d %H:%M")}
-        write_text(self.path("run.json"), json.dumps(began))
-        write_text(self.path("config.json"), json.dumps(dataclasses.asdict(config), indent=1))
-        copy_tokenizer(tokenizer, config.out_dir)
+        write_text(self.path("config.json"), json.dumps(dataclasses.asdict(self.config), indent=1))
+        copy_tokenizer(tokenizer, self.config.out_dir)
 
     def _state_to_resume(self) -> str | None:
         """Return the state that --resume means, if it is one of this very run.
@@ -164,15 +209,22 @@ class RunFolder:
         path = find_state(self.path("state"), self.config.resume)
         if path is None:
             return None
-        former = read_metadata(path)["identity"]
+        metadata = read_metadata(path)
+        former = metadata["identity"]
         for name, value in self.identity["flags"].items():
             before = former["flags"].get(name)
-            if before != value:
+            if before != value and name != "max_iters":  # a run may be extended, and be closed
                 mend = "resume it with the same flags, or start anew in another --out_dir"
                 raise ValueError(f"--{name}={value}: {path} is of a run with {before}; {mend}")
-        for name, digest in self.identity["files"].items():
-            if former["files"].get(name) != digest:
-                raise ValueError(f"{name}: has changed since the run began; it cannot be resumed")
+        for name, digest in self.identity["inputs"].items():
+            if former.get("inputs", {}).get(name) != digest:
+                value = getattr(self.config, name) or "(the default)"
+                changed = "has changed since the run began; it cannot be resumed"
+                raise ValueError(f"--{name}={value}: {changed}")
+        step = metadata["step"]
+        if self.max_iters < step:
+            mend = f"give {step} to end it there, with its final table, or more to go on"
+            raise ValueError(f"--max_iters={self.max_iters}: {path} is of step {step}; {mend}")
         return path
 
     def start(self, policy: Transformer, optimizer: torch.optim.Optimizer) -> None:
@@ -184,8 +236,8 @@ class RunFolder:
 
     def _load_state(self, path: str) -> None:
         metadata = read_metadata(path)
-        self.first_step = metadata["step"]
-        self.best_rate = metadata["best_rate"]
+        self.first_step = self.saved_step = metadata["step"]
+        self.best_rate, self.best_step = metadata["best_rate"], metadata.get("best_step", 0)
         self.evaluated = metadata["evaluated"]
         load_state(path, tensors_of(self.policy, self.optimizer))
         if metadata["online"] is not None:
@@ -194,6 +246,11 @@ class RunFolder:
             with open(self.path("log.jsonl"), "ab") as log:
                 log.truncate(metadata["log_bytes"])  # what was logged later is computed again
         parallel.print0(f"resumed from {path}, step {self.first_step}")
+        before = metadata["identity"]["flags"]["max_iters"]
+        if before != self.max_iters:
+            schedule = "; the learning rate follows the new schedule from here on"
+            changes = schedule if self.config.decay_lr else ""
+            parallel.print0(f"--max_iters was {before} and is {self.max_iters}{changes}")
 
     # --- while it runs ---------------------------------------------------------------------------
 
@@ -205,6 +262,7 @@ class RunFolder:
         with bar, self._listening():
             self._bar = bar
             for step in range(self.first_step, self.max_iters + 1):
+                parallel.note_place(f"step {step}")
                 yield step
                 if step < self.max_iters:
                     bar.update()
@@ -217,15 +275,33 @@ class RunFolder:
 
     @contextlib.contextmanager
     def _listening(self) -> Iterator[None]:
-        """Let SIGTERM ask for a stop while the loop runs; afterwards it does what it did before."""
+        """Let SIGTERM ask for a stop while the loop runs, and Ctrl-C say how to go on.
+
+        Afterwards they do what they did before.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = signal.signal(signal.SIGTERM, lambda *_: self._sigterm.set())
+        sigterm = signal.signal(signal.SIGTERM, lambda *_: self._sigterm.set())
+        sigint = signal.getsignal(signal.SIGINT)
+        if sigint is signal.default_int_handler:
+            signal.signal(signal.SIGINT, self._interrupt)
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, before)
+            signal.signal(signal.SIGTERM, sigterm)
+            signal.signal(signal.SIGINT, sigint)
+
+    def _interrupt(self, *_) -> None:
+        step, hints = self.saved_step, []
+        resume = "" if self.config.resume == "auto" else " with --resume"
+        if os.path.isdir(self.path("state", f"step_{step:08d}")):
+            hints.append(f"the same command{resume} continues at step {step}")
+            if self.config.judged:
+                hints[0] += f", and with --resume --max_iters={step} ends there with its table"
+        if os.path.isfile(self.path("best.pt")):
+            hints.append(f"{self.path('best.pt')} is the best so far, of step {self.best_step}")
+        raise KeyboardInterrupt("; ".join(hints))
 
     def stop_requested(self) -> bool:
         """Tell whether any process was sent SIGTERM. Collective."""
@@ -242,8 +318,7 @@ class RunFolder:
     def record(self, step: int, values: dict[str, float]) -> None:
         """Append a line to log.jsonl."""
         if parallel.rank() == 0:
-            with open(self.path("log.jsonl"), "a", encoding="utf-8") as log:
-                log.write(json.dumps({"step": step} | values) + "\n")
+            append(self.path("log.jsonl"), (json.dumps({"step": step} | values) + "\n").encode())
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Record and print the metrics of a step, every log_interval steps and at the last."""
@@ -266,6 +341,7 @@ class RunFolder:
             write_jsonl(self.path("stories", f"step_{step:06d}.jsonl"), verdict.stories)
             if improved:
                 self.save_checkpoint("best.pt", model, step, win_rate=verdict.rate)
+                self.best_step = step
 
     def save_state(self, step: int, samples: list[EncodedGroup] | None) -> None:
         """Keep everything that the steps from this one on depend on. Collective."""
@@ -274,132 +350,17 @@ class RunFolder:
         metadata = {
             "identity": self.identity,
             "best_rate": self.best_rate,
+            "best_step": self.best_step,
             "evaluated": self.evaluated,
             "log_bytes": os.path.getsize(log) if os.path.exists(log) else 0,
             "online": groups,
         }
         tensors = tensors_of(self.policy, self.optimizer)
         save_state(self.path("state"), step, tensors, metadata)
+        self.saved_step = step
 
-
-# --- states on disk ------------------------------------------------------------------------------
-
-
-def tensors_of(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return weights and moments by name, as they are in memory: what is saved, and loaded into."""
-    tensors = {}
-    for name, weight in model.named_parameters():
-        if not optimizer.state[weight]:  # before the first step
-            optimizer.state[weight] = {
-                "step": torch.tensor(0.0),
-                "exp_avg": torch.zeros_like(weight),
-                "exp_avg_sq": torch.zeros_like(weight),
-            }
-        tensors[f"model.{name}"] = weight.detach()
-        for key, value in optimizer.state[weight].items():
-            tensors[f"optimizer.{name}.{key}"] = value
-    return tensors
-
-
-def save_state(folder: str, step: int, tensors: dict[str, Tensor], metadata: dict) -> None:
-    """Write folder/step_N, under that name when all of it is on the disk. Collective.
-
-    metadata  what JSON can hold, the same in every process
-    """
-    path = os.path.join(folder, f"step_{step:08d}")
-    temporary = f"{path}.tmp"
-    if parallel.rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        os.makedirs(temporary)
-    parallel.all_gather(None)  # all wait for the folder
-    with distributed_checkpoint() as dcp:
-        writer = dcp.HuggingFaceStorageWriter(temporary, save_distributed=True)
-        dcp.save(tensors, storage_writer=writer, no_dist=parallel.world_size() == 1)
-    if parallel.rank() == 0:
-        with open(os.path.join(temporary, "state.json"), "w", encoding="utf-8") as f:
-            json.dump(metadata | {"step": step}, f)
-        names = sorted(os.listdir(temporary))
-        hashes = {name: file_sha256(os.path.join(temporary, name)) for name in names}
-        with open(os.path.join(temporary, "SHA256SUMS"), "w", encoding="utf-8") as f:
-            f.writelines(f"{digest}  {name}\n" for name, digest in hashes.items())
-        for name in [*names, "SHA256SUMS", "."]:
-            flush(os.path.join(temporary, name))
-        shutil.rmtree(path, ignore_errors=True)
-        os.rename(temporary, path)
-        flush(folder)
-        for old in states_in(folder)[:-STATES_KEPT]:
-            shutil.rmtree(old)
-    parallel.all_gather(None)
-
-
-def states_in(folder: str) -> list[str]:
-    """Return the states of a run, oldest first."""
-    paths = glob.glob(os.path.join(glob.escape(folder), "step_*"))
-    return sorted(path for path in paths if not path.endswith(".tmp"))
-
-
-def find_state(folder: str, which: str) -> str | None:
-    """Return the state to continue from. which: "newest", "auto", or a path.
-
-    newest  ValueError if there is none, or if it is damaged, naming the one before it
-    auto    the newest that is whole; None if there is none
-    """
-    states = states_in(folder)
-    if which == "auto":
-        for path in reversed(states):
-            reason = damage(path)
-            if reason is None:
-                return path
-            print(f"{path}: {reason}; passed over", flush=True)
-        return None
-    if which == "newest" and not states:
-        mend = "start it without --resume, or with --resume=auto"
-        raise ValueError(f"--resume: there is no state of a run in {folder}; {mend}")
-    path = states[-1] if which == "newest" else which.rstrip("/")
-    if os.path.realpath(path) not in map(os.path.realpath, states):
-        there = ", ".join(states) or "none"
-        raise ValueError(f"--resume={path}: is no state of this run; there are {there}")
-    reason = damage(path)
-    if reason is not None:
-        others = [other for other in states if other != path and damage(other) is None]
-        offer = f"--resume={others[-1]}" if others else "start anew without --resume"
-        raise ValueError(f"{path}: {reason}; use {offer}")
-    return path
-
-
-def damage(path: str) -> str | None:
-    """Say what is wrong with a state, by the SHA-256 of its files; None: nothing."""
-    try:
-        with open(os.path.join(path, "SHA256SUMS"), encoding="utf-8") as f:
-            expected = dict(reversed(line.rstrip("\n").split("  ", 1)) for line in f)
-    except (OSError, ValueError):
-        return "damaged: its SHA256SUMS cannot be read"
-    if "state.json" not in expected or set(expected) | {"SHA256SUMS"} != set(os.listdir(path)):
-        return "damaged: its files are not those of SHA256SUMS"
-    for name, digest in expected.items():
-        if file_sha256(os.path.join(path, name)) != digest:
-            return f"damaged: {name} has another SHA-256 than when it was written"
-    return None
-
-
-def read_metadata(path: str) -> dict:
-    with open(os.path.join(path, "state.json"), encoding="utf-8") as f:
-        return json.load(f)
-
-
-def load_state(path: str, tensors: dict[str, Tensor]) -> None:
-    """Read a state into tensors of the same names, on any number of processes. Collective."""
-    with distributed_checkpoint() as dcp:
-        reader = dcp.HuggingFaceStorageReader(path)
-        dcp.load(tensors, storage_reader=reader, no_dist=parallel.world_size() == 1)
-
-
-@contextlib.contextmanager
-def distributed_checkpoint() -> Iterator:
-    """torch.distributed.checkpoint, without its warning that there is but one process."""
-    # Imported here because it takes as long as everything else together, even for --help.
-    import torch.distributed.checkpoint as dcp
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
-        yield dcp
+    def end(self) -> bool:
+        """Let others into the folder; return whether the run came to its end."""
+        if parallel.rank() == 0:
+            self._lock.close()
+        return not self.stopped

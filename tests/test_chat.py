@@ -473,7 +473,7 @@ def test_a_journal_that_is_none_or_another_runs_is_refused(tmp_path):
     assert path.read_text() == '{"text": "a story"}\n'
     path.unlink()
     journal = Journal(str(path))
-    with pytest.raises(ValueError, match="another run is writing it"):
+    with pytest.raises(ValueError, match="--journal=.*: is in use by"):
         Journal(str(path))
     journal.file.close()
 

@@ -25,8 +25,7 @@ from helpers import (
 )
 
 from losses import LOSSES, REGULARIZERS
-from spo import parallel
-from spo import run as run_folder
+from spo import parallel, state
 
 
 @pytest.fixture
@@ -196,8 +195,8 @@ def kill_campaign(flags, loss: str, processes: int, kills: int) -> None:
     for _ in range(kills):
         killed_at(processes, flags(loss, "killed", "--resume=auto"), rng.randrange(1, lines), rng)
         assert not os.path.exists("killed/state") or [
-            run_folder.damage(p) for p in run_folder.states_in("killed/state")
-        ].count(None) == len(run_folder.states_in("killed/state"))
+            state.damage(p) for p in state.states_in("killed/state")
+        ].count(None) == len(state.states_in("killed/state"))
     run(processes, flags(loss, "killed", "--resume=auto"))
     assert_same_runs("unbroken", "killed")
 
@@ -219,7 +218,7 @@ def test_a_resumed_run_may_have_another_number_of_processes(flags):
     run(1, flags("spo_rank", "one"))
     rng = random.Random(0)
     killed_at(1, flags("spo_rank", "moved"), 6, rng)
-    assert run_folder.states_in("moved/state")
+    assert state.states_in("moved/state")
     killed_at(2, flags("spo_rank", "moved", "--resume=auto"), 11, rng)
     run(1, flags("spo_rank", "moved", "--resume"))
     assert_close_runs("one", "moved", 5e-3)
@@ -288,7 +287,7 @@ def spoil(path: str, how: str) -> None:
 @pytest.mark.parametrize("how", ["flip", "cut", "zeros", "gone"])
 def test_a_damaged_state_is_refused_by_name_and_the_one_before_it_offered(workshop, capsys, how):
     workshop("dpo_rank", "--max_iters=8")
-    older, newer = run_folder.states_in("out/state")
+    older, newer = state.states_in("out/state")
     unbroken = weights_of("out")
     spoil(newer, how)
     with pytest.raises(ValueError, match=f"{newer}: damaged: .*; use --resume={older}"):
@@ -324,7 +323,7 @@ def test_only_the_very_run_is_resumed(workshop, tmp_path):
 def test_a_new_run_leaves_no_state_of_the_former(workshop):
     workshop("dpo_rank")
     workshop("dpo_rank", "--max_iters=2")
-    assert [os.path.basename(p) for p in run_folder.states_in("out/state")] == [
+    assert [os.path.basename(p) for p in state.states_in("out/state")] == [
         "step_00000000",
         "step_00000002",
     ]
@@ -332,24 +331,24 @@ def test_a_new_run_leaves_no_state_of_the_former(workshop):
 
 def test_a_state_holds_nothing_that_could_run_code(workshop):
     workshop("spo_rank", "--max_iters=2")
-    path = run_folder.states_in("out/state")[-1]
+    path = state.states_in("out/state")[-1]
     assert {os.path.splitext(name)[1] for name in os.listdir(path)} == {".safetensors", ".json", ""}
     assert subprocess.run(["sha256sum", "--quiet", "-c", "SHA256SUMS"], cwd=path).returncode == 0
 
 
 def test_a_full_disk_leaves_the_former_state(workshop, monkeypatch):
     workshop("dpo_rank", "--max_iters=4")
-    before = {p: run_folder.damage(p) for p in run_folder.states_in("out/state")}
+    before = {p: state.damage(p) for p in state.states_in("out/state")}
     shutil.rmtree("out/state/step_00000004")
 
     def full(*_):
         raise OSError(28, "No space left on device", "out/state")
 
     with monkeypatch.context() as broken:
-        broken.setattr(run_folder, "flush", full)
+        broken.setattr(state, "flush", full)
         with pytest.raises(OSError, match="No space left"):
             workshop("dpo_rank", "--max_iters=4", "--resume")
-    assert [run_folder.damage(p) for p in run_folder.states_in("out/state")] == [None]
+    assert [state.damage(p) for p in state.states_in("out/state")] == [None]
     workshop("dpo_rank", "--max_iters=4", "--resume")
-    assert {p: run_folder.damage(p) for p in run_folder.states_in("out/state")} == before
+    assert {p: state.damage(p) for p in state.states_in("out/state")} == before
     assert not [name for name in os.listdir("out/state") if name.endswith(".tmp")]
