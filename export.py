@@ -23,7 +23,7 @@ from torch import Tensor
 
 from model import ModelArgs, Transformer
 from spo import checkpoint
-from spo.checkpoint import HEADER_FIELDS, MAGIC, llama2c_layout
+from spo.checkpoint import HEADER_FIELDS, MAGIC, llama2c_layout, llama2c_size
 from spo.config import flag, main_program, parse
 from spo.files import atomic_path, atomic_write, check_output, write_text
 from spo.folders import has_rotated_heads, hf_name
@@ -48,15 +48,16 @@ def save_llama2c(
         group_size = group_size or largest_group_size(args)
         check_group_size(args, group_size)
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
-    with atomic_write(path) as f:
+    layout = llama2c_layout(args, model.tied, version)
+    size = 256 + sum(llama2c_size(shape, version, group_size) for _, shape in layout)
+    with atomic_write(path, size, checked=True) as f:
         f.write(llama2c_header(args, model.tied, version, group_size))
-        for name, shape in llama2c_layout(args, model.tied, version):
+        for name, shape in layout:
             if version == 2 and len(shape) == 2:
-                values, scales = quantize(tensors[name], group_size)
-                values.tofile(f)
-                scales.tofile(f)
+                for array in quantize(tensors[name], group_size):
+                    f.write(array)  # tofile() would lose the error of a full disk
             else:
-                as_numpy(tensors[name]).tofile(f)
+                f.write(as_numpy(tensors[name]))
 
 
 def llama2c_header(args: ModelArgs, tied: bool, version: int, group_size: int | None) -> bytes:
@@ -118,7 +119,9 @@ def save_hf(path: str, model: Transformer, bos_id: int) -> None:
         if has_rotated_heads(name):
             weight = halve(weight, args.head_dim)
         tensors[hf_name(name)] = weight.contiguous()
-    with atomic_path(os.path.join(path, "model.safetensors")) as temporary:
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    weights = os.path.join(path, "model.safetensors")
+    with atomic_path(weights, size, checked=True) as temporary:
         save_file(tensors, temporary, {"format": "pt"})
     config = {
         "architectures": ["LlamaForCausalLM"],

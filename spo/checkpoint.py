@@ -23,8 +23,9 @@ from torch import Tensor
 
 from model import ModelArgs, Transformer, rope_tables
 from spo import fast, parallel
-from spo.files import atomic_write
+from spo.files import atomic_write, check_sha256
 from spo.folders import HuggingFaceFolder, MetaFolder
+from spo.weights import check_shapes, check_tensor, make_args, shapes_of, token_id
 
 # In llama2.c's data the next story's BOS (1) ends a story, and EOS (2) is never trained.
 LLAMA2C_EOS_ID = 1
@@ -105,6 +106,8 @@ def load_rows(model: Transformer, source, device: str, rank: int = 0, size: int 
             found, expected = tuple(rows.shape), tuple(local.shape)
             raise ValueError(f"{source.path}: {name} is of shape {found}, expected {expected}")
         local.copy_(rows)
+        if not local.isfinite().all():
+            raise ValueError(f"{source.path}: {name} holds NaN or infinity; it cannot be used")
     tables = rope_tables(model.args)
     model.freqs_cos.copy_(tables[0])
     model.freqs_sin.copy_(tables[1])
@@ -155,7 +158,8 @@ def save_pt(
         "config": (config or {}) | {"eos_id": model.eos_id},
         "step": step,
     }
-    with atomic_write(path) as f:
+    size = sum(weight.nbytes for weight in model.parameters())
+    with atomic_write(path, size) as f:
         torch.save(entries | more, f)
 
 
@@ -163,29 +167,35 @@ class PtFile:
     """A `.pt` of ours or of llama2.c, its weights mapped: they stay on the disk until read."""
 
     def __init__(self, path: str):
+        """ValueError, naming the file, if it is damaged: a zip has a CRC-32 of every record."""
         self.path = path
         entries = self._read_entries()
-        self.args = self._args(entries["model_args"])
         # llama2.c saves compiled models, whose names carry a prefix
-        self.weights = {str(k).removeprefix("_orig_mod."): v for k, v in entries["model"].items()}
-        for name, weight in self.weights.items():
-            if not isinstance(weight, Tensor):
-                raise ValueError(f"{path}: {name} is no tensor")
+        named = {str(k).removeprefix("_orig_mod."): v for k, v in entries["model"].items()}
+        self.weights = {name: check_tensor(path, name, tensor) for name, tensor in named.items()}
         self.tied = is_tied(self.weights)
-        self._check_shapes()
+        self.args = self._args(entries["model_args"])
+        check_shapes(path, self.args, self.tied, self._shape_of)
+        known = {name for name, _ in shapes_of(self.args, tied=False)}
+        for name in self.weights:
+            if name not in known and name not in ("freqs_cos", "freqs_sin"):
+                raise ValueError(f"{path}: {name} is no part of this model")
         config, step = entries.get("config"), entries.get("step")
         self.config = config if isinstance(config, dict) else {}
         self.step = step if isinstance(step, int) else 0
-        self.eos_id = self.config.get("eos_id", LLAMA2C_EOS_ID)
+        eos_id = self.config.get("eos_id", LLAMA2C_EOS_ID)
+        self.eos_id = token_id(path, "eos_id", eos_id, self.args)
 
     def _read_entries(self) -> dict:
+        nothing = "or it is no checkpoint of ours or llama2.c's"
         mapped = zipfile.is_zipfile(self.path)
+        if mapped and not is_whole_zip(self.path):
+            raise ValueError(f"{self.path}: not loaded, it is damaged, {nothing}")
         try:
             entries = torch.load(self.path, map_location="cpu", weights_only=True, mmap=mapped)
         except Exception as error:  # what a damaged file raises depends on which byte is wrong
             unsafe = "Unsupported" in str(error)
             reason = "it holds Python objects and could run code" if unsafe else "it is damaged"
-            nothing = "or it is no checkpoint of ours or llama2.c's"
             raise ValueError(f"{self.path}: not loaded, {reason}, {nothing}") from None
         parts = ("model", "model_args")
         is_ours = isinstance(entries, dict) and all(isinstance(entries.get(p), dict) for p in parts)
@@ -201,28 +211,24 @@ class PtFile:
             raise ValueError(
                 f"{self.path}: model_args has {unknown}, which this model does not know"
             )
-        try:
-            return ModelArgs(**model_args)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{self.path}: {error}") from None
+        return make_args(self.path, **model_args)
 
-    def _check_shapes(self) -> None:
-        with torch.device("meta"):
-            expected = Transformer(self.args, self.tied).state_dict()
-        weights = dict(self.weights)
-        weights.setdefault("output.weight", weights.get("tok_embeddings.weight"))
-        for name, shape in ((k, v.shape) for k, v in expected.items()):
-            weight = weights.get(name)
-            if weight is None or weight.shape != shape:
-                found = "missing" if weight is None else f"of shape {tuple(weight.shape)}"
-                wanted = f"model_args ask for {tuple(shape)}"
-                raise ValueError(f"{self.path}: {name} is {found}, {wanted}")
-        unknown = sorted(set(weights) - set(expected))
-        if unknown:
-            raise ValueError(f"{self.path}: {unknown[0]} is no part of this model")
+    def _shape_of(self, name: str, _) -> tuple | None:
+        weight = self.weights.get(name)
+        return None if weight is None else weight.shape
 
     def rows(self, name: str, rows: slice) -> Tensor:
         return self.weights[name][rows]
+
+
+def is_whole_zip(path: str) -> bool:
+    """Tell whether a zip's records, none of which is compressed, have the CRC-32 it says."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            stored = all(info.compress_type == zipfile.ZIP_STORED for info in archive.infolist())
+            return stored and archive.testzip() is None
+    except Exception:  # what a damaged zip raises depends on which byte is wrong
+        return False
 
 
 # --- llama2.c's .bin -----------------------------------------------------------------------------
@@ -233,9 +239,8 @@ class PtFile:
 
 def llama2c_layout(args: ModelArgs, tied: bool, version: int) -> list[tuple[str, tuple[int, ...]]]:
     """Return the (name, shape) of every tensor of a file, in its order."""
-    with torch.device("meta"):
-        model = Transformer(args, tied)
-    shapes = {k: tuple(v.shape) for k, v in [*model.named_parameters(), *model.named_buffers()]}
+    tables = (args.max_seq_len, args.head_dim // 2)
+    shapes = dict(shapes_of(args, tied)) | {"freqs_cos": tables, "freqs_sin": tables}
 
     def of_layers(name: str) -> list[str]:
         return [f"layers.{i}.{name}.weight" for i in range(args.n_layers)]
@@ -281,13 +286,11 @@ class Llama2cFile:
         Its size is checked before anything is built.
         """
         self.path = path
+        check_sha256(path)
         empty = os.path.getsize(path) == 0
         self.data = np.empty(0, np.uint8) if empty else np.memmap(path, np.uint8, mode="r")
         self.version, self.group_size, numbers, self.tied = self._header()
-        try:
-            self.args = ModelArgs(**dict(zip(HEADER_FIELDS, numbers, strict=True)))
-        except ValueError as error:
-            raise ValueError(f"{path}: damaged: {error}") from None
+        self.args = make_args(path, **dict(zip(HEADER_FIELDS, numbers, strict=True)))
         args, size = self.args, self.group_size
         if self.version == 2 and (args.dim % size or args.hidden_dim % size):
             raise ValueError(f"{path}: damaged: its rows are not made of groups of {size}")

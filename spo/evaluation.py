@@ -1,5 +1,6 @@
 """How good a policy is: its stories against a baseline's, its KL to the reference, its entropy."""
 
+import math
 import os
 import textwrap
 from collections.abc import Callable
@@ -155,6 +156,9 @@ class Evaluation:
             purpose = story_set.purpose
             samples = self._sample(policy, story_set.prompts, purpose, "stories")
             kl, entropy = self._kl_and_entropy(policy, samples)
+        if not math.isfinite(kl):
+            kept = "ckpt.pt holds the last evaluation, a lower --learning_rate may help"
+            raise ValueError(f"step {step}: the KL is {kl}, the weights are not finite; {kept}")
         records = self._records(samples, story_set.prompts, step, purpose)
         texts = self._texts(records)
         score = sum(map(offline_judge.score, texts)) / len(texts)

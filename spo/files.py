@@ -99,9 +99,9 @@ def named_errors(path: str, size: int = 0, temporary: str = "") -> Iterator[None
     """
     try:
         yield
-    except ValueError:
+    except (ValueError, KeyboardInterrupt, GeneratorExit, SystemExit):
         raise
-    except Exception as error:
+    except BaseException as error:  # torch's CheckpointException is no Exception
         number = system_error(error)
         if number is None:
             raise

@@ -11,9 +11,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from model import ModelArgs, Transformer
-from spo.files import read_json_object
+from model import ModelArgs
+from spo.files import check_sha256, read_json_object
+from spo.weights import check_shapes, check_tensor, make_args, shapes_of, token_id
 
+SAFETENSORS_DTYPES = ("F64", "F32", "F16", "BF16")
 HF_NAMES = {
     "tok_embeddings": "model.embed_tokens",
     "norm": "model.norm",
@@ -38,7 +40,7 @@ def map_pt(path: str) -> dict[str, Tensor]:
         raise ValueError(f"{path}: damaged, or not a file of tensors") from None
     if not isinstance(tensors, dict):
         raise ValueError(f"{path}: not a file of tensors by name")
-    return tensors
+    return {str(name): check_tensor(path, name, tensor) for name, tensor in tensors.items()}
 
 
 class MetaFolder:
@@ -60,19 +62,19 @@ class MetaFolder:
             raise ValueError(f"{path}: no consolidated.*.pth beside params.json")
         try:
             self.args = self._args(params)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, IndexError) as error:
             raise ValueError(f"{path}: params.json or the weights lack {error}") from None
         self.eos_id = 2 if self.args.vocab_size < 128_000 else 128_001  # Llama 2's, Llama 3's
-        with torch.device("meta"):
-            model = Transformer(self.args, tied=False)
-        self.shapes = {name: weight.shape for name, weight in model.named_parameters()}
+        check_shapes(path, self.args, False, self._shape_of)
+        self.shapes = dict(shapes_of(self.args, tied=False))
 
     def _args(self, params: dict) -> ModelArgs:
         embeddings = [part["tok_embeddings.weight"] for part in self.parts]
         # Llama 3 splits the vocabulary over the parts, Llama 2 the width.
         split = embeddings[0].shape[1] == params["dim"] and len(self.parts) > 1
         hidden_rows = [len(part["layers.0.feed_forward.w1.weight"]) for part in self.parts]
-        return ModelArgs(
+        return make_args(
+            self.path,
             dim=params["dim"],
             n_layers=params["n_layers"],
             n_heads=params["n_heads"],
@@ -80,15 +82,25 @@ class MetaFolder:
             vocab_size=sum(map(len, embeddings)) if split else len(embeddings[0]),
             hidden_dim=sum(hidden_rows),
             norm_eps=params["norm_eps"],
-            rope_theta=float(params.get("rope_theta", 10000.0)),
+            rope_theta=params.get("rope_theta", 10000.0),
             max_seq_len=params.get("max_seq_len", 4096),
         )
 
+    def _shape_of(self, name: str, wanted: tuple) -> tuple | None:
+        """Return the shape that the parts of a weight have together."""
+        shapes = [tuple(part[name].shape) for part in self.parts if name in part]
+        if len(shapes) < len(self.parts):
+            return None
+        if set(shapes) == {wanted} or any(len(shape) != 2 for shape in shapes):
+            return shapes[0]  # every part has all of it
+        rows, columns = zip(*shapes, strict=True)
+        if set(columns) == {wanted[-1]}:
+            return sum(rows), columns[0]
+        return (rows[0], sum(columns)) if len(set(rows)) == 1 else shapes[0]
+
     def rows(self, name: str, rows: slice) -> Tensor:
         shape = self.shapes[name]
-        parts = [part[name] for part in self.parts if name in part]
-        if len(parts) != len(self.parts):
-            raise ValueError(f"{self.path}: has no {name}")
+        parts = [part[name] for part in self.parts]
         if parts[0].shape == shape:  # every part has all of it
             return parts[0][rows]
         if sum(map(len, parts)) != shape[0] or parts[0].shape[1:] != shape[1:]:
@@ -138,18 +150,20 @@ class HuggingFaceFolder:
     def __init__(self, path: str):
         self.path = path
         config = read_json_object(os.path.join(path, "config.json"))
-        self._refuse_what_the_model_lacks(config)
         try:
+            self._refuse_what_the_model_lacks(config)
             self.args = self._args(config)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: config.json lacks {error}") from None
         if config.get("head_dim") not in (None, self.args.head_dim):
             head_dim = f"head_dim {config['head_dim']}"
             raise ValueError(f"{path}: {head_dim} is not hidden_size / num_attention_heads")
         self.tied = bool(config.get("tie_word_embeddings", False))
         eos = config.get("eos_token_id", 2)
-        self.eos_id = eos[0] if isinstance(eos, list) else eos
+        eos = eos[0] if isinstance(eos, list) and eos else eos
+        self.eos_id = token_id(path, "eos_token_id", eos, self.args)
         self.files = self._open_files()
+        check_shapes(path, self.args, self.tied, self._shape_of, hf_name)
 
     def _refuse_what_the_model_lacks(self, config: dict) -> None:
         scaling = config.get("rope_scaling") or {}
@@ -167,7 +181,8 @@ class HuggingFaceFolder:
     def _args(self, config: dict) -> ModelArgs:
         parameters = config.get("rope_parameters") or {}
         theta = config.get("rope_theta") or parameters.get("rope_theta", 10000.0)
-        return ModelArgs(
+        return make_args(
+            self.path,
             dim=config["hidden_size"],
             n_layers=config["num_hidden_layers"],
             n_heads=config["num_attention_heads"],
@@ -175,7 +190,7 @@ class HuggingFaceFolder:
             vocab_size=config["vocab_size"],
             hidden_dim=config["intermediate_size"],
             norm_eps=config["rms_norm_eps"],
-            rope_theta=float(theta),
+            rope_theta=theta,
             max_seq_len=config["max_position_embeddings"],
         )
 
@@ -184,6 +199,7 @@ class HuggingFaceFolder:
         pattern = os.path.join(glob.escape(self.path), "*.safetensors")
         files: dict = {}
         for file in sorted(glob.glob(pattern)):
+            check_sha256(file)
             try:
                 handle = safe_open(file, "pt")
             except Exception as error:
@@ -198,10 +214,17 @@ class HuggingFaceFolder:
             raise ValueError(f"{self.path}: {none}")
         return files
 
-    def rows(self, name: str, rows: slice) -> Tensor:
+    def _shape_of(self, name: str, _) -> tuple | None:
         weight = self.files.get(hf_name(name))
-        if weight is None:
-            raise ValueError(f"{self.path}: has no {hf_name(name)}")
+        if weight is None or isinstance(weight, Tensor):
+            return None if weight is None else weight.shape
+        if weight.get_dtype() not in SAFETENSORS_DTYPES:
+            kind = f"{hf_name(name)} is of {weight.get_dtype()}"
+            raise ValueError(f"{self.path}: {kind}; floats of 16 to 64 bits are read")
+        return tuple(weight.get_shape())
+
+    def rows(self, name: str, rows: slice) -> Tensor:
+        weight = self.files[hf_name(name)]
         if not has_rotated_heads(name):
             return weight[rows.start : rows.stop]
         # Read whole heads, put them into our order, and keep what was asked for.

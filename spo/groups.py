@@ -17,6 +17,7 @@ from torch import Tensor
 
 from model import Transformer
 from spo import parallel
+from spo.files import check_sha256
 from spo.records import RankedGroup, read_groups, require
 from spo.tokenizer import Tokenizer
 
@@ -259,6 +260,8 @@ class TokenWindows(Sequence):
         self.vocab_size = vocab_size
         candidates = token_files(path) or [path]
         self.files = [f for f in candidates if os.path.isfile(f) and os.path.getsize(f) > 1]
+        for file in self.files:
+            check_sha256(file)
         self.streams = [np.memmap(file, np.uint16, "r") for file in self.files]
         windows = [(len(stream) - 1) // (length - 1) for stream in self.streams]
         self.ends = list(itertools.accumulate(windows))

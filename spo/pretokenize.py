@@ -76,7 +76,7 @@ def stories_of(shard: str) -> Iterator[str]:
 
 def make_vocab(data: str, vocab_size: int, out: str, num_shards: int) -> None:
     """A tokenizer of vocab_size pieces on the first num_shards shards -> out, a .model file."""
-    prefix = f"{out}.tmp"
+    prefix = f"{out}.tmp{os.getpid()}"
     text, made = f"{prefix}.txt", f"{prefix}.model"
     try:
         with open(text, "w", encoding="utf-8") as f:
@@ -100,8 +100,9 @@ def pretokenize_shard(shard: str, tokenizer_path: str, out: str) -> int:
     ]
     if not stories:
         raise ValueError(f"{shard}: holds no stories")
-    with atomic_write(out) as f:
-        f.write(np.concatenate(stories).tobytes())
+    content = np.concatenate(stories).tobytes()
+    with atomic_write(out, len(content), checked=True) as f:
+        f.write(content)
     return sum(map(len, stories))
 
 

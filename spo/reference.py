@@ -47,6 +47,10 @@ def with_reference_logps(
     ]
 
 
+def sha256_of(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+
+
 class ReferenceCache:
     """DATA.reference_logps.safetensors: a number per response (NaN: not yet), and its key."""
 
@@ -82,13 +86,17 @@ class ReferenceCache:
             other = " and ".join(differing) or "groups"
             print(f"{self.path}: of other {other}; computed anew", flush=True)
             return nothing
+        if former.get("sha256") != sha256_of(logps):
+            print(f"{self.path}: damaged; computed anew", flush=True)
+            return nothing
         return logps
 
     def write(self, logps: torch.Tensor) -> None:
         """Keep the log-probs. Prints why, if that is not possible."""
         try:
-            with atomic_write(self.path) as f:
-                f.write(safetensors.torch.save({"logps": logps}, self.key))
+            with atomic_write(self.path, logps.nbytes) as f:
+                key = self.key | {"sha256": sha256_of(logps)}
+                f.write(safetensors.torch.save({"logps": logps}, key))
         except OSError as error:
             print(f"{self.path}: not kept, {error.strerror}", flush=True)
 

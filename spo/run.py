@@ -23,6 +23,7 @@ from spo import checkpoint, parallel
 from spo.config import flags_of, refuse_if
 from spo.files import (
     append,
+    flush,
     inputs_sha256,
     lock,
     read_json_object,
@@ -347,6 +348,8 @@ class RunFolder:
         """Keep everything that the steps from this one on depend on. Collective."""
         log = self.path("log.jsonl")
         groups = [dataclasses.astuple(group) for group in samples] if samples else None
+        if parallel.rank() == 0 and os.path.exists(log):
+            flush(log)
         metadata = {
             "identity": self.identity,
             "best_rate": self.best_rate,

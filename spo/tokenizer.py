@@ -137,11 +137,12 @@ def copy_tokenizer(tokenizer: Tokenizer, folder: str) -> None:
             if f.read() != content:
                 mend = "choose another folder, or remove it"
                 raise ValueError(f"{path} is the tokenizer of another model; {mend}")
-    with atomic_write(path) as f:
-        f.write(content)
+    contents = {path: content}
     if tokenizer.kind == "sentencepiece":  # run.c reads no other
-        with atomic_write(os.path.join(folder, "tokenizer.bin")) as f:
-            f.write(tokenizer.to_llama2c())
+        contents[os.path.join(folder, "tokenizer.bin")] = tokenizer.to_llama2c()
+    for out, content in contents.items():
+        with atomic_write(out, len(content)) as f:
+            f.write(content)
 
 
 def tokenizer_path(checkpoint_path: str) -> str:

@@ -38,8 +38,11 @@ def test_from_text_to_a_model_trained_on_it(folder, capsys):
     data.main(["pretokenize", "--vocab_size=400", "--workers=2"])
     assert sorted(os.listdir("data/tok400")) == [
         "data00.bin",
+        "data00.bin.sha256",
         "data01.bin",
+        "data01.bin.sha256",
         "data02.bin",
+        "data02.bin.sha256",
         "tokenizer.bin",
         "tokenizer.model",
     ]

@@ -323,6 +323,7 @@ def test_a_run_leaves_its_files_and_they_agree(workshop, capsys):
         "ckpt.pt",
         "best.pt",
         "model.bin",
+        "model.bin.sha256",
         "log.jsonl",
         "config.json",
         "stories",
