@@ -109,6 +109,8 @@ def load_rows(model: Transformer, source, device: str, rank: int = 0, size: int 
         if not local.isfinite().all():
             raise ValueError(f"{source.path}: {name} holds NaN or infinity; it cannot be used")
     tables = rope_tables(model.args)
+    if not all(table.isfinite().all() for table in tables):
+        raise ValueError(f"{source.path}: rope_theta {model.args.rope_theta:g} cannot be")
     model.freqs_cos.copy_(tables[0])
     model.freqs_sin.copy_(tables[1])
     fast.use(model)

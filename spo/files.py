@@ -129,7 +129,9 @@ def _in_words(number: int, path: str, size: int, temporary: str) -> str:
     if number not in (errno.ENOSPC, errno.EDQUOT):
         return os.strerror(number)
     folder = os.path.dirname(path) or "."
-    written = os.path.getsize(temporary) if temporary and os.path.isfile(temporary) else 0
+    inside = glob.glob(os.path.join(glob.escape(temporary), "*"))  # of a state, which is a folder
+    files = [name for name in [temporary, *inside] if os.path.isfile(name)]
+    written = sum(map(os.path.getsize, files))
     needed = f"{size:,} bytes" if size else f"more than {written:,} bytes"
     free = shutil.disk_usage(folder).free + written
     return f"No space left on device: {needed} needed, {free:,} free"

@@ -69,7 +69,7 @@ def save_state(folder: str, step: int, tensors: dict[str, Tensor], metadata: dic
             shutil.rmtree(old)
 
     try:
-        with named_errors(path, size):
+        with named_errors(path, size, temporary):
             parallel.on_rank_0(begin)
             with distributed_checkpoint() as dcp:
                 writer = dcp.HuggingFaceStorageWriter(temporary, save_distributed=True)

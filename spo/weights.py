@@ -21,7 +21,7 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 def make_args(path: str, **fields) -> ModelArgs:
     """Return the ModelArgs of a header. ValueError, naming the file, for numbers that cannot be."""
     for name, value in fields.items():
-        if value is None:  # the default of ModelArgs
+        if value is None and name in ("n_kv_heads", "hidden_dim"):  # they have defaults
             continue
         kinds = int | float if name in REAL_NUMBERS else int
         if not isinstance(value, kinds) or isinstance(value, bool):
