@@ -567,8 +567,53 @@ def test_a_stop_waits_for_the_replies_that_are_on_their_way(flags):
         assert judge.chat.journal.open_asks == {}
 
 
+def test_a_wrong_key_ends_a_run_while_others_are_slow(tmp_path):
+    """What is on its way gets five seconds, and stays booked as possibly spent."""
+    with FakeApi([*["stall"] * 3, "401"], score=quality, stall=120.0, patience=False) as api:
+        words = [*judge_command(tmp_path, 4, api), "--workers=4"]
+        prices = ["--usd_per_million_in=1", "--usd_per_million_out=1000"]
+        started = time.monotonic()
+        environment = os.environ | {"OPENAI_API_KEY": KEY}
+        done = subprocess.run([*words, *prices], env=environment, capture_output=True, text=True)
+        assert time.monotonic() - started < 60
+    assert done.returncode == 2 and "answered 401: the key" in done.stderr
+    journal = Journal(str(tmp_path / "j.jsonl"))
+    assert len(journal.open_asks) == 3 and journal.spent > 3 * 2.0  # 2,048 tokens each, at most
+
+
+def test_an_answer_without_end_is_given_up(flags, monkeypatch):
+    monkeypatch.setattr("spo.chat.LARGEST_BODY", 100)
+    with FakeApi() as api, pytest.raises(ConnectionError, match="TruncatedReply"):
+        rank_in_both_orders(ApiJudge(flags(api, judge_retries=1)), make_groups(1), None)
+
+
+def test_a_journal_on_a_full_disk_stays_a_journal(flags, monkeypatch):
+    """Half a line is taken back, so that the file can be read again."""
+    with FakeApi() as api:
+        chat = ApiJudge(flags(api)).chat
+        chat.journal.ask("first", 0.0)
+
+        class Full:
+            def __getattr__(self, name):
+                return getattr(chat_file, name)
+
+            def write(self, content):
+                if len(content) < 30:
+                    raise OSError(28, "No space left on device")
+                return chat_file.write(content[:20])
+
+        chat_file, chat.journal.file = chat.journal.file, Full()
+        with pytest.raises(OSError, match="No space left on device: .* needed, .* free"):
+            chat.journal.ask("second", 0.0)
+        chat.journal.file = chat_file
+        chat.journal.ask("third", 0.0)
+        chat_file.close()
+        lines = open(chat.journal.path).read().splitlines()
+        assert [json.loads(line)["asked"] for line in lines] == ["first", "third"]
+
+
 def test_ctrl_c_does_not_wait_for_a_slow_server(tmp_path):
-    with FakeApi(["", "", *["stall"] * 100], score=quality, stall=20.0, patience=False) as api:
+    with FakeApi(["", "", *["stall"] * 100], score=quality, stall=120.0, patience=False) as api:
         command = judge_command(tmp_path, 8, api)
         # a shell's background job ignores Ctrl-C, and so would its children
         process = subprocess.Popen(
@@ -581,10 +626,7 @@ def test_ctrl_c_does_not_wait_for_a_slow_server(tmp_path):
             time.sleep(0.01)
         started = time.monotonic()
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=10)
-        assert (
-            time.monotonic() - started < 2
-            and process.returncode == 130
-            and b"stopped by Ctrl-C" in errors
-        )
+        _, errors = process.communicate()
+        assert process.returncode == 130 and b"stopped by Ctrl-C" in errors
+        assert time.monotonic() - started < 60  # the server keeps the others for two minutes
     assert len(Journal(str(tmp_path / "j.jsonl")).replies) == 2

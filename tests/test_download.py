@@ -6,15 +6,20 @@ import hashlib
 import io
 import os
 import random
+import subprocess
+import sys
 import tarfile
 from collections import Counter
 from http.server import BaseHTTPRequestHandler
 
 import pytest
 from fake_api import LocalServer
+from helpers import ROOT
 
 import tinystories_data as data
 from spo import download
+from spo.download import fetch
+from spo.files import lock
 
 CONTENT = random.Random(0).randbytes(200_000)
 RIGHT = hashlib.sha256(CONTENT).hexdigest()
@@ -127,6 +132,35 @@ def test_a_download_goes_on_where_it_stopped(tmp_path):
             and hub.sent == {206: 50_000}
             and hub.asked[0][2] == "bytes=150000-"
         )
+
+
+def test_a_416_to_a_first_request_is_one_more_failure(tmp_path):
+    with FakeHub(["416"]) as hub:
+        fetch(f"{hub.url}/m.bin", str(tmp_path / "m.bin"))
+    assert (tmp_path / "m.bin").read_bytes() == CONTENT
+    assert_nothing_half(tmp_path / "m.bin")
+
+
+def test_a_download_without_end_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr("spo.download.LARGEST", 1000)
+    with FakeHub() as hub, pytest.raises(ValueError, match="sends more than 1,000 bytes"):
+        fetch(f"{hub.url}/m.bin", str(tmp_path / "m.bin"))
+    assert os.listdir(tmp_path) == []
+
+
+def test_two_downloads_of_a_file_do_not_mix(tmp_path):
+    with FakeHub() as hub, lock(str(tmp_path / "m.bin.part"), "here") as held:
+        held.write(CONTENT[:100])
+        with pytest.raises(ValueError, match="m.bin: is in use by"):
+            fetch_in_another_process(f"{hub.url}/m.bin", str(tmp_path / "m.bin"))
+    assert (tmp_path / "m.bin.part").read_bytes() == CONTENT[:100]
+
+
+def fetch_in_another_process(url: str, path: str) -> None:
+    code = f"from spo.download import fetch; fetch({url!r}, {path!r})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(done.stderr.splitlines()[-1])
 
 
 @pytest.mark.parametrize("ranges", ["ignored", "lies", "other bytes"])
