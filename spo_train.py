@@ -70,9 +70,7 @@ class TrainConfig(JudgeFlags):
     nll: str | None = flag(None, "cpo: likelihood, summed or per token", choices=["sum", "mean"])
     # Data and model.
     data: str = flag("", "ranked groups (JSONL); default: the offline demo", path=True)
-    init_from: str = flag(
-        "", "model to align: a .pt, a .bin, a folder of weights, or `scratch`", path=True
-    )
+    init_from: str = flag("", "model to align: .pt, .bin, a folder, or `scratch`", path=True)
     tokenizer: str = flag("", "its tokenizer; default: tokenizer.model by init_from", path=True)
     out_dir: str = flag("out", "where the run's files go", free=True)
     dim: int = flag(288, "width (this and the next four: with --init_from=scratch)", least=1)
@@ -125,7 +123,7 @@ class TrainConfig(JudgeFlags):
     def check(self) -> None:
         """ValueError for flags that contradict each other; a flag's bounds are declared with it."""
         given, objective = non_default(self), self.objective()
-        scratch, processes = self.init_from == "scratch", parallel.world_size()
+        scratch = self.init_from == "scratch"
         for name in SHAPE_FLAGS:
             comes = f"the shape comes with --init_from={self.init_from or 'the demo'}"
             only = "give it with --init_from=scratch only"
@@ -141,11 +139,7 @@ class TrainConfig(JudgeFlags):
             draws = f"--{name}: {method} draws no samples of the policy"
             refuse_if(name in given and not objective.online, draws)
         for name in ["batch_size", "kl_batch_size"][: 1 + objective.online]:
-            value = getattr(self, name)
-            fits = [n for n in range(value - processes, value + processes) if n % processes == 0]
-            fit = " or ".join(str(n) for n in fits if n > 0)
-            uneven = f"{processes} processes cannot share it evenly; {fit} would do"
-            refuse_if(value % processes, f"--{name}={value}: {uneven}")
+            parallel.refuse_uneven(name, getattr(self, name))
         nothing = "nothing is judged with --eval_stories=0"
         asked = self.judge != "offline" and self.eval_stories == 0
         refuse_if(asked, f"--judge={self.judge}: {nothing}; leave it out")
@@ -464,13 +458,7 @@ def evaluate_and_save(
     verdict = evaluation.evaluate(policy, step, "select") if evaluation else None
     improved = verdict is None or verdict.rate > run.best_rate
     whole = parallel.full_model(policy, run.config.dtype)  # all weights, on rank 0
-
-    def save() -> None:
-        run.save_evaluation(step, whole, verdict, improved)
-        if improved:
-            save_llama2c(run.path("model.bin"), whole)
-
-    parallel.on_rank_0(save)
+    parallel.on_rank_0(lambda: run.save_evaluation(step, whole, verdict, improved, save_llama2c))
     if verdict is not None:
         run.best_rate = max(run.best_rate, verdict.rate)
         run.record(step, verdict.logged("eval"))

@@ -1,10 +1,13 @@
 """The machinery of spo: nothing in here is needed to understand the paper.
 
 Importing this package before torch sets how OpenMP's threads wait for each other. By default they
-spin, and one other busy process on two cores then makes a training step 20 times slower. A setting
-of the user's own wins.
+spin for milliseconds, and one other busy process on two cores then makes a training step 20 times
+slower. Here they spin for about a microsecond and then sleep (experiments/RESULTS.md has what that
+costs and gains). A setting of the user's own wins.
 """
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ["OMP_WAIT_POLICY"] = "passive"
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")

@@ -216,6 +216,16 @@ def on_rank_0(make: Callable):
     return result[0]
 
 
+def refuse_uneven(name: str, count: int) -> None:
+    """ValueError, naming the flag and counts that would do, if the processes cannot share it."""
+    size = world_size()
+    if count % size:
+        would_do = [n for n in (count - count % size, count - count % size + size) if n > 0]
+        fit = " or ".join(map(str, would_do))
+        uneven = f"{size} processes cannot share it evenly; {fit} would do"
+        raise ValueError(f"--{name}={count}: {uneven}")
+
+
 def refuse_differences(identity: dict[str, dict]) -> None:
     """ValueError if the processes were given different flags, or read different inputs."""
     ours = all_gather(identity)

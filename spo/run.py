@@ -13,7 +13,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from tqdm import tqdm
@@ -333,8 +333,13 @@ class RunFolder:
         config = dataclasses.asdict(self.config)
         checkpoint.save_pt(self.path(name), model, step, config, **more)
 
-    def save_evaluation(self, step: int, model: Transformer, verdict, improved: bool) -> None:
-        """Write ckpt.pt; of a model that is judged the stories, too, and best.pt if it improved."""
+    def save_evaluation(
+        self, step: int, model: Transformer, verdict, improved: bool, save_llama2c: Callable
+    ) -> None:
+        """Write ckpt.pt, the stories of a judged model, and best.pt and model.bin if it improved.
+
+        save_llama2c  writes model.bin, of a path and a model
+        """
         self.save_checkpoint("ckpt.pt", model, step)
         if self.config.keep_checkpoints:
             self.save_checkpoint(f"step_{step:06d}.pt", model, step)
@@ -343,6 +348,8 @@ class RunFolder:
             if improved:
                 self.save_checkpoint("best.pt", model, step, win_rate=verdict.rate)
                 self.best_step = step
+        if improved:
+            save_llama2c(self.path("model.bin"), model)
 
     def save_state(self, step: int, samples: list[EncodedGroup] | None) -> None:
         """Keep everything that the steps from this one on depend on. Collective."""
