@@ -24,6 +24,7 @@ from tqdm import tqdm
 from spo import offline_judge
 from spo.chat import Chat, ChatFlags, as_done
 from spo.config import flag, main_program, non_default, parse
+from spo.diversity import Diversity
 from spo.records import read_stories
 from spo.win_rate import MAX_INVALID, WinRate, win_rate
 
@@ -236,11 +237,13 @@ class Judge(abc.ABC):
     """Ranks stories, one group at a time or many.
 
     name    for the table
+    score   of a text, a number; None: this judge only ranks
     status  for a progress bar: what it has cost, what it waits for
     note    what has to be said at the end
     """
 
     name = status = note = ""
+    score: Callable[[str], float] | None = None
 
     @abc.abstractmethod
     def rank_all(
@@ -276,6 +279,7 @@ class OfflineJudge(Judge):
     """The formula of spo/offline_judge.py: at once, for nothing."""
 
     name = "the offline judge"
+    score = staticmethod(offline_judge.score)
 
     def rank_all(
         self, groups: list[list[str]], on_wait: Callable
@@ -477,9 +481,9 @@ def main(argv: list[str]) -> None:
     for column, name in enumerate((config.policy, config.baseline)):
         stories = [pair[column] for pair in pairs]
         characters = sum(map(len, stories)) / len(stories)
-        score = sum(map(offline_judge.score, stories)) / len(stories)
-        measured = f"{characters:.0f} characters, offline score {score:.3f}"
-        print(f"{name}: {len(stories)} stories, {measured}")
+        scores = list(map(offline_judge.score, stories))
+        measured = f"{characters:.0f} characters, offline score {sum(scores) / len(scores):.3f}"
+        print(f"{name}: {len(stories)} stories, {measured}, {Diversity.of(stories, scores)}")
     print(f"judge: {judge.name}; every pair in both orders, a tie where they disagree")
     scored = f"scored {result.count}, ties {result.ties}, invalid {result.invalid}"
     print(f"asked {len(results)}, {scored}; {position_bias(results, 2)}")

@@ -3,6 +3,7 @@
     python sample.py --checkpoint=out/best.pt --prompt="Once upon a time" --num_samples=3
     python sample.py --checkpoint=stories260K.bin --tokenizer=tok512.model --temperature=0
     python sample.py --checkpoint=out/best.pt --out=stories.jsonl              # printed, and kept
+    python sample.py --checkpoint=out/best.pt --compare=stories260K.bin        # side by side
     python sample.py --checkpoint=out/best.pt --prompts=prompts.jsonl --out=outputs.json
 
 The last one answers a file of prompts; alpaca_eval reads a .json.
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 
 from spo import checkpoint, fast, parallel
 from spo.config import flag, main_program, parse
+from spo.evaluation import side_by_side
 from spo.files import check_output, write_jsonl, write_text
 from spo.generate import SamplingFlags, sample_batches, story_records
 from spo.records import read_prompts
@@ -29,6 +31,7 @@ class SampleConfig(SamplingFlags):
     prompt: str = flag("", "how the stories begin")
     num_samples: int = flag(1, "how many stories, or answers to each prompt", least=1)
     seed: int = flag(1337, "story i draws from the stream of (seed, i)", least=0)
+    compare: str = flag("", "another model: its stories of the same seeds, side by side")
     out: str = flag(
         "", "write them to this JSONL file, too; or, with --prompts, to this .json for alpaca_eval"
     )
@@ -38,6 +41,8 @@ class SampleConfig(SamplingFlags):
             raise ValueError("--prompt: --prompts brings its own")
         if self.prompts and not self.out:
             raise ValueError("--prompts: needs --out, the file for the answers")
+        if self.compare and (self.prompts or self.out):
+            raise ValueError("--compare: prints two models' stories; leave out --prompts and --out")
         if self.out.endswith(".json") and not self.prompts:
             answers = "a .json is for the answers to --prompts; name a .jsonl for stories"
             raise ValueError(f"--out={self.out}: {answers}")
@@ -48,24 +53,15 @@ def main(argv: list[str]) -> None:
     config.check()
     if config.out:
         check_output("--out", config.out, config.checkpoint, config.tokenizer, config.prompts)
-    device = parallel.pick_device(config.device)
-    fast.enable_fast_matmul(device)
-    model = checkpoint.load(config.checkpoint, device)
-    tokenizer = load_tokenizer(config.tokenizer, config.checkpoint, model.args.vocab_size)
-
     asked = read_prompts(config.prompts) if config.prompts else [{"prompt": config.prompt}]
     asked = [record for record in asked for _ in range(config.num_samples)]
-    prompts = [record["prompt"] for record in asked]
-    encoded = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
-    progress = "sampling" if config.prompts else None
-    batches = sample_batches(
-        model, encoded, config.seed, config.max_new_tokens, flags=config, progress=progress
-    )
-    samples = [group for batch in batches for group in batch]
-    origin = {"seed": config.seed, "checkpoint": config.checkpoint}
-    stories = story_records(samples, prompts, tokenizer, model.eos_id, **origin)
-
-    if not config.prompts:
+    stories = stories_of(config, config.checkpoint, [record["prompt"] for record in asked])
+    if config.compare:
+        others = stories_of(config, config.compare, [record["prompt"] for record in asked])
+        for pair in zip(stories, others, strict=True):
+            texts = tuple(story["prompt"] + story["text"] for story in pair)
+            print(side_by_side(*texts, (config.checkpoint, config.compare)), end="\n\n")
+    elif not config.prompts:
         for story in stories:
             paragraphs = (story["prompt"] + story["text"]).split("\n")
             print("\n".join(textwrap.fill(paragraph, 100) for paragraph in paragraphs), end="\n\n")
@@ -79,6 +75,22 @@ def main(argv: list[str]) -> None:
         cut = sum(not story["finished"] for story in stories)
         written = f"{len(stories)} {kind}, {cut} cut at {config.max_new_tokens} tokens"
         print(f"{config.out}: {written}")
+
+
+def stories_of(config: SampleConfig, path: str, prompts: list[str]) -> list[dict]:
+    """Return a checkpoint's stories, one for each prompt, as records."""
+    device = parallel.pick_device(config.device)
+    fast.enable_fast_matmul(device)
+    model = checkpoint.load(path, device)
+    tokenizer = load_tokenizer(config.tokenizer, path, model.args.vocab_size)
+    encoded = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
+    progress = "sampling" if config.prompts else None
+    batches = sample_batches(
+        model, encoded, config.seed, config.max_new_tokens, flags=config, progress=progress
+    )
+    samples = [group for batch in batches for group in batch]
+    origin = {"seed": config.seed, "checkpoint": path}
+    return story_records(samples, prompts, tokenizer, model.eos_id, **origin)
 
 
 def alpaca_eval_outputs(asked: list[dict], stories: list[dict]) -> list[dict]:

@@ -31,7 +31,7 @@ from export import save_llama2c
 from judge import JudgeFlags, OfflineJudge, make_judge
 from losses import LOSSES, REGULARIZERS, Objective, preference_metrics, reads, settings_of
 from model import ModelArgs, Transformer
-from spo import checkpoint, fast, head, parallel, plan
+from spo import checkpoint, fast, head, parallel, plan, pool
 from spo.config import flag, main_program, non_default, parse, refuse_if
 from spo.evaluation import Evaluation, report
 from spo.failure import one_reason
@@ -41,7 +41,7 @@ from spo.parallel import print0
 from spo.reference import PolicySamples, add_reference_logps
 from spo.run import RunFolder
 from spo.tokenizer import Tokenizer, load_tokenizer
-from tinystories_data import build_demo
+from tinystories_data import build_demo, pool_folder
 
 SHAPE_FLAGS = ("dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len")
 DTYPES = ["", "float32", "bfloat16"]
@@ -99,7 +99,11 @@ class TrainConfig(JudgeFlags):
     # Evaluation and logging.
     eval_interval: int = flag(20, "steps between evaluations", least=1)
     eval_stories: int = flag(128, "stories judged at an evaluation; 0: none", least=0)
+    eval_pool: int = flag(1024, "the reference's, each judged against all; 0: one to one", least=0)
     baseline: str = flag("", "stories to win against; default: the reference's own", path=True)
+    stop_kl: float | None = flag(
+        None, "end the run when an evaluation's KL passes this, in nats", above=0, free=True
+    )
     report: bool = flag(True, "end with a table on twice as many fresh stories", free=True)
     keep_checkpoints: bool = flag(False, "keep every evaluation's weights, as step_N.pt", free=True)
     log_interval: int = flag(5, "steps between log lines", least=1, free=True)
@@ -143,8 +147,11 @@ class TrainConfig(JudgeFlags):
         nothing = "nothing is judged with --eval_stories=0"
         asked = self.judge != "offline" and self.eval_stories == 0
         refuse_if(asked, f"--judge={self.judge}: {nothing}; leave it out")
-        nothing = f"--baseline: {nothing} or --init_from=scratch; leave it out"
-        refuse_if(self.baseline and not self.judged, nothing)
+        for name in ("baseline", "stop_kl", "eval_pool"):
+            none = f"--{name}: {nothing} or --init_from=scratch; leave it out"
+            refuse_if(name in given and not self.judged, none)
+        one_to_one = "--eval_pool: --baseline and an API judge compare one to one; leave it out"
+        refuse_if("eval_pool" in given and (self.baseline or self.judge != "offline"), one_to_one)
 
     @property
     def judged(self) -> bool:
@@ -192,7 +199,7 @@ def train(config: TrainConfig) -> bool:
             break
         if step % config.eval_interval == 0 or step == config.max_iters:
             evaluate_and_save(run, step, policy, evaluation, samples)
-        if step == config.max_iters:
+        if step == config.max_iters or run.passes_stop_kl(step):
             break
 
         # Every kl_interval steps (T in the paper), draw fresh samples from the policy itself.
@@ -424,6 +431,8 @@ def make_evaluation(
         seed=config.seed,
         max_new_tokens=config.max_new_tokens,
         baseline=config.baseline,
+        pool_size=config.eval_pool if config.judge == "offline" else 0,
+        keep_pool=functools.partial(pool.keep, config, tokenizer.path, pool_folder(config)),
     )
 
 
@@ -460,10 +469,11 @@ def evaluate_and_save(
     whole = parallel.full_model(policy, run.config.dtype)  # all weights, on rank 0
     parallel.on_rank_0(lambda: run.save_evaluation(step, whole, verdict, improved, save_llama2c))
     if verdict is not None:
-        run.best_rate = max(run.best_rate, verdict.rate)
+        run.best_rate, run.kl = max(run.best_rate, verdict.rate), verdict.kl
         run.record(step, verdict.logged("eval"))
         story = textwrap.shorten(verdict.stories[0]["text"], 300)
-        run.say(f"step {step}: win-rate over {evaluation.name} {verdict}\n    {story}")
+        shown = f"{verdict}\n    {verdict.besides}\n    {story}"
+        run.say(f"step {step}: win-rate over {evaluation.name} {shown}")
     run.evaluated = step
     run.save_state(step, samples.groups)
 
@@ -477,7 +487,7 @@ def final_report(run: RunFolder, evaluation: Evaluation, policy: Transformer) ->
     weights = checkpoint.open_weights(run.path("best.pt"))
     best = checkpoint.without_weights(weights)
     checkpoint.load_and_shard(best, weights, config.device, config.dtype)
-    before, last = (evaluation.reference, 0), (policy, config.max_iters)
+    before, last = (evaluation.reference, 0), (policy, run.evaluated)
     policies = {"before": before, "best": (best, weights.step), "last": last}
     report(evaluation, policies, run.record)
     sample_it = f"python sample.py --checkpoint={run.path('best.pt')}"

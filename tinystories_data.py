@@ -188,6 +188,12 @@ def demo_checkpoint() -> str:
     return os.path.join(DEMO_DIR, "reference", "ckpt.pt")
 
 
+def pool_folder(config) -> str:
+    """Return where a run keeps its reference's stories: the demo's are every demo run's."""
+    is_demo = config.init_from == demo_checkpoint()
+    return DEMO_DIR if is_demo else os.path.join(config.out_dir, "stories")
+
+
 def demo_text() -> None:
     """Write data/demo/stories.jsonl and tokenizer.model.
 
@@ -208,7 +214,14 @@ def demo_text() -> None:
         raise ValueError(f"{DEMO_DIR}: holds {there[0]}, and no recipe.json of a demo; {mend}")
     if there and files.read_json(recipe_file) != recipe:
         print(f"{DEMO_DIR}: is of a former recipe; built anew", flush=True)
-        made = (*DEMO_FILES.values(), "*.safetensors", "tokenizer.*", "reference", "reference.tmp")
+        made = (
+            *DEMO_FILES.values(),
+            "*.safetensors",
+            "pool-*",
+            "tokenizer.*",
+            "reference",
+            "reference.tmp",
+        )
         for path in (p for name in made for p in glob.glob(os.path.join(DEMO_DIR, name))):
             shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
     files.write_text(recipe_file, json.dumps(recipe))

@@ -20,9 +20,14 @@ STEPS_BETWEEN_LOOKS = 8  # at which rows have ended: a GPU has to wait for the a
 WORDS_PER_BLOCK = 128  # of the vocabulary, when a word is drawn
 
 # What stories are drawn for: the second number of their seed, so that no two uses share a stream.
-PURPOSE_KL, PURPOSE_SELECT, PURPOSE_SELECT_BASELINE, PURPOSE_REPORT, PURPOSE_REPORT_BASELINE = (
-    range(5)
-)
+(
+    PURPOSE_KL,
+    PURPOSE_SELECT,
+    PURPOSE_SELECT_BASELINE,
+    PURPOSE_REPORT,
+    PURPOSE_REPORT_BASELINE,
+    PURPOSE_POOL,
+) = range(6)
 
 
 @dataclass

@@ -100,6 +100,12 @@ def reference_states(reference: Transformer, batch: Batch) -> ReferenceStates:
     return ReferenceStates(hidden, full_classifier(reference, hidden.dtype))
 
 
+def logps_of_states(reference: ReferenceStates, batch: Batch) -> Tensor:
+    """Return the `sequence_logps` of the model whose states these are, (B, n)."""
+    hidden, classifier = reference.hidden, reference.classifier
+    return logps_from_hidden(hidden, classifier, batch.tokens, batch.mask).view(-1, batch.n)
+
+
 # --- from hidden states --------------------------------------------------------------------------
 
 

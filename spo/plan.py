@@ -74,7 +74,7 @@ def load_of(config, objective, args: ModelArgs, groups: Sequence[EncodedGroup]) 
         dtype=config.dtype,
         reference=objective.needs_reference or config.judged,
         online=config.kl_batch_size if objective.online else 0,
-        eval_stories=config.eval_stories if config.judged else 0,
+        eval_stories=max(config.eval_stories, config.eval_pool) if config.judged else 0,
         sequences=n * ends[1],
         longest=width,
         new_tokens=config.max_new_tokens,

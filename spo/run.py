@@ -116,6 +116,7 @@ class RunFolder:
         self.first_step = 0
         self.evaluated = -1  # the last step that was evaluated
         self.best_rate = -1.0
+        self.kl = 0.0  # at the last evaluation
         self.best_step = self.saved_step = 0  # of best.pt, and of the newest state
         self.samples: list[EncodedGroup] | None = None  # the policy's, from the state
         self.stopped = False
@@ -239,7 +240,7 @@ class RunFolder:
         metadata = read_metadata(path)
         self.first_step = self.saved_step = metadata["step"]
         self.best_rate, self.best_step = metadata["best_rate"], metadata.get("best_step", 0)
-        self.evaluated = metadata["evaluated"]
+        self.evaluated, self.kl = metadata["evaluated"], metadata.get("kl", 0.0)
         load_state(path, tensors_of(self.policy, self.optimizer))
         if metadata["online"] is not None:
             self.samples = [EncodedGroup(*group) for group in metadata["online"]]
@@ -308,6 +309,14 @@ class RunFolder:
         """Tell whether any process was sent SIGTERM. Collective."""
         return bool(parallel.all_reduce_max(int(self._sigterm.is_set())))
 
+    def passes_stop_kl(self, step: int) -> bool:
+        """Tell whether --stop_kl ends the run at the evaluation of this step."""
+        limit = self.config.stop_kl
+        if limit is None or self.evaluated != step or self.kl <= limit:
+            return False
+        self.say(f"step {step}: KL {self.kl:.2f} nats is past --stop_kl={limit:g}; the run ends")
+        return True
+
     def stop(self, step: int, samples: list[EncodedGroup] | None) -> None:
         """Keep the state before this step, and end the run early. Collective."""
         if step > self.first_step:
@@ -361,6 +370,7 @@ class RunFolder:
             "identity": self.identity,
             "best_rate": self.best_rate,
             "best_step": self.best_step,
+            "kl": self.kl,
             "evaluated": self.evaluated,
             "log_bytes": os.path.getsize(log) if os.path.exists(log) else 0,
             "online": groups,

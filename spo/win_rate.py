@@ -5,16 +5,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-MAX_INVALID = (
-    0.01  # with a larger share there is no win-rate: what is missing may not be like what is there
-)
+# With a larger share there is no win-rate: what is missing may not be like what is there.
+MAX_INVALID = 0.01
+Z = 1.959964  # the standard normal deviate that 2.5% exceed
 
 
 @dataclass
 class WinRate:
-    """How often one side was preferred; a tie counts half. low, high: the 95% Wilson interval.
+    """How often one side was preferred; a tie counts half. low, high: its 95% interval.
 
-    count      comparisons scored, ties among them; asked: scored and invalid
+    count  stories that were judged
+    ties   of the comparisons
+    invalid  comparisons that the judge gave no usable answer to
+    pool   stories that each was compared with; 0: one to one
     length_controlled  the rate at equal length, see `length_controlled_rate`
     """
 
@@ -25,6 +28,7 @@ class WinRate:
     ties: int
     invalid: int = 0
     length_controlled: float = math.nan
+    pool: int = 0
 
     @property
     def trusted(self) -> bool:
@@ -50,15 +54,20 @@ def win_rate(
         raise ValueError("no comparisons, so no win-rate")
     if n == 0:
         return WinRate(math.nan, math.nan, math.nan, 0, 0, len(preferences))
-    p, z = sum(scored) / n, 1.959964
-    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    result = WinRate(p, middle - half, middle + half, n, scored.count(0.5), len(preferences) - n)
+    p = sum(scored) / n
+    result = WinRate(p, *wilson(p, n, Z), n, scored.count(0.5), len(preferences) - n)
     if length_differences is not None:
         both = zip(length_differences, preferences, strict=True)
         differences = [difference for difference, preferred in both if preferred is not None]
         result.length_controlled = length_controlled_rate(scored, differences)
     return result
+
+
+def wilson(p: float, n: float, z: float) -> tuple[float, float]:
+    """Return the Wilson interval of a share p of n, for a deviate z."""
+    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return middle - half, middle + half
 
 
 def length_controlled_rate(preferences: list[float], length_differences: list[float]) -> float:
@@ -130,3 +139,56 @@ def fit(x: np.ndarray, y: np.ndarray, C: float) -> np.ndarray:
         if np.abs(moved).max() < 1e-8:
             break
     return weights
+
+
+# --- every story against a pool ------------------------------------------------------------------
+
+
+def all_pairs(ours: dict[str, list[float]], pool: dict[str, list[float]]) -> WinRate:
+    """Compare every story with every story of a pool to the same prompt, by their scores.
+
+    ours  the scores of the policy's stories to each prompt: {prompt: scores}, N in all
+    pool  the reference's, two or more to each prompt
+
+    The rate is the two-sample U-statistic (Mann and Whitney): the mean over the policy's stories of
+    the share of the pool that each beats, an equal score counting half. Its variance is that of
+    DeLong, DeLong and Clarke-Pearson (1988): how far those shares vary over the policy's stories,
+    and the shares of the policy that each story of the pool loses to over the pool. The 95%
+    interval is taken on the scale of log(p / (1 - p)), with Student's t for the degrees of freedom
+    of Satterthwaite. Where that variance is 0 (the rate is 0 or 1, or all scores are equal), it is
+    the Wilson interval of as many comparisons as the smaller side has stories.
+    """
+    beaten, variance_of_pool, ties, sizes, parts = [], 0.0, 0, [], []
+    count = sum(map(len, ours.values()))
+    for prompt, scores in ours.items():
+        mine, theirs = np.sort(np.array(scores)), np.sort(np.array(pool[prompt]))
+        lower, upper = (np.searchsorted(theirs, mine, side) for side in ("left", "right"))
+        beaten.append((lower + upper) / 2 / len(theirs))
+        ties += int((upper - lower).sum())
+        lost = sum(np.searchsorted(mine, theirs, side) for side in ("left", "right"))
+        share = len(mine) / count
+        part = share**2 * (1 - lost / 2 / len(mine)).var(ddof=1) / len(theirs)
+        parts.append(part**2 / (len(theirs) - 1))
+        variance_of_pool += part
+        sizes.append(len(theirs))
+    shares = np.concatenate(beaten)
+    p = float(shares.mean())
+    variance_of_ours = shares.var(ddof=1) / count if count > 1 else 0.0
+    variance = float(variance_of_ours + variance_of_pool)
+    if variance == 0 or not 0 < p < 1:
+        low, high = wilson(p, min(count, sum(sizes)), Z)
+    else:
+        freedom = variance**2 / (variance_of_ours**2 / max(1, count - 1) + sum(parts))
+        half = student(freedom) * math.sqrt(variance) / (p * (1 - p))
+        middle = math.log(p / (1 - p))
+        low, high = (1 / (1 + math.exp(-(middle + side * half))) for side in (-1, 1))
+    return WinRate(p, low, high, count, ties, pool=min(sizes))
+
+
+def student(freedom: float) -> float:
+    """Return Student's t that 2.5% exceed, by the expansion of Cornish and Fisher (to 1% from 3
+    degrees of freedom on).
+    """
+    z, f = Z, max(freedom, 3.0)
+    terms = [z, (z**3 + z) / (4 * f), (5 * z**5 + 16 * z**3 + 3 * z) / (96 * f**2)]
+    return sum(terms) + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * f**3)

@@ -69,6 +69,9 @@ def workshop(tmp_path, tokenizer, monkeypatch):
             "--warmup_iters=1",
             "--out_dir=out",
         ]
+        others = {flag.split("=")[0] for flag in flags} & {"--baseline", "--judge"}
+        if not others and not {"--eval_stories=0", "--init_from=scratch"} & set(flags):
+            defaults.append("--eval_pool=16")
         defaults = [flag for flag in defaults if flag.split("=")[0] not in str(flags)]
         spo_train.main([f"--loss={loss}", *defaults, *flags])
         return "out"

@@ -337,7 +337,13 @@ def small_disk(tmp_path):
 def writers(disk: str, start: str, tokenizer: str, data: str) -> list[list[str]]:
     model = [f"--checkpoint={start}", f"--tokenizer={tokenizer}"]
     stories = [*model, "--max_new_tokens=32", f"--out={disk}/stories.jsonl"]
-    small = ["--batch_size=4", "--max_iters=4", "--eval_interval=2", "--eval_stories=4"]
+    small = [
+        "--batch_size=4",
+        "--max_iters=4",
+        "--eval_interval=2",
+        "--eval_stories=4",
+        "--eval_pool=8",
+    ]
     run = [*small, "--max_new_tokens=16", f"--init_from={start}", f"--tokenizer={tokenizer}"]
     return [
         ["export.py", f"{disk}/m.bin", *model],

@@ -99,7 +99,13 @@ def test_where_there_are_no_locks_that_is_said_once(tmp_path, monkeypatch, capsy
 def test_two_runs_at_once_do_not_mix(workshop, tokenizer):
     """The second is refused by name; the first ends as it would alone."""
     flags = ["--loss=dpo_rank", "--init_from=start.pt", f"--tokenizer={tokenizer.path}"]
-    flags += ["--data=ranked.jsonl", "--batch_size=4", "--eval_stories=4", "--max_new_tokens=16"]
+    flags += [
+        "--data=ranked.jsonl",
+        "--batch_size=4",
+        "--eval_stories=4",
+        "--eval_pool=0",
+        "--max_new_tokens=16",
+    ]
     flags += ["--eval_interval=1000", "--max_iters=4000", "--log_interval=1", "--out_dir=out"]
     first = subprocess.Popen(
         command(1, *flags), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -192,7 +198,13 @@ def test_a_run_can_be_closed_where_it_is(workshop, capsys):
 
 def test_ctrl_c_says_how_to_go_on(workshop, tokenizer):
     flags = ["--loss=dpo_rank", "--init_from=start.pt", f"--tokenizer={tokenizer.path}"]
-    flags += ["--data=ranked.jsonl", "--batch_size=4", "--eval_stories=4", "--max_new_tokens=16"]
+    flags += [
+        "--data=ranked.jsonl",
+        "--batch_size=4",
+        "--eval_stories=4",
+        "--eval_pool=0",
+        "--max_new_tokens=16",
+    ]
     flags += ["--eval_interval=2", "--max_iters=4000", "--log_interval=1", "--out_dir=out"]
     words = command(1, *flags)
     process = subprocess.Popen(
@@ -323,7 +335,13 @@ def test_odd_numbers_of_processes_train(workshop, tokenizer, processes):
     """A loss without samples needs no multiple for them, and any number of stories is judged."""
     size = f"--batch_size={2 * processes}"
     flags = ["--loss=dpo_rank", "--init_from=start.pt", f"--tokenizer={tokenizer.path}", size]
-    flags += ["--data=ranked.jsonl", "--max_iters=2", "--eval_interval=2", "--eval_stories=4"]
+    flags += [
+        "--data=ranked.jsonl",
+        "--max_iters=2",
+        "--eval_interval=2",
+        "--eval_stories=4",
+        "--eval_pool=16",
+    ]
     flags += ["--max_new_tokens=16", "--warmup_iters=1", "--report=false"]
     run(processes, [*flags, "--out_dir=many"])
     run(1, [*flags, "--out_dir=one"])

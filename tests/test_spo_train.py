@@ -376,7 +376,7 @@ def test_an_evaluation_says_kl_entropy_and_score_of_its_own_stories(tokenizer):
     verdict = evaluation.evaluate(policy, 7, "select")
     kl, entropy, tokens = 0.0, 0.0, 0
     encoded = [tokenizer.encode("the owl", bos=True)] * 3
-    for group in generation.sample(policy, encoded, (1, generation.PURPOSE_SELECT), 12):
+    for group in generation.sample(policy, encoded, (1, generation.PURPOSE_SELECT, 1), 12):
         batch = make_batch([group])
         with torch.no_grad():
             logits, others = policy(batch.tokens), reference(batch.tokens)
@@ -552,6 +552,7 @@ def test_best_is_the_first_of_equals_and_the_exported_model_is_the_best(workshop
 
     monkeypatch.setattr(OfflineJudge, "compare", compare)
     flags = ["--max_iters=6", "--eval_interval=2", "--report=false", "--keep_checkpoints"]
+    flags.append("--eval_pool=0")
     folder = workshop("dpo_rank", *flags, "--learning_rate=1e-2")
     assert checkpoint.open_weights(f"{folder}/best.pt").step == 2
     best = load(f"{folder}/step_000002.pt")
@@ -569,6 +570,7 @@ def test_a_resumed_run_remembers_how_good_the_best_was(workshop, monkeypatch):
 
     monkeypatch.setattr(OfflineJudge, "compare", compare)
     flags = ["--max_iters=6", "--eval_interval=2", "--report=false", "--learning_rate=1e-2"]
+    flags.append("--eval_pool=0")
     folder = workshop("dpo_rank", *flags)
     workshop("dpo_rank", *flags, "--resume=out/state/step_00000004")
     assert rates == []  # step 4 was not evaluated again
