@@ -19,12 +19,11 @@ import string
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from tqdm import tqdm
-
 from spo import offline_judge
 from spo.chat import Chat, ChatFlags, as_done
 from spo.config import flag, main_program, non_default, parse
 from spo.diversity import Diversity
+from spo.progress import progress, show_beside
 from spo.records import read_stories
 from spo.win_rate import MAX_INVALID, WinRate, win_rate
 
@@ -173,12 +172,12 @@ def rank_in_both_orders(
     tasks = both_orders(groups)
     answers: dict[int, list[int] | None] = {}  # by task; those of group i are 2 i and 2 i + 1
     kept = 0
-    bar = tqdm(total=len(tasks), desc=label, unit="ranking", disable=label is None, leave=False)
+    bar = progress(len(tasks), label or "", "rankings", disable=label is None, leave=False)
 
     def show() -> None:
         invalid = sum(ranking is None for ranking in answers.values())
         cost = f", {judge.status}" if judge.status else ""
-        bar.set_postfix_str(f"groups kept {kept}, rankings invalid {invalid}{cost}")
+        show_beside(bar, f"groups kept {kept}, rankings invalid {invalid}{cost}")
 
     def result(i: int) -> BothOrders:
         reverse = answers[2 * i + 1]

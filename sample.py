@@ -84,9 +84,9 @@ def stories_of(config: SampleConfig, path: str, prompts: list[str]) -> list[dict
     model = checkpoint.load(path, device)
     tokenizer = load_tokenizer(config.tokenizer, path, model.args.vocab_size)
     encoded = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
-    progress = "sampling" if config.prompts else None
+    label = "sampling" if config.prompts else None
     batches = sample_batches(
-        model, encoded, config.seed, config.max_new_tokens, flags=config, progress=progress
+        model, encoded, config.seed, config.max_new_tokens, flags=config, label=label
     )
     samples = [group for batch in batches for group in batch]
     origin = {"seed": config.seed, "checkpoint": path}

@@ -278,7 +278,7 @@ def demo_groups(device: str) -> None:
         tokenizer = load_tokenizer("", demo_checkpoint(), reference.args.vocab_size)
         prompts = [""] * (4 * DEMO_GROUPS)
         encoded = [tokenizer.encode("", bos=True)] * len(prompts)
-        samples = sample(reference, encoded, DEMO_SEED, progress="sampling")
+        samples = sample(reference, encoded, DEMO_SEED, label="sampling")
         stories = story_records(samples, prompts, tokenizer, reference.eos_id)
         groups, _ = group_stories(stories, 4)
         files.write_jsonl(
@@ -454,7 +454,7 @@ def generate(config: GenerateConfig) -> None:
         config.max_new_tokens,
         flags=config,
         first=first,
-        progress="generating",
+        label="generating",
     )
     origin = {"seed": config.seed, "checkpoint": os.path.basename(config.checkpoint)}
     for batch in batches:

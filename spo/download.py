@@ -9,9 +9,9 @@ import zlib
 from typing import IO
 
 import requests
-from tqdm import tqdm
 
 from spo.files import append_to, file_sha256, lock, named_errors, remove
+from spo.progress import progress
 
 ATTEMPTS = 6
 SECONDS = (10, 60)  # to connect, and of silence
@@ -89,13 +89,8 @@ def _fetch_to(f: IO[bytes], url: str, path: str, sha256: str) -> None:
         resumed = response.status_code in (206, 416)  # 416: all of it is there already
         if not resumed:
             f.truncate(0)
-        bar = tqdm(
-            total=length,
-            initial=have if resumed else 0,
-            desc=os.path.basename(path),
-            unit="B",
-            unit_scale=True,
-        )
+        start = have if resumed else 0
+        bar = progress(length, os.path.basename(path), "bytes", initial=start, unit_scale=True)
         with bar, named_errors(path, length or 0, part):
             for chunk in response.iter_content(2**16) if response.status_code != 416 else ():
                 append_to(f, chunk, durable=False)

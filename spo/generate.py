@@ -7,12 +7,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from model import Transformer
 from spo import fast, parallel
 from spo.config import flag
 from spo.groups import EncodedGroup
+from spo.progress import progress
 from spo.tokenizer import Tokenizer
 
 STORIES_AT_A_TIME = 128
@@ -253,7 +253,7 @@ def sample_batches(
     *,
     flags: SamplingFlags | None = None,
     first: int = 0,
-    progress: str | None = None,
+    label: str | None = None,
 ) -> Iterator[list[EncodedGroup]]:
     """Yield batches of one response to each prompt from `first` on, as groups of one.
 
@@ -261,13 +261,11 @@ def sample_batches(
     before.
 
     flags     batch size, temperature and truncation; default: temperature 1, no truncation
-    progress  the label of a progress bar; None: no bar
+    label     of a progress bar; None: no bar
     """
     flags = flags or SamplingFlags()
-    hidden = progress is None
-    bar = tqdm(
-        total=len(prompts), initial=first, desc=progress, unit="story", disable=hidden, leave=False
-    )
+    hidden = label is None
+    bar = progress(len(prompts), label or "", "stories", initial=first, disable=hidden, leave=False)
     with bar:
         for start in range(first, len(prompts), flags.batch_size):
             batch = prompts[start : start + flags.batch_size]
@@ -294,7 +292,7 @@ def sample(
     prompts: list[list[int]],
     seed: int | tuple[int, ...],
     max_new_tokens: int = 256,
-    progress: str | None = None,
+    label: str | None = None,
 ) -> list[EncodedGroup]:
     """Sample a response to each prompt, shared out over the processes; all get all responses.
 
@@ -302,10 +300,10 @@ def sample(
     its weights.
     """
     part = parallel.share(len(prompts))
-    label = progress if parallel.rank() == 0 else None
+    label = label if parallel.rank() == 0 else None
     model.eval()
     batches = sample_batches(
-        model, prompts[: part.stop], seed, max_new_tokens, first=part.start, progress=label
+        model, prompts[: part.stop], seed, max_new_tokens, first=part.start, label=label
     )
     mine = [group for batch in batches for group in batch]
     return [group for part in parallel.all_gather(mine) for group in part]

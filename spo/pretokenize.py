@@ -12,10 +12,10 @@ from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 import sentencepiece
-from tqdm import tqdm
 
 from spo.files import atomic_write, is_unicode, read_json, read_jsonl
 from spo.groups import token_files
+from spo.progress import progress
 from spo.records import parse_group
 from spo.tokenizer import Tokenizer, copy_tokenizer
 
@@ -138,8 +138,10 @@ def make_token_files(data: str, tokenizer_path: str, folder: str, workers: int) 
             for out, shard in outs.items()
         ]
         try:
-            for job in tqdm(as_completed(jobs), total=len(jobs), unit="shard"):
-                tokens += job.result()
+            with progress(len(jobs), "pretokenize", "shards") as bar:
+                for job in as_completed(jobs):
+                    tokens += job.result()
+                    bar.update()
         except BrokenProcessPool:
             fewer = max(1, workers // 2)
             raise ValueError(

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -34,6 +35,7 @@ from spo.files import (
     write_text,
 )
 from spo.groups import EncodedGroup
+from spo.progress import progress
 from spo.state import find_state, load_state, read_metadata, save_state, tensors_of
 from spo.tokenizer import Tokenizer, copy_tokenizer
 
@@ -260,7 +262,7 @@ class RunFolder:
         """Yield the steps from the first to max_iters, under a progress bar; listen to SIGTERM."""
         hidden = parallel.rank() > 0
         total, loss = self.max_iters, self.config.loss
-        bar = tqdm(total=total, initial=self.first_step, desc=loss, unit="step", disable=hidden)
+        bar = progress(total, loss, "steps", initial=self.first_step, disable=hidden)
         with bar, self._listening():
             self._bar = bar
             for step in range(self.first_step, self.max_iters + 1):
@@ -274,6 +276,7 @@ class RunFolder:
         """Print a text once, above the progress bar."""
         if parallel.rank() == 0:
             self._bar.write(text)
+            sys.stdout.flush()
 
     @contextlib.contextmanager
     def _listening(self) -> Iterator[None]:

@@ -152,19 +152,6 @@ def test_shares_and_dealt_parts_are_all_of_the_things(monkeypatch, size):
     assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
 
 
-def test_what_does_not_divide_by_the_processes_is_one_line(flags):
-    done = subprocess.run(
-        command(2, *flags("spo_rank", "out", "--batch_size=5")),
-        capture_output=True,
-        text=True,
-        env=os.environ | ONE_THREAD,
-    )
-    assert (
-        "--batch_size=5: must be a multiple of the number of processes, 2" in done.stderr
-        and done.returncode != 0
-    )
-
-
 # --- kill and resume -----------------------------------------------------------------------------
 
 
