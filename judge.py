@@ -10,6 +10,7 @@ the two answers agree. Knows no tokens and no tensors.
 """
 
 import abc
+import difflib
 import hashlib
 import json
 import math
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 
 from spo import offline_judge
 from spo.chat import Chat, ChatFlags, as_done
-from spo.config import flag, main_program, non_default, parse
+from spo.config import flag, main_program, non_default, parse, refuse_if
 from spo.diversity import Diversity
 from spo.progress import progress, show_beside
 from spo.records import read_stories
@@ -404,6 +405,8 @@ def make_judge(flags: JudgeFlags, dry_run: bool = False) -> Judge:
     dry_run  it is only to estimate: that needs no key
     """
     if flags.judge != "offline":
+        typo = difflib.get_close_matches(flags.judge, ["offline"], cutoff=0.8)
+        refuse_if(typo, f"--judge={flags.judge}: did you mean offline?")
         judge = ApiJudge(flags)
         if not dry_run:
             judge.chat.require_key()

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from spo import checkpoint, fast, parallel
 from spo.config import flag, main_program, parse
-from spo.evaluation import side_by_side
+from spo.evaluation import printable, side_by_side
 from spo.files import check_output, write_jsonl, write_text
 from spo.generate import SamplingFlags, sample_batches, story_records
 from spo.records import read_prompts
@@ -63,7 +63,7 @@ def main(argv: list[str]) -> None:
             print(side_by_side(*texts, (config.checkpoint, config.compare)), end="\n\n")
     elif not config.prompts:
         for story in stories:
-            paragraphs = (story["prompt"] + story["text"]).split("\n")
+            paragraphs = printable(story["prompt"] + story["text"]).split("\n")
             print("\n".join(textwrap.fill(paragraph, 100) for paragraph in paragraphs), end="\n\n")
     if config.out.endswith(".json"):
         outputs = alpaca_eval_outputs(asked, stories)

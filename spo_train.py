@@ -20,7 +20,6 @@ import copy
 import functools
 import math
 import random
-import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -69,10 +68,10 @@ class TrainConfig(JudgeFlags):
     norm: str | None = flag(None, "ipo: log-ratios, summed or per token", choices=["sum", "mean"])
     nll: str | None = flag(None, "cpo: likelihood, summed or per token", choices=["sum", "mean"])
     # Data and model.
-    data: str = flag("", "ranked groups (JSONL); default: the offline demo", path=True)
-    init_from: str = flag("", "model to align: .pt, .bin, a folder, or `scratch`", path=True)
+    data: str = flag("", "ranked groups; default: the demo's", path=True, also="dataset")
+    init_from: str = flag("", "a .pt, .bin or folder, or `scratch`", path=True, also="model")
     tokenizer: str = flag("", "its tokenizer; default: tokenizer.model by init_from", path=True)
-    out_dir: str = flag("out", "where the run's files go", free=True)
+    out_dir: str = flag("out", "where the run's files go", free=True, also="output_dir")
     dim: int = flag(288, "width (this and the next four: with --init_from=scratch)", least=1)
     n_layers: int = flag(6, "layers", least=1)
     n_heads: int = flag(6, "attention heads", least=1)
@@ -83,7 +82,9 @@ class TrainConfig(JudgeFlags):
     micro_batch_size: int | None = flag(
         None, "groups per pass: memory, never the result; default: what fits", least=1, free=True
     )
-    max_iters: int | None = flag(None, "optimizer steps; default: one epoch, demo: 80", least=1)
+    max_iters: int | None = flag(
+        None, "optimizer steps; default: one epoch, demo: 80", least=1, also="steps epochs"
+    )
     learning_rate: float = flag(1e-4, "peak learning rate of AdamW", least=0)
     warmup_iters: int = flag(5, "steps of linear warm-up", least=0)
     decay_lr: bool = flag(True, "cosine decay of the learning rate to 0 at max_iters")
@@ -105,6 +106,7 @@ class TrainConfig(JudgeFlags):
         None, "end the run when an evaluation's KL passes this, in nats", above=0, free=True
     )
     report: bool = flag(True, "end with a table on twice as many fresh stories", free=True)
+    curves: bool = flag(True, "draw curves.png into out_dir at the end", free=True)
     keep_checkpoints: bool = flag(False, "keep every evaluation's weights, as step_N.pt", free=True)
     log_interval: int = flag(5, "steps between log lines", least=1, free=True)
     # System.
@@ -471,8 +473,7 @@ def evaluate_and_save(
     if verdict is not None:
         run.best_rate, run.kl = max(run.best_rate, verdict.rate), verdict.kl
         run.record(step, verdict.logged("eval"))
-        story = textwrap.shorten(verdict.stories[0]["text"], 300)
-        shown = f"{verdict}\n    {verdict.besides}\n    {story}"
+        shown = f"{verdict}\n    {verdict.besides}\n    {verdict.sample}"
         run.say(f"step {step}: win-rate over {evaluation.name} {shown}")
     run.evaluated = step
     run.save_state(step, samples.groups)
@@ -491,7 +492,7 @@ def final_report(run: RunFolder, evaluation: Evaluation, policy: Transformer) ->
     policies = {"before": before, "best": (best, weights.step), "last": last}
     report(evaluation, policies, run.record)
     sample_it = f"python sample.py --checkpoint={run.path('best.pt')}"
-    print0(f"\n{config.out_dir}: best.pt, ckpt.pt, model.bin; sample with `{sample_it}`")
+    print0(f"\n{config.out_dir}: best.pt, ckpt.pt, model.bin, curves.png; `{sample_it}`")
 
 
 def main(argv: list[str]) -> None:

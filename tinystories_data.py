@@ -171,10 +171,14 @@ def build_demo(config, train: Callable):
         os.makedirs(os.path.dirname(DEMO_DIR), exist_ok=True)
         with files.lock(f"{DEMO_DIR}.lock", DEMO_DIR, wait=math.inf), parallel.alone():
             # A second builder has waited here, and uses what the first has made.
+            stage(1, "stories of a grammar, and a tokenizer", "seconds")
             demo_text()
+            stage(2, "a reference model of 0.4M parameters, trained on them", "1 to 3 minutes")
             finished = demo_reference(config, train)
             if finished:
+                stage(3, "4,096 stories of it, ranked in fours", "about a minute")
                 demo_groups(config.device)
+                stage(4, f"alignment to the rankings, --loss={config.loss}", "1 to 5 minutes")
         return finished
 
     if not parallel.on_rank_0(build):
@@ -182,6 +186,10 @@ def build_demo(config, train: Callable):
     data = os.path.join(DEMO_DIR, DEMO_FILES[LOSSES[config.loss].data])
     steps = config.max_iters or DEMO_STEPS
     return replace(config, data=data, init_from=demo_checkpoint(), max_iters=steps)
+
+
+def stage(number: int, what: str, how_long: str) -> None:
+    print(f"demo, {number} of 4: {what} ({how_long}; at once if it is there)", flush=True)
 
 
 def demo_checkpoint() -> str:
@@ -239,7 +247,6 @@ def demo_reference(config, train: Callable) -> bool:
     folder = os.path.dirname(demo_checkpoint())
     if os.path.isdir(folder):
         return True
-    print("demo: training a reference model on the stories of a small grammar", flush=True)
     reference_config = type(config)(
         loss="sft",
         data=os.path.join(DEMO_DIR, DEMO_FILES["text"]),

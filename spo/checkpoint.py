@@ -14,6 +14,7 @@ tensors, numbers and strings, and never code: weights_only=True, everywhere.
 import dataclasses
 import math
 import os
+import re
 import struct
 import zipfile
 
@@ -63,8 +64,28 @@ def open_weights(path: str):
         neither = "neither Meta's folder (params.json) nor Hugging Face's (config.json)"
         raise ValueError(f"{path}: {neither}")
     if not os.path.isfile(path):
-        raise ValueError(f"{path}: no such checkpoint; expected a .pt or a llama2.c .bin file")
+        raise ValueError(f"{path}: no such checkpoint; {where_to_get(path)}")
     return Llama2cFile(path) if path.endswith(".bin") else PtFile(path)
+
+
+def where_to_get(path: str) -> str:
+    """Say what a name that is no file may mean: a model on the Hugging Face hub, perhaps."""
+    if re.fullmatch(r"[\w-]+/[\w.-]+", path) and not path.endswith((".pt", ".bin")):
+        folder = path.split("/")[1]
+        fetch = f"`hf download {path} --local-dir {folder}` fetches it from the Hugging Face hub"
+        return f"{fetch}, and then its name here is {folder}"
+    return "expected a .pt, a llama2.c .bin, or a folder as Meta or Hugging Face publish it"
+
+
+def kind_of(path: str) -> str:
+    """Say what a file is that is no checkpoint, by how it begins; "" if that is not known."""
+    with open(path, "rb") as f:
+        start = f.read(64)
+    if b"<unk>" in start:
+        return "it is a sentencepiece tokenizer (--tokenizer)"
+    if start.lstrip()[:1] in (b"{", b"["):
+        return "it is JSON, a dataset or a configuration"
+    return ""
 
 
 def load(path: str, device: str = "cpu") -> Transformer:
@@ -196,7 +217,9 @@ class PtFile:
         try:
             entries = torch.load(self.path, map_location="cpu", weights_only=True, mmap=mapped)
         except Exception as error:  # what a damaged file raises depends on which byte is wrong
-            unsafe = "Unsupported" in str(error)
+            if kind := kind_of(self.path):
+                raise ValueError(f"{self.path}: no checkpoint: {kind}") from None
+            unsafe = "Unsupported global" in str(error) or "Unsupported class" in str(error)
             reason = "it holds Python objects and could run code" if unsafe else "it is damaged"
             raise ValueError(f"{self.path}: not loaded, {reason}, {nothing}") from None
         parts = ("model", "model_args")

@@ -21,6 +21,7 @@ class Flag:
     free      a run that is resumed may change it: it changes nothing of what is computed
     path      of an input: a run that is resumed may spell it otherwise, if its content is the same
     required  it has to be given
+    also      words of other programs for it, for the hint after a wrong flag
     """
 
     help: str
@@ -34,6 +35,7 @@ class Flag:
     free: bool = False
     path: bool = False
     required: bool = False
+    also: str = ""
 
 
 def flag(default, help: str, **more):
@@ -144,7 +146,9 @@ def parse(config_class, argv: list[str], prog: str, description: str = ""):
         given = unknown[0].split("=")[0]
         if not given.startswith("-"):
             parser.error(f"{given}: every value belongs to an option, as in --NAME={given}")
-        hint = _nearest(given.lstrip("-").replace("-", "_"), [field.name for field in fields])
+        name = given.lstrip("-").replace("-", "_")
+        also = {word: f for f, flag in flags_of(config_class).items() for word in flag.also.split()}
+        hint = _nearest(also.get(name, name), [field.name for field in fields])
         parser.error(f"{given}: no such option; {hint}")
     config = config_class(**vars(values))
     check_bounds(config)

@@ -40,8 +40,12 @@ def fetch(url: str, path: str, sha256: str = "") -> None:
         return
     if os.path.dirname(path):
         os.makedirs(os.path.dirname(path), exist_ok=True)
+    failure = ""
     for attempt in range(ATTEMPTS):
-        time.sleep(min(30.0, 2.0**attempt - 1) * 0.5)
+        pause = min(30.0, 2.0**attempt - 1) * 0.5
+        if attempt:
+            print(f"{failure}; attempt {attempt + 1} of {ATTEMPTS} in {pause:.0f} s", flush=True)
+        time.sleep(pause)
         try:
             return fetch_once(url, path, sha256)
         except (

@@ -80,8 +80,13 @@ class Verdict:
         rate = self.reason or str(self.win_rate)
         if self.win_rate and self.win_rate.trusted:
             rate += f", {self.win_rate.length_controlled:.1%} length-controlled"
-        kl = f"KL {self.kl:.1f} \u00b1 {self.kl_error:.1f} nats"
+        kl = f"KL {self.kl:.2f} \u00b1 {self.kl_error:.2f} nats"
         return f"{rate:<57} score {self.score:.2f}, {kl}, entropy {self.entropy:.2f} nats a token"
+
+    @property
+    def sample(self) -> str:
+        """The beginning of the first story, in a line."""
+        return textwrap.shorten(printable(self.stories[0]["text"]), 300)
 
     @property
     def besides(self) -> str:
@@ -142,6 +147,7 @@ class Evaluation:
         self.judge = judge
         self.has_judged = False
         self.name = "the reference"
+        self.whose = "the stories of the model that you started from"
         counts = {"select": eval_stories, "report": 2 * eval_stories}
         select = StorySet(
             tile_evenly(prompts, counts["select"]), PURPOSE_SELECT, PURPOSE_SELECT_BASELINE
@@ -159,7 +165,7 @@ class Evaluation:
         self.pool: dict[str, list[str]] = {}  # prompt -> texts; drawn when they are first needed
 
     def _read_baseline(self, path: str) -> None:
-        self.name = os.path.basename(path)
+        self.name = self.whose = os.path.basename(path)
         select, report = self.sets["select"], self.sets["report"]
         stories = read_groups(path)
         needed = len(select.prompts) + len(report.prompts)
@@ -316,11 +322,16 @@ def by_prompt(prompts: Sequence[str], values: Sequence[float]) -> dict[str, list
     return grouped
 
 
+def printable(text: str) -> str:
+    """Replace what could steer a terminal: "a\x1b[2Jb" -> "a\ufffd[2Jb"."""
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
+
+
 def side_by_side(left: str, right: str, titles: tuple[str, str], width: int = 48) -> str:
     """Set two texts in columns under their titles."""
     columns = []
     for title, text in zip(titles, (left, right), strict=True):
-        columns.append([title, "-" * width, *textwrap.wrap(text, width)])
+        columns.append([title, "-" * width, *textwrap.wrap(printable(text), width)])
     height = max(map(len, columns))
     for column in columns:
         column += [""] * (height - len(column))
@@ -333,21 +344,28 @@ def report(
 ) -> None:
     """Print a table of policies, {name: (policy, step)}, and a story of the first two.
 
-    record  called with (step, values) of each, for the log; the values are called "name/win_rate"
-            and so on
+    policies  "before", "best" and "last"
+    record    called with (step, values) of each, for the log; the values are called "name/win_rate"
+              and so on
     """
     judge = evaluation.judge
     count = len(evaluation.sets["report"].prompts)
     against = f"win-rate over {evaluation.name} on {count} fresh stories, {evaluation.how}"
     print0(f"\n{against}; {judge.name} [95% interval]")
     verdicts = {}
+    by_step: dict[int, Verdict] = {}  # the best may be the last
     for name, (policy, step) in policies.items():
-        verdict = verdicts[name] = evaluation.evaluate(policy, step, "report")
+        verdict = by_step.get(step) or evaluation.evaluate(policy, step, "report")
+        by_step[step] = verdicts[name] = verdict
         record(step, verdict.logged(name))
         print0(f"  {f'{name} (step {step})':<18} {verdict}")
     print0("what that judge does not see")
     for name, verdict in verdicts.items():
         print0(f"  {name:<8} {verdict.besides}")
+    best = verdicts["best"].rate
+    if best >= 0:
+        wins = f"best.pt wins {best:.0%} against {evaluation.whose}"
+        print0(f"{wins}; 50% would be no difference")
     if judge.note:
         print0(judge.note)
     stories = [verdict.stories[0]["text"] for verdict in verdicts.values()]

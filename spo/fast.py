@@ -42,17 +42,20 @@ def enable_fast_matmul(device: str) -> str:
     machine.
     """
     exact = matmul_error("highest", device)
+    on = f"running on {device}"
+    if device == "cpu":
+        on += f" with {torch.get_num_threads()} threads"
     if device.startswith("cuda"):
         error = matmul_error("high", device)
         torch.set_float32_matmul_precision("high")
-        return f"float32 products: TF32, relative error {error:.1e} (without {exact:.1e})"
+        return f"{on}; float32 products by TF32, relative error {error:.1e}"
     if device != "cpu":
-        return f"float32 products: relative error {exact:.1e}"
+        return f"{on}; float32 products, relative error {exact:.1e}"
     error = matmul_error("medium", device)
     if error <= 2 * exact:
         torch.set_float32_matmul_precision("medium")
-        return f"float32 products: oneDNN, relative error {error:.1e} (without {exact:.1e})"
-    return f"float32 products: relative error {exact:.1e}; oneDNN's {error:.1e} was too much"
+        return f"{on}; float32 products by oneDNN, relative error {error:.1e}"
+    return f"{on}; float32 products, not by oneDNN: its error of {error:.1e} is too large"
 
 
 def matmul_error(precision: str, device: str) -> float:

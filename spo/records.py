@@ -216,15 +216,21 @@ def require(groups: list[RankedGroup], need: str, path: str, loss: str) -> None:
             raise ValueError(
                 f"{where}: group has {n} responses, expected {size} as in line {first}"
             )
+        if need in ("pair", "ranking") and group.order == "text":
+            plain = f"--loss={loss} needs preferences, and this is text"
+            rank = "`python tinystories_data.py rank` makes rankings of generated stories"
+            raise ValueError(f"{where}: {plain}; {rank}")
+        if need == "pair" and group.order == "best":
+            best = f"--loss={loss} compares pairs, and of this group only the best is known"
+            raise ValueError(f"{where}: {best}; make pairs of the file of full rankings")
         if need == "pair" and n != 2:
             has = f"--loss={loss} compares pairs, the group has {n} responses"
             convert = f"python tinystories_data.py pairs --data={path} --out=pairs.jsonl"
             raise ValueError(f"{where}: {has}; make some: {convert}")
-        if need in ("pair", "ranking") and group.order != "ranking":
-            known = "its best" if group.order == "best" else "texts"
-            full = f"--loss={loss} needs a full ranking"
-            rank = "`python tinystories_data.py rank` makes rankings of stories"
-            raise ValueError(f"{where}: {full}, the group tells only {known}; {rank}")
+        if need == "ranking" and group.order != "ranking":
+            full = f"--loss={loss} needs a full ranking, and of this group only the best is known"
+            fits = "spo_bon, sdpo_bon and best_sft are for such data"
+            raise ValueError(f"{where}: {full}; {fits}")
         if need == "best" and group.order == "text" and n > 1:
             named = 'the best response named ("best" or "ranking")'
             raise ValueError(f"{where}: --loss={loss} needs {named}")

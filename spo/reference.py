@@ -15,6 +15,7 @@ from model import Transformer
 from spo import head, parallel
 from spo.files import atomic_write, inputs_sha256
 from spo.groups import Batch, EncodedGroup, micro_batches
+from spo.progress import progress
 
 
 @torch.no_grad()
@@ -30,8 +31,11 @@ def compute_logps(
     order = order[:1] * missing + order  # sharded, every process takes part in every pass
     mine = [groups[i] for i in parallel.deal(order)]
     logps: list[list[float]] = []
-    for batch in micro_batches(mine, size, reference):
-        logps += head.sequence_logps(reference, batch).double().tolist()
+    hidden = parallel.rank() > 0
+    with progress(len(mine), "the reference reads", "groups", disable=hidden, leave=False) as bar:
+        for batch in micro_batches(mine, size, reference):
+            logps += head.sequence_logps(reference, batch).double().tolist()
+            bar.update(len(batch.lengths))
     computed = parallel.undeal(parallel.all_gather(logps))
     by_index = dict(zip(order, computed, strict=True))
     return [tuple(by_index[i]) for i in range(len(groups))]

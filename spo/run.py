@@ -35,11 +35,13 @@ from spo.files import (
     write_text,
 )
 from spo.groups import EncodedGroup
+from spo.plot import draw_curves
 from spo.progress import progress
 from spo.state import find_state, load_state, read_metadata, save_state, tensors_of
 from spo.tokenizer import Tokenizer, copy_tokenizer
 
 SECONDS_FOR_A_DYING_RUN = 30  # a resumed or restarted run may overlap the one it continues
+NATS_OF_DIVERGENCE = 300  # that a response's log-prob falls in a run that forgets how to write
 RUN_OF = {"run_of": "spo_train.py"}  # what run.json says of a folder that is ours
 FILES_OF_A_RUN = (
     "ckpt.pt",
@@ -47,6 +49,7 @@ FILES_OF_A_RUN = (
     "model.bin",
     "model.bin.sha256",
     "log.jsonl",
+    "curves.png",
     "config.json",
     "tokenizer.model",
     "tokenizer.bin",
@@ -124,6 +127,8 @@ class RunFolder:
         self.stopped = False
         self._sigterm = threading.Event()
         self._bar: tqdm | None = None
+        self._said: set[str] = set()
+        self._first_chosen: float | None = None
         self.state = parallel.on_rank_0(lambda: self._open(tokenizer))
 
     def path(self, *names: str) -> str:
@@ -265,6 +270,8 @@ class RunFolder:
         bar = progress(total, loss, "steps", initial=self.first_step, disable=hidden)
         with bar, self._listening():
             self._bar = bar
+            if self.config.judged:
+                self.say("look at the win-rates below; the loss of one step is mostly noise")
             for step in range(self.first_step, self.max_iters + 1):
                 parallel.note_place(f"step {step}")
                 yield step
@@ -335,10 +342,27 @@ class RunFolder:
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Record and print the metrics of a step, every log_interval steps and at the last."""
+        self._say_if_it_diverges(step, metrics)
         if step % self.config.log_interval == 0 or step == self.max_iters - 1:
             self.record(step, metrics)
             shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
             self.say(f"step {step}: {shown}")
+
+    def _say_if_it_diverges(self, step: int, metrics: dict[str, float]) -> None:
+        """Say, once each, that nothing is learned, or that the policy forgets its responses."""
+        lower = f"a lower --learning_rate than {self.config.learning_rate:g} may help"
+        if metrics["grad_norm"] == 0 and "zero" not in self._said:
+            self._said.add("zero")
+            self.say(f"step {step}: the gradient is exactly 0, so nothing is learned; {lower}")
+        chosen = metrics.get("logps/chosen")
+        if chosen is None:
+            return
+        self._first_chosen = self._first_chosen or chosen
+        fallen = self._first_chosen - chosen
+        if fallen > NATS_OF_DIVERGENCE and "fallen" not in self._said:
+            self._said.add("fallen")
+            forgets = f"the chosen responses' log-prob has fallen by {fallen:.0f} nats"
+            self.say(f"step {step}: {forgets}: the policy diverges; {lower}")
 
     def save_checkpoint(self, name: str, model: Transformer, step: int, **more) -> None:
         """Write a .pt into the folder; more: as in checkpoint.save_pt."""
@@ -383,7 +407,10 @@ class RunFolder:
         self.saved_step = step
 
     def end(self) -> bool:
-        """Let others into the folder; return whether the run came to its end."""
+        """Draw the curves, let others into the folder; return whether the run came to its end."""
         if parallel.rank() == 0:
+            if self.config.curves and self.config.judged and not self.stopped:
+                with contextlib.suppress(ValueError):  # no win-rate could be trusted
+                    draw_curves([self.config.out_dir], self.path("curves.png"))
             self._lock.close()
         return not self.stopped

@@ -83,11 +83,11 @@ def test_no_file_no_groups_and_other_encodings_are_refused(tmp_path):
             {"responses": ["a", "b", "c"], "ranking": [0, 1, 2]},
             "compares pairs, the group has 3",
         ),
-        ("pair", {"responses": ["a", "b"]}, "needs a full ranking, the group tells only texts"),
+        ("pair", {"responses": ["a", "b"]}, "needs preferences, and this is text; .*rank"),
         (
             "ranking",
             {"responses": ["a", "b", "c"], "best": 0},
-            "needs a full ranking, the group tells only its best",
+            "needs a full ranking, and of this group only the best is known",
         ),
         ("best", {"responses": ["a", "b", "c"]}, "needs the best response named"),
     ],
