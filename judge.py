@@ -218,7 +218,9 @@ def position_bias(results: list[BothOrders], n: int) -> str:
 @dataclass
 class JudgeFlags(ChatFlags):
     judge: str = flag(
-        "offline", "who judges: offline, a fixed formula, or the name of a model behind --base_url"
+        "offline",
+        "who judges: offline, a fixed formula, or the name of a model at --base_url",
+        heading="judge",
     )
     prompt: str = flag(
         "",
@@ -438,7 +440,7 @@ def token_counter(model: str) -> tuple[Callable[[str], int], str]:
     except Exception:  # no tiktoken, no network, a proxy's page in place of the table
         return (
             lambda text: math.ceil(len(text.encode("utf-8", "replace")) / 4),
-            "bytes/4: tiktoken's table is not at hand",
+            "bytes/4, because tiktoken's table could not be loaded",
         )
 
 

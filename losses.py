@@ -573,7 +573,7 @@ def sdpo_rank(policy_logps: Tensor, reference_logps: Tensor, *, beta: float = 0.
     return dpo_rank(policy_logps, reference_logps, beta=beta) / (policy_logps.shape[1] - 1)
 
 
-# --- regularizers (SPO Table 4): what `beta` multiplies, for a loss that has no beta of its own
+# --- regularizers (SPO Table 4): what `beta` multiplies, for a loss that takes no beta
 # ------------------------
 
 IMPORTANCE_LIMIT = 20.0  # nats; one response of ratio exp(20) already outweighs a batch by 10^8
@@ -616,7 +616,7 @@ def importance(policy_logps: Tensor, reference_logps: Tensor) -> Tensor:
     rho = exp(logratio), over all responses.
     Differentiated through rho. Its minimum is -1/e, at rho = 1/e; at step 0 it is 0 and pushes
     every response DOWN.
-    Beyond a logratio of IMPORTANCE_LIMIT it goes on along its tangent: finite, and still pushing
+    Beyond a logratio of IMPORTANCE_LIMIT it continues along its tangent: finite, and still pushing
     back.
 
     policy_logps, reference_logps  (B, n)  ->  (B,)

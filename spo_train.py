@@ -49,8 +49,8 @@ SETTINGS = sorted({"beta"}.union(*map(settings_of, LOSSES.values())))  # what lo
 
 @dataclass
 class TrainConfig(JudgeFlags):
-    # The objective. A setting that the loss does not take is an error, never ignored.
-    loss: str = flag("spo_rank", "the objective", choices=list(LOSSES))
+    # A setting that the loss does not take is an error, never ignored.
+    loss: str = flag("spo_rank", "the loss", choices=list(LOSSES), heading="objective")
     regularizer: str = flag(
         "", "what --beta weighs, if the loss has no beta", choices=["", *REGULARIZERS]
     )
@@ -67,8 +67,13 @@ class TrainConfig(JudgeFlags):
     lambda_u: float | None = flag(None, "kto: weight of the rejected response", least=0)
     norm: str | None = flag(None, "ipo: log-ratios, summed or per token", choices=["sum", "mean"])
     nll: str | None = flag(None, "cpo: likelihood, summed or per token", choices=["sum", "mean"])
-    # Data and model.
-    data: str = flag("", "ranked groups; default: the demo's", path=True, also="dataset")
+    data: str = flag(
+        "",
+        "ranked groups; default: the demo's",
+        path=True,
+        also="dataset",
+        heading="data and model",
+    )
     init_from: str = flag("", "a .pt, .bin or folder, or `scratch`", path=True, also="model")
     tokenizer: str = flag("", "its tokenizer; default: tokenizer.model by init_from", path=True)
     out_dir: str = flag("out", "where the run's files go", free=True, also="output_dir")
@@ -77,8 +82,9 @@ class TrainConfig(JudgeFlags):
     n_heads: int = flag(6, "attention heads", least=1)
     n_kv_heads: int | None = flag(None, "key-value heads; default: n_heads", least=1)
     max_seq_len: int = flag(256, "context length", least=1)
-    # Optimization.
-    batch_size: int = flag(32, "groups per optimizer step, over all processes", least=1)
+    batch_size: int = flag(
+        32, "groups per optimizer step, over all processes", least=1, heading="optimization"
+    )
     micro_batch_size: int | None = flag(
         None, "groups per pass: memory, never the result; default: what fits", least=1, free=True
     )
@@ -93,12 +99,14 @@ class TrainConfig(JudgeFlags):
     adam_beta2: float = flag(0.99, "AdamW's", least=0, below=1)
     grad_clip: float = flag(1.0, "clip the gradient norm at this; 0: no clipping", least=0)
     seed: int = flag(1337, "of the data order, of samples, of weights from scratch", least=0)
-    # The KL on samples of the policy.
-    kl_interval: int = flag(8, "steps between fresh samples (T in the paper)", least=1)
+    kl_interval: int = flag(
+        8, "steps between fresh samples (T in the paper)", least=1, heading="KL on samples"
+    )
     kl_batch_size: int = flag(32, "how many samples, over all processes", least=1)
     max_new_tokens: int = flag(256, "longest sampled story, in tokens", least=1)
-    # Evaluation and logging.
-    eval_interval: int = flag(20, "steps between evaluations", least=1)
+    eval_interval: int = flag(
+        20, "steps between evaluations", least=1, heading="evaluation and logging"
+    )
     eval_stories: int = flag(128, "stories judged at an evaluation; 0: none", least=0)
     eval_pool: int = flag(1024, "the reference's, each judged against all; 0: one to one", least=0)
     baseline: str = flag("", "stories to win against; default: the reference's own", path=True)
@@ -109,8 +117,9 @@ class TrainConfig(JudgeFlags):
     curves: bool = flag(True, "draw curves.png into out_dir at the end", free=True)
     keep_checkpoints: bool = flag(False, "keep every evaluation's weights, as step_N.pt", free=True)
     log_interval: int = flag(5, "steps between log lines", least=1, free=True)
-    # System.
-    device: str = flag("", "cpu, cuda, cuda:1, mps; default: cuda if there is one", free=True)
+    device: str = flag(
+        "", "cpu, cuda, cuda:1, mps; default: cuda if there is one", free=True, heading="system"
+    )
     dtype: str = flag("", "of the layers; default: bfloat16 on a GPU that has it", choices=DTYPES)
     activation_checkpointing: bool = flag(False, "recompute activations: less memory", free=True)
     compile: bool = flag(False, "torch.compile the layers: a slow start, then faster if narrow")

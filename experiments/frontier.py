@@ -72,8 +72,8 @@ class FrontierConfig(JudgeFlags):
         "",
         "ranked groups; default: the demo's. Best-of-n groups and pairs are derived from them",
     )
-    init_from: str = flag("", "the reference: a .pt or a llama2.c .bin; none: the demo's")
-    tokenizer: str = flag("", "its tokenizer; none: tokenizer.model beside it")
+    init_from: str = flag("", "the reference: a .pt or a llama2.c .bin; default: the demo's")
+    tokenizer: str = flag("", "its tokenizer; default: tokenizer.model beside it")
     methods: str = flag(
         "all", "objectives, separated by commas; all: every loss; table4: the regularizers"
     )

@@ -42,7 +42,7 @@ LARGEST_BODY = 2**24  # bytes of an answer, unpacked
 
 @dataclass
 class ChatFlags:
-    base_url: str = flag(OPENAI, "the API, up to and with /v1", free=True)
+    base_url: str = flag(OPENAI, "the API, up to and with /v1", free=True, heading="judge's API")
     journal: str = flag(
         "journal.jsonl",
         "every reply of the API judge, so that none is asked for, or paid, twice",

@@ -1,4 +1,4 @@
-"""Every format of weights, read behind one interface; `.pt` files, read and written.
+"""Read every format of weights through one interface; read and write `.pt` files.
 
 `open_weights(path)` reads a `.pt` (ours, llama2.c's), a llama2.c `.bin` of version 0, 1 or 2, and
 the folders of Meta and Hugging Face. What it returns has

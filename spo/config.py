@@ -21,6 +21,7 @@ class Flag:
     free      a run that is resumed may change it: it changes nothing of what is computed
     path      of an input: a run that is resumed may spell it otherwise, if its content is the same
     required  it has to be given
+    heading   begins a section of --help
     also      words of other programs for it, for the hint after a wrong flag
     """
 
@@ -35,6 +36,7 @@ class Flag:
     free: bool = False
     path: bool = False
     required: bool = False
+    heading: str = ""
     also: str = ""
 
 
@@ -131,7 +133,14 @@ def parse(config_class, argv: list[str], prog: str, description: str = ""):
     stderr for an unknown flag (naming the nearest), a value of the wrong type, or a missing
     argument. ValueError for a value that is out of its bounds.
     """
-    parser = OneLineParser(prog=prog, description=description, allow_abbrev=False)
+    flags = flags_of(config_class)
+    words = [
+        prog,
+        *(name.upper() for name in flags if flags[name].positional),
+        "[--FLAG=VALUE ...]",
+    ]
+    usage = " ".join(words)
+    parser = OneLineParser(prog=prog, usage=usage, description=description, allow_abbrev=False)
     hints = typing.get_type_hints(config_class)
     # A class's own flags first, then those that it inherits.
     owners = [vars(owner).get("__annotations__", {}) for owner in config_class.__mro__]
@@ -139,15 +148,18 @@ def parse(config_class, argv: list[str], prog: str, description: str = ""):
         dataclasses.fields(config_class),
         key=lambda field: [field.name in names for names in owners].index(True),
     )
+    section = parser
     for field in fields:
-        _add_argument(parser, field, hints[field.name])
+        heading = field.metadata["flag"].heading
+        section = parser.add_argument_group(heading) if heading else section
+        _add_argument(section, field, hints[field.name])
     values, unknown = parser.parse_known_args([underscored(word) for word in argv])
     if unknown:
         given = unknown[0].split("=")[0]
         if not given.startswith("-"):
             parser.error(f"{given}: every value belongs to an option, as in --NAME={given}")
         name = given.lstrip("-").replace("-", "_")
-        also = {word: f for f, flag in flags_of(config_class).items() for word in flag.also.split()}
+        also = {word: f for f, flag in flags.items() for word in flag.also.split()}
         hint = _nearest(also.get(name, name), [field.name for field in fields])
         parser.error(f"{given}: no such option; {hint}")
     config = config_class(**vars(values))
@@ -155,7 +167,7 @@ def parse(config_class, argv: list[str], prog: str, description: str = ""):
     return config
 
 
-def _add_argument(parser: argparse.ArgumentParser, field: dataclasses.Field, kind) -> None:
+def _add_argument(parser: argparse._ActionsContainer, field: dataclasses.Field, kind) -> None:
     declared: Flag = field.metadata["flag"]
     text = declared.help.replace("%", "%%")
     if isinstance(kind, types.UnionType):  # `float | None`: a float, or None where it is not given
@@ -166,7 +178,7 @@ def _add_argument(parser: argparse.ArgumentParser, field: dataclasses.Field, kin
     if declared.choices:
         text += f"; one of {', '.join(str(choice) for choice in declared.choices if choice != '')}"
     if field.default not in (None, ""):
-        text += " (default: %(default)s)"
+        text += "; default: %(default)s"
     alone = True if kind is bool else declared.alone
     parser.add_argument(
         f"--{field.name}",

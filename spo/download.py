@@ -19,7 +19,7 @@ LARGEST = 100 * 10**9  # bytes of a file; nothing that is fetched here has a hun
 
 
 class Interrupted(Exception):
-    """What came is not the whole file; the next attempt goes on from there, or from the start."""
+    """What came is not the whole file; the next attempt continues from there, or starts again."""
 
 
 def fetch(url: str, path: str, sha256: str = "") -> None:
@@ -57,7 +57,7 @@ def fetch(url: str, path: str, sha256: str = "") -> None:
         except (requests.RequestException, Interrupted) as error:
             failure = str(error) if isinstance(error, Interrupted) else type(error).__name__
     raise ConnectionError(
-        f"{url}: {ATTEMPTS} attempts failed, the last: {failure}; run the same command to go on"
+        f"{url}: {ATTEMPTS} attempts failed, the last: {failure}; run the same command to continue"
     )
 
 

@@ -232,7 +232,7 @@ class RunFolder:
                 raise ValueError(f"--{name}={value}: {changed}")
         step = metadata["step"]
         if self.max_iters < step:
-            mend = f"give {step} to end it there, with its final table, or more to go on"
+            mend = f"give {step} to end it there, with its final table, or more to continue"
             raise ValueError(f"--max_iters={self.max_iters}: {path} is of step {step}; {mend}")
         return path
 
@@ -287,7 +287,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def _listening(self) -> Iterator[None]:
-        """Let SIGTERM ask for a stop while the loop runs, and Ctrl-C say how to go on.
+        """Let SIGTERM ask for a stop while the loop runs, and Ctrl-C say how to continue.
 
         Afterwards they do what they did before.
         """

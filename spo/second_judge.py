@@ -82,7 +82,7 @@ def score(text: str) -> float:
     """Return 0 to 10: 10 * (0.35 mind + 0.25 cohesion + 0.2 rhythm + 0.2 speech) * three factors.
 
     mind      distinct words of saying, feeling, wanting and of time, over the root of all words
-    cohesion  sentences that take up a word of the sentence before, or go on with a pronoun
+    cohesion  sentences that take up a word of the sentence before, or continue with a pronoun
     rhythm    sentences of different lengths
     speech    quotation marks: somebody speaks, and not all the time
     factors   enough words; text that does not repeat itself (by what zlib makes of it); letters

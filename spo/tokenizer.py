@@ -18,7 +18,7 @@ class Llama3:
         r"\s*[\r\n]+|\s+(?!\S)|\s+"
     )
     RESERVED = (
-        256  # special tokens behind the pieces: begin_of_text is the first, end_of_text the second
+        256  # special tokens after the pieces: begin_of_text is the first, end_of_text the second
     )
 
     def __init__(self, path: str):
@@ -52,7 +52,7 @@ class Llama3:
 
 
 class Tokenizer:
-    """A sentencepiece model, or a tiktoken file, behind encode and decode.
+    """A sentencepiece model or a tiktoken file, with encode and decode.
 
     path  a `.model` file; ValueError if it is not one
     kind  "sentencepiece" or "tiktoken"
@@ -89,7 +89,7 @@ class Tokenizer:
         return [*ids, self.eos_id] if eos else ids
 
     def encode_after(self, prompt: str, text: str) -> list[int]:
-        """The ids of a text that goes on where the prompt ended, not of one that begins.
+        """Return the ids of a text that continues a prompt, and not of one that begins.
 
         sentencepiece puts a space before a text that begins: "," would become " ,". Behind a
         newline, which is a byte of its own and joins nothing, it does not. Behind an empty prompt

@@ -51,6 +51,6 @@ def test_help_lists_every_flag_with_its_default(capsys):
     with pytest.raises(SystemExit) as stop:
         parse(Config, ["--help"], "prog")
     text = capsys.readouterr().out
-    assert stop.value.code == 0 and "100% typed" in text and "how many (default: 3)" in text
+    assert stop.value.code == 0 and "100% typed" in text and "how many; default: 3" in text
     assert "a file; one of a, b" in text
     assert all(f"--{name}" in text for name in ("out", "beta", "steps", "decay", "data"))
