@@ -172,7 +172,7 @@ def rank_in_both_orders(
     """Ask a judge for the ranking of every group, twice. label: of a progress bar; None: no bar."""
     tasks = both_orders(groups)
     answers: dict[int, list[int] | None] = {}  # by task; those of group i are 2 i and 2 i + 1
-    kept = 0
+    kept = 0  # groups whose two rankings agree, for the bar
     bar = progress(len(tasks), label or "", "rankings", disable=label is None, leave=False)
 
     def show() -> None:

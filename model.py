@@ -25,7 +25,7 @@ class ModelArgs:
     dim: int = 4096
     n_layers: int = 32
     n_heads: int = 32
-    n_kv_heads: int | None = None
+    n_kv_heads: int | None = None  # fewer than n_heads: several query heads share keys and values
     vocab_size: int = 32000
     hidden_dim: int | None = None
     multiple_of: int = 256
@@ -50,6 +50,7 @@ class ModelArgs:
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}, must be a whole number from 1")
         if self.hidden_dim is None:
+            # SwiGLU has three matrices and not two, so it takes 2/3 of the usual width.
             hidden = 2 * (4 * self.dim) // 3
             blocks = (hidden + self.multiple_of - 1) // self.multiple_of
             self.hidden_dim = self.multiple_of * blocks
@@ -71,9 +72,10 @@ class ModelArgs:
 
 def rope_tables(args: ModelArgs) -> tuple[Tensor, Tensor]:
     """Return cos and sin of position * theta^(-2i/head_dim): (max_seq_len, head_dim / 2) each."""
-    exponents = torch.arange(0, args.head_dim, 2).float() / args.head_dim
+    # The first pair of a head turns fast and the last one slowly, like the hands of a clock.
+    exponents = torch.arange(0, args.head_dim, 2).float() / args.head_dim  # (head_dim / 2,)
     positions = torch.arange(args.max_seq_len).float()
-    angles = torch.outer(positions, 1.0 / args.rope_theta**exponents)
+    angles = torch.outer(positions, 1.0 / args.rope_theta**exponents)  # (max_seq_len, head_dim / 2)
     return angles.cos(), angles.sin()
 
 
@@ -88,7 +90,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos = cos.unsqueeze(1).to(x.dtype)  # (T, 1, head_dim / 2)
     sin = sin.unsqueeze(1).to(x.dtype)
     even, odd = x[..., 0::2], x[..., 1::2]
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+    # A rotation of the plane, so that q . k depends only on how far apart the two tokens are.
+    turned = (even * cos - odd * sin, even * sin + odd * cos)
+    return torch.stack(turned, dim=-1).flatten(-2)  # (N, T, heads, head_dim)
 
 
 # --- the layers ----------------------------------------------------------------------------------
@@ -130,15 +134,15 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
         N, T, _ = x.shape
         q = self.wq(x).view(N, T, self.n_heads, -1)  # (N, T, heads, head_dim)
-        k = self.wk(x).view(N, T, self.n_kv_heads, -1)
+        k = self.wk(x).view(N, T, self.n_kv_heads, -1)  # (N, T, kv_heads, head_dim)
         v = self.wv(x).view(N, T, self.n_kv_heads, -1)
         q = rotate(q, cos, sin).transpose(1, 2)  # (N, heads, T, head_dim)
         k = rotate(k, cos, sin).transpose(1, 2)
         v = v.transpose(1, 2)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)  # those of the earlier tokens, too
-        y = self.attend(q, k, v)
-        return self.wo(y.transpose(1, 2).reshape(N, T, -1))
+        y = self.attend(q, k, v)  # (N, heads, T, head_dim)
+        return self.wo(y.transpose(1, 2).reshape(N, T, -1))  # heads side by side: (N, T, D)
 
     @staticmethod
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -167,6 +171,7 @@ class TransformerBlock(nn.Module):
         self.ffn_norm = nn.RMSNorm(args.dim, args.norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+        # The norms stand before the layers, so the residual stream itself is never rescaled.
         x = x + self.attention(self.attention_norm(x), cos, sin, cache)
         return x + self.feed_forward(self.ffn_norm(x))
 
@@ -193,6 +198,7 @@ class Transformer(nn.Module):
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
         if tied:
             self.output.weight = self.tok_embeddings.weight
+        # Not persistent: llama2.c's checkpoints do not have the tables, and they cost nothing.
         cos, sin = rope_tables(args)
         self.register_buffer("freqs_cos", cos, persistent=False)
         self.register_buffer("freqs_sin", sin, persistent=False)
@@ -210,7 +216,7 @@ class Transformer(nn.Module):
         flat, and a model does not learn to repeat a name within the first thousand steps.
         """
         for name, weight in self.named_parameters():
-            if weight.dim() == 2:
+            if weight.dim() == 2:  # the norms stay 1
                 std = weight.shape[1] ** -0.5
                 if name.endswith(("wo.weight", "w2.weight")):
                     std /= (2 * self.args.n_layers) ** 0.5

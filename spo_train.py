@@ -186,7 +186,8 @@ def train(config: TrainConfig) -> bool:
         return True
     print0(describe(config, objective, policy, groups))
 
-    # The reference is the policy before step 0. It is frozen, and the KL is measured to it.
+    # The reference is the policy before step 0. It is frozen, and the KL is measured to it. A loss
+    # without a reference needs it, too, if stories of the policy are judged against its stories.
     reference = None
     if objective.needs_reference or config.judged:
         reference = copy.deepcopy(policy).requires_grad_(False)
@@ -221,9 +222,9 @@ def train(config: TrainConfig) -> bool:
         indices = batch_indices(len(groups), config.batch_size, step, config.seed)
         batch = [groups[i] for i in indices]
         metrics = preference_gradient(objective, policy, reference, batch, config.micro_batch_size)
-        if objective.online:
+        if objective.online:  # the gradients of the two terms add up in the same .grad
             metrics |= kl_gradient(objective.beta, policy, samples)
-        metrics["grad_norm"] = parallel.clip_gradient(policy, config.grad_clip)
+        metrics["grad_norm"] = parallel.clip_gradient(policy, config.grad_clip)  # before clipping
         stop_unless_finite(config, step, metrics, batch)  # before anything is updated
         metrics["lr"] = optimizer_step(optimizer, learning_rate(config, step))
         tokens = sum(group.scored_tokens for group in batch)
@@ -249,6 +250,7 @@ def preference_gradient(
     gradient.
     """
     policy.train()
+    # Every process gets long and short groups, and cuts its own into micro-batches by length.
     batches = micro_batches(parallel.deal(groups), micro_batch_size, policy)
     statistics = batch_statistics(objective, policy, batches, len(groups))
     means = parallel.GlobalMean(len(groups))
@@ -278,7 +280,7 @@ def kl_gradient(beta: float, policy: Transformer, samples: PolicySamples) -> dic
         means.add({"kl": kl, "entropy": entropy})
     metrics = means.over_all_processes()
     tokens = sum(group.scored_tokens for group in samples.groups)
-    metrics["entropy"] *= count / tokens
+    metrics["entropy"] *= count / tokens  # from nats a sample to nats a token
     return metrics
 
 
@@ -286,7 +288,7 @@ def read_batch(
     objective: Objective, policy: Transformer, reference: Transformer | None, batch: Batch
 ) -> dict[str, torch.Tensor]:
     """Return the tensors, (B, n) each, that losses and regularizers read of a batch."""
-    if objective.needs_response_kl:
+    if objective.needs_response_kl:  # the ablations `tokenwise` and `importance`, on the dataset
         states = head.reference_states(reference, batch)
         logps, response_kl = head.logps_and_kl(policy, batch, states)
         return known_tensors(objective, batch, logps) | {"response_kl": response_kl}
@@ -335,6 +337,7 @@ def draw_samples(
 ) -> PolicySamples:
     """Draw complete, untruncated samples at temperature 1: Eq. 15 is about the policy itself."""
     chosen = random.Random(config.seed + step).choices(prompts, k=config.kl_batch_size)
+    # Each process samples its share at its own pace, so it needs all weights for a while.
     with parallel.unsharded(policy):
         seed = (config.seed, PURPOSE_KL, step)
         groups = sample(policy, chosen, seed, config.max_new_tokens)
@@ -345,6 +348,7 @@ def draw_samples(
 
 
 def make_optimizer(config: TrainConfig, model: Transformer) -> torch.optim.AdamW:
+    # Weight decay would pull the norms' gains, which start at 1, towards 0.
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     parameters = [
@@ -396,6 +400,7 @@ def permutation(count: int, seed: int) -> list[int]:
 def batch_indices(count: int, batch_size: int, step: int, seed: int) -> list[int]:
     """Return which of `count` groups make up the batch of a step. Each epoch is a permutation."""
     indices = []
+    # By arithmetic and not by a running generator: a run that is resumed finds its place at once.
     for position in range(step * batch_size, (step + 1) * batch_size):
         epoch, place = divmod(position, count)
         indices.append(permutation(count, seed + epoch)[place])
@@ -476,6 +481,7 @@ def evaluate_and_save(
     if run.evaluated == step:  # a run that was resumed right here
         return
     verdict = evaluation.evaluate(policy, step, "select") if evaluation else None
+    # The first of equals stays the best. Where nobody judges, the latest is.
     improved = verdict is None or verdict.rate > run.best_rate
     whole = parallel.full_model(policy, run.config.dtype)  # all weights, on rank 0
     parallel.on_rank_0(lambda: run.save_evaluation(step, whole, verdict, improved, save_llama2c))

@@ -61,11 +61,12 @@ def group_stories(stories: list[dict], group_size: int) -> tuple[list[list[dict]
     members: list[dict] = []
     for story in stories:
         if members and members[0]["prompt"] != story["prompt"]:
-            members = []
+            members = []  # a group has one prompt
         members.append(story)
         if len(members) < group_size:
             continue
         texts = [member["text"] for member in members]
+        # Two equal stories have no order, and a judge would have to make one up.
         if any(not text.strip() for text in texts):
             left_out["an empty story"] += 1
         elif len(set(texts)) < group_size:
@@ -117,7 +118,7 @@ def to_pairs(record: dict, which: str) -> list[dict]:
     """
     ranking = record["ranking"]
     last = len(ranking) - 1
-    places = [(0, last)]
+    places = [(0, last)]  # in the ranking: 0 is the best
     if which == "all":
         places = [(i, j) for i in range(last) for j in range(i + 1, last + 1)]
     pairs = []
