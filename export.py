@@ -27,7 +27,7 @@ from spo.checkpoint import HEADER_FIELDS, MAGIC, llama2c_layout, llama2c_size
 from spo.config import flag, main_program, parse
 from spo.files import atomic_path, atomic_write, check_output, write_text
 from spo.folders import has_rotated_heads, hf_name
-from spo.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer, tokenizer_path
+from spo.tokenizer import Tokenizer, copy_tokenizer, find_tokenizer, load_tokenizer
 
 LARGEST_GROUP = 64  # weights that share a scale in version 2
 
@@ -44,6 +44,7 @@ def save_llama2c(
                 row
     """
     args = model.args
+    refuse_what_run_c_lacks(args, path)
     if version == 2:
         group_size = group_size or largest_group_size(args)
         check_group_size(args, group_size)
@@ -58,6 +59,15 @@ def save_llama2c(
                     f.write(array)  # tofile() would lose the error of a full disk
             else:
                 f.write(as_numpy(tensors[name]))
+
+
+def refuse_what_run_c_lacks(args: ModelArgs, path: str) -> None:
+    """ValueError if run.c would compute another model: its header has no place for the theta."""
+    if args.rope_theta != 10000.0 or args.rope_scaling:
+        theta = f"this model's rotary embedding has theta {args.rope_theta:g}"
+        theta += " and a scaling" if args.rope_scaling else ""
+        other = "write a Hugging Face folder (--version=-1) or a .pt"
+        raise ValueError(f"{path}: run.c knows theta 10000 only, and {theta}; {other}")
 
 
 def llama2c_header(args: ModelArgs, tied: bool, version: int, group_size: int | None) -> bytes:
@@ -138,9 +148,11 @@ def save_hf(path: str, model: Transformer, bos_id: int) -> None:
         "max_position_embeddings": args.max_seq_len,
         "tie_word_embeddings": model.tied,
         "bos_token_id": bos_id,
-        "eos_token_id": model.eos_id,
+        "eos_token_id": model.eos_ids[0] if len(model.eos_ids) == 1 else list(model.eos_ids),
         "torch_dtype": "float32",
     }
+    if args.rope_scaling:
+        config["rope_scaling"] = {"rope_type": "llama3"} | args.rope_scaling
     write_text(os.path.join(path, "config.json"), json.dumps(config, indent=1))
 
 
@@ -182,8 +194,8 @@ def main(argv: list[str]) -> None:
     else:
         check_output("", config.filepath, sources[0], config.tokenizer)
     tokenizer = None
-    if config.tokenizer or os.path.isfile(tokenizer_path(sources[0])):
-        tokenizer = load_tokenizer(config.tokenizer, sources[0], weights.args.vocab_size)
+    if config.tokenizer or find_tokenizer(sources[0]):
+        tokenizer = load_tokenizer(config.tokenizer, sources[0], weights)
     write_model(config, weights, tokenizer)
     if tokenizer is None:
         print("  no tokenizer beside the checkpoint; give --tokenizer to have it written as well")
@@ -219,6 +231,8 @@ def write_model(config: ExportConfig, weights, tokenizer: Tokenizer | None) -> N
     save_llama2c(path, model, config.version, config.group_size)
     print(f"{path}: version {config.version}, {os.path.getsize(path):,} bytes")
     args = model.args
+    if args.norm_eps != 1e-5:
+        print(f"  run.c computes with a norm_eps of 1e-5, this model has {args.norm_eps:g}")
     if config.version == 2 and config.group_size is None and largest_group_size(args) < 64:
         shape = f"dim {args.dim} and hidden_dim {args.hidden_dim}"
         print(f"  groups of {largest_group_size(args)}: 64 does not divide both {shape}")

@@ -5,6 +5,7 @@ outside (spo/fast.py), and so does what shards it (spo/parallel.py): nothing in 
 a precision or a loss.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 @dataclass
 class ModelArgs:
-    """llama2.c's fields, in its order, and rope_theta.
+    """llama2.c's fields, in its order, then two of Llama 3's.
 
     hidden_dim   None: 2/3 of 4 * dim, rounded up to a multiple of multiple_of
     dropout      read and kept because llama2.c's checkpoints carry it, but never applied: the
@@ -33,6 +34,7 @@ class ModelArgs:
     max_seq_len: int = 2048
     dropout: float = 0.0
     rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # Llama 3.1's, the arguments of scale_frequencies
 
     def __post_init__(self):
         self.n_kv_heads = self.n_kv_heads or self.n_heads
@@ -74,9 +76,30 @@ def rope_tables(args: ModelArgs) -> tuple[Tensor, Tensor]:
     """Return cos and sin of position * theta^(-2i/head_dim): (max_seq_len, head_dim / 2) each."""
     # The first pair of a head turns fast and the last one slowly, like the hands of a clock.
     exponents = torch.arange(0, args.head_dim, 2).float() / args.head_dim  # (head_dim / 2,)
+    frequencies = 1.0 / args.rope_theta**exponents  # radians per token
+    if args.rope_scaling:
+        frequencies = scale_frequencies(frequencies, **args.rope_scaling)
     positions = torch.arange(args.max_seq_len).float()
-    angles = torch.outer(positions, 1.0 / args.rope_theta**exponents)  # (max_seq_len, head_dim / 2)
+    angles = torch.outer(positions, frequencies)  # (max_seq_len, head_dim / 2)
     return angles.cos(), angles.sin()
+
+
+def scale_frequencies(
+    frequencies: Tensor,
+    factor: float,
+    low_freq_factor: float,
+    high_freq_factor: float,
+    original_max_position_embeddings: int,
+) -> Tensor:
+    """Slow the pairs that turn less than once in the original context down, as Llama 3.1 does.
+
+    Pairs that turn more than high_freq_factor times in it stay as they are, those that turn less
+    than low_freq_factor times are divided by the factor, and between the two it is blended.
+    """
+    turns = original_max_position_embeddings * frequencies / (2 * math.pi)
+    kept = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor)
+    kept = kept.clamp(0, 1)
+    return kept * frequencies + (1 - kept) * frequencies / factor
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -184,14 +207,17 @@ class Transformer(nn.Module):
 
     tied    the classifier is the embedding matrix, as in all TinyStories models; not so in Llama 2
             itself
-    eos_id  the id that ends a response; set by whoever loads the weights, or makes them
+    eos_ids  the ids that end a response, the first one in training data; set by whoever loads the
+             weights, or makes them
+    pieces   how many ids its tokenizer has, if that is fewer than there are embeddings
     """
 
     def __init__(self, args: ModelArgs, tied: bool = True):
         super().__init__()
         self.args = args
         self.tied = tied
-        self.eos_id: int | None = None
+        self.eos_ids: tuple[int, ...] = ()
+        self.pieces: int | None = None
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
         self.layers = nn.ModuleList(TransformerBlock(i, args) for i in range(args.n_layers))
         self.norm = nn.RMSNorm(args.dim, args.norm_eps)
@@ -202,6 +228,10 @@ class Transformer(nn.Module):
         cos, sin = rope_tables(args)
         self.register_buffer("freqs_cos", cos, persistent=False)
         self.register_buffer("freqs_sin", sin, persistent=False)
+
+    @property
+    def eos_id(self) -> int:
+        return self.eos_ids[0]
 
     @property
     def device(self) -> torch.device:

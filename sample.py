@@ -82,7 +82,7 @@ def stories_of(config: SampleConfig, path: str, prompts: list[str]) -> list[dict
     device = parallel.pick_device(config.device)
     fast.enable_fast_matmul(device)
     model = checkpoint.load(path, device)
-    tokenizer = load_tokenizer(config.tokenizer, path, model.args.vocab_size)
+    tokenizer = load_tokenizer(config.tokenizer, path, model)
     encoded = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
     label = "sampling" if config.prompts else None
     batches = sample_batches(
@@ -90,7 +90,7 @@ def stories_of(config: SampleConfig, path: str, prompts: list[str]) -> list[dict
     )
     samples = [group for batch in batches for group in batch]
     origin = {"seed": config.seed, "checkpoint": path}
-    return story_records(samples, prompts, tokenizer, model.eos_id, **origin)
+    return story_records(samples, prompts, tokenizer, model.eos_ids, **origin)
 
 
 def alpaca_eval_outputs(asked: list[dict], stories: list[dict]) -> list[dict]:

@@ -422,14 +422,13 @@ def load_policy(config: TrainConfig):
     """Return the model to align, its tokenizer, and the file of its weights (None: it has them)."""
     if config.init_from != "scratch":
         weights = checkpoint.open_weights(config.init_from)
-        vocab_size = weights.args.vocab_size
-        tokenizer = load_tokenizer(config.tokenizer, config.init_from, vocab_size)
-        return checkpoint.without_weights(weights), tokenizer, weights
+        policy = checkpoint.without_weights(weights)
+        return policy, load_tokenizer(config.tokenizer, config.init_from, policy), weights
     tokenizer = Tokenizer(config.tokenizer)
     shape = {name: getattr(config, name) for name in SHAPE_FLAGS}
     policy = Transformer(ModelArgs(vocab_size=tokenizer.vocab_size, multiple_of=32, **shape))
     policy.init_weights(torch.Generator().manual_seed(config.seed))
-    policy.eos_id = tokenizer.story_end_id
+    policy.eos_ids = (tokenizer.story_end_id,)
     return fast.use(policy.to(config.device)), tokenizer, None
 
 

@@ -283,11 +283,11 @@ def demo_groups(device: str) -> None:
     ranked = os.path.join(DEMO_DIR, DEMO_FILES["ranking"])
     if not os.path.isfile(ranked):
         reference = checkpoint.load(demo_checkpoint(), device)
-        tokenizer = load_tokenizer("", demo_checkpoint(), reference.args.vocab_size)
+        tokenizer = load_tokenizer("", demo_checkpoint(), reference)
         prompts = [""] * (4 * DEMO_GROUPS)
         encoded = [tokenizer.encode("", bos=True)] * len(prompts)
         samples = sample(reference, encoded, DEMO_SEED, label="sampling")
-        stories = story_records(samples, prompts, tokenizer, reference.eos_id)
+        stories = story_records(samples, prompts, tokenizer, reference.eos_ids)
         groups, _ = group_stories(stories, 4)
         files.write_jsonl(
             ranked, agreed_records(groups, rank_groups(OfflineJudge(), groups, "ranking"))
@@ -444,7 +444,7 @@ def generate(config: GenerateConfig) -> None:
     device = parallel.pick_device(config.device)
     model = checkpoint.load(config.checkpoint, device)
     print(fast.enable_fast_matmul(device))
-    tokenizer = load_tokenizer(config.tokenizer, config.checkpoint, model.args.vocab_size)
+    tokenizer = load_tokenizer(config.tokenizer, config.checkpoint, model)
     prompts = [""]
     if config.prompts:
         prompts = [record["prompt"] for record in read_prompts(config.prompts)]
@@ -467,7 +467,7 @@ def generate(config: GenerateConfig) -> None:
     origin = {"seed": config.seed, "checkpoint": os.path.basename(config.checkpoint)}
     for batch in batches:
         remaining = prompts[len(part.records) :]
-        part.add(story_records(batch, remaining, tokenizer, model.eos_id, **origin))
+        part.add(story_records(batch, remaining, tokenizer, model.eos_ids, **origin))
     files.write_jsonl(config.out, part.records)
     part.remove()
     cut = sum(not record["finished"] for record in part.records)

@@ -197,7 +197,7 @@ def our_model(args: ModelArgs, device: str) -> Transformer:
     with torch.device(device):
         model = Transformer(args)
     model.init_weights(torch.Generator(device).manual_seed(0))
-    model.eos_id = 1
+    model.eos_ids = (1,)
     return fast.use(model)
 
 

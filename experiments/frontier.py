@@ -400,7 +400,7 @@ def main(argv: list[str]) -> None:
     model = checkpoint.load(reference)
     evaluation = Evaluation(
         model,
-        load_tokenizer(tokenizer, reference, model.args.vocab_size),
+        load_tokenizer(tokenizer, reference, model),
         sorted({group.prompt for group in read_groups(ranked)}),
         config.eval_stories,
         judge=make_judge(share_of(config, config.out_dir)),

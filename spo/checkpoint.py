@@ -3,7 +3,7 @@
 `open_weights(path)` reads a `.pt` (ours, llama2.c's), a llama2.c `.bin` of version 0, 1 or 2, and
 the folders of Meta and Hugging Face. What it returns has
 
-    path, args (ModelArgs), tied, eos_id, step, config      what the file says of the model
+    path, args (ModelArgs), tied, eos_ids, step, config     what the file says of the model
     rows(name, rows)                                        those rows of a weight, read from the
     mapped file
 
@@ -26,7 +26,7 @@ from model import ModelArgs, Transformer, rope_tables
 from spo import fast, parallel
 from spo.files import atomic_write, check_sha256
 from spo.folders import HuggingFaceFolder, MetaFolder
-from spo.weights import check_shapes, check_tensor, make_args, shapes_of, token_id
+from spo.weights import check_shapes, check_tensor, make_args, shapes_of, token_ids
 
 # In llama2.c's data the next story's BOS (1) ends a story, and EOS (2) is never trained.
 LLAMA2C_EOS_ID = 1
@@ -89,7 +89,7 @@ def kind_of(path: str) -> str:
 
 
 def load(path: str, device: str = "cpu") -> Transformer:
-    """Read a whole model in float32, with its eos_id.
+    """Read a whole model in float32, with its eos_ids.
 
     ValueError, naming the file, if it cannot be used.
     """
@@ -103,7 +103,7 @@ def without_weights(source) -> Transformer:
     """Make the model of `source` on the meta device: it takes no memory until load_rows."""
     with torch.device("meta"):
         model = Transformer(source.args, source.tied)
-    model.eos_id = source.eos_id
+    model.eos_ids = source.eos_ids
     return model
 
 
@@ -171,19 +171,29 @@ def is_tied(weights: dict[str, Tensor]) -> bool:
 def save_pt(
     path: str, model: Transformer, step: int = 0, config: dict | None = None, **more
 ) -> None:
-    """Write {"model", "model_args", "config", "step", ...} atomically; eos_id goes into config.
+    """Write {"model", "model_args", "config", "step", ...} atomically; eos_ids go into config.
 
     more  further entries: tensors, numbers, strings, and containers of them
     """
+    more_eos_ids = {"eos_ids": list(model.eos_ids)} if len(model.eos_ids) > 1 else {}
     entries = {
         "model": model.state_dict(),
-        "model_args": dataclasses.asdict(model.args),
-        "config": (config or {}) | {"eos_id": model.eos_id},
+        "model_args": llama2c_args(model.args),
+        "config": (config or {}) | {"eos_id": model.eos_id} | more_eos_ids,
         "step": step,
     }
     size = sum(weight.nbytes for weight in model.parameters())
     with atomic_write(path, size) as f:
         torch.save(entries | more, f)
+
+
+def llama2c_args(args: ModelArgs) -> dict:
+    """Return the arguments by name: those that llama2.c does not know only where they matter."""
+    named = dataclasses.asdict(args)
+    for name, default in (("rope_theta", 10000.0), ("rope_scaling", None)):
+        if named[name] == default:
+            del named[name]
+    return named
 
 
 class PtFile:
@@ -206,8 +216,8 @@ class PtFile:
         config, step = entries.get("config"), entries.get("step")
         self.config = config if isinstance(config, dict) else {}
         self.step = step if isinstance(step, int) else 0
-        eos_id = self.config.get("eos_id", LLAMA2C_EOS_ID)
-        self.eos_id = token_id(path, "eos_id", eos_id, self.args)
+        first = self.config.get("eos_id", LLAMA2C_EOS_ID)  # of checkpoints before eos_ids
+        self.eos_ids = token_ids(path, "eos_ids", self.config.get("eos_ids", first), self.args)
 
     def _read_entries(self) -> dict:
         nothing = "or it is no checkpoint of ours or llama2.c's"
@@ -301,7 +311,7 @@ class Llama2cFile:
     The file says nothing of norm_eps and rope_theta: they are 1e-5 and 10000, as in run.c.
     """
 
-    eos_id = LLAMA2C_EOS_ID
+    eos_ids = (LLAMA2C_EOS_ID,)
     step = 0
     config: dict = {}
 

@@ -244,7 +244,7 @@ class Evaluation:
         self, samples: list[EncodedGroup], prompts: list[str], step: int, purpose: int
     ) -> list[dict]:
         more = {"seed": (self.seed, purpose, 1), "checkpoint": f"step {step}"}
-        return story_records(samples, prompts, self.tokenizer, self.reference.eos_id, **more)
+        return story_records(samples, prompts, self.tokenizer, self.reference.eos_ids, **more)
 
     def _texts(self, records: list[dict]) -> list[str]:
         return [record["prompt"] + record["text"] for record in records]

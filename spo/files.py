@@ -217,7 +217,7 @@ def read_jsonl(path: str) -> list[tuple[int, dict]]:
 def read_json(path: str):
     """Return the content of a JSON file. ValueError, naming the file, if it is none."""
     try:
-        with open(path, encoding="utf-8") as f:
+        with open(path, encoding="utf-8-sig") as f:  # Windows' editors put a mark in front
             return json.load(f)
     except (ValueError, RecursionError):
         raise ValueError(f"{path}: not JSON in UTF-8") from None

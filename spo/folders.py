@@ -6,6 +6,8 @@ They have the interface that spo/checkpoint.py describes. No file is ever read w
 import glob
 import math
 import os
+import re
+import zipfile
 
 import torch
 from safetensors import safe_open
@@ -13,8 +15,14 @@ from torch import Tensor
 
 from model import ModelArgs
 from spo.files import check_sha256, read_json_object
-from spo.weights import check_shapes, check_tensor, make_args, shapes_of, token_id
+from spo.weights import check_shapes, check_tensor, make_args, shapes_of, token_ids
 
+LLAMA3_SCALING = (
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+)
 SAFETENSORS_DTYPES = ("F64", "F32", "F16", "BF16")
 HF_NAMES = {
     "tok_embeddings": "model.embed_tokens",
@@ -32,12 +40,24 @@ HF_NAMES = {
 }
 
 
+def what_is_wrong(path: str) -> str:
+    """Say why a file of tensors cannot be read."""
+    with open(path, "rb") as f:
+        if f.read(40).startswith(b"version https://git-lfs"):
+            return "is a Git LFS pointer, and not the file; fetch it with `git lfs pull`"
+    return "damaged, or not a file of tensors"
+
+
 def map_pt(path: str) -> dict[str, Tensor]:
-    """Return the tensors of a .pth or .bin, mapped: the disk is read where they are used."""
+    """Return the tensors of a .pth or .bin, mapped: the disk is read where they are used.
+
+    Files of torch before 1.6 are no zip, and are read whole.
+    """
+    mapped = zipfile.is_zipfile(path)
     try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception:  # what a damaged file raises depends on which byte is wrong
-        raise ValueError(f"{path}: damaged, or not a file of tensors") from None
+        raise ValueError(f"{path}: {what_is_wrong(path)}") from None
     if not isinstance(tensors, dict):
         raise ValueError(f"{path}: not a file of tensors by name")
     return {str(name): check_tensor(path, name, tensor) for name, tensor in tensors.items()}
@@ -64,7 +84,7 @@ class MetaFolder:
             self.args = self._args(params)
         except (KeyError, TypeError, IndexError) as error:
             raise ValueError(f"{path}: params.json or the weights lack {error}") from None
-        self.eos_id = 2 if self.args.vocab_size < 128_000 else 128_001  # Llama 2's, Llama 3's
+        self.eos_ids = (2 if self.args.vocab_size < 128_000 else 128_001,)  # Llama 2's, Llama 3's
         check_shapes(path, self.args, False, self._shape_of)
         self.shapes = dict(shapes_of(self.args, tied=False))
 
@@ -139,6 +159,22 @@ def interleave(weight: Tensor, head_dim: int) -> Tensor:
     return heads.transpose(1, 2).reshape(weight.shape)
 
 
+def open_safetensors(path: str) -> dict:
+    """Return the slices of a mapped file by name. ValueError, naming it, if it is damaged."""
+    check_sha256(path)
+    try:
+        handle = safe_open(path, "pt")
+        return {name: handle.get_slice(name) for name in handle.keys()}
+    except Exception as error:
+        wrong = what_is_wrong(path)
+        reason = f"damaged: {error}" if wrong.startswith("damaged") else wrong
+        raise ValueError(f"{path}: {reason}") from None
+
+
+def token_ids_or_none(path: str, value, args: ModelArgs) -> tuple[int, ...]:
+    return () if value is None else token_ids(path, "eos_token_id", value, args)
+
+
 class HuggingFaceFolder:
     """config.json and model*.safetensors or pytorch_model*.bin, in one file or several with an
     index.
@@ -159,18 +195,15 @@ class HuggingFaceFolder:
             head_dim = f"head_dim {config['head_dim']}"
             raise ValueError(f"{path}: {head_dim} is not hidden_size / num_attention_heads")
         self.tied = bool(config.get("tie_word_embeddings", False))
-        eos = config.get("eos_token_id", 2)
-        eos = eos[0] if isinstance(eos, list) and eos else eos
-        self.eos_id = token_id(path, "eos_token_id", eos, self.args)
+        self.eos_ids = self._eos_ids(config)
         self.files = self._open_files()
         check_shapes(path, self.args, self.tied, self._shape_of, hf_name)
+        self._refuse_what_is_left_over()
 
     def _refuse_what_the_model_lacks(self, config: dict) -> None:
-        scaling = config.get("rope_scaling") or {}
-        parameters = config.get("rope_parameters") or {}
-        if scaling or parameters.get("rope_type", "default") != "default":
-            lacks = "this model has no scaled rotary embedding"
-            raise ValueError(f"{self.path}: rope_scaling {scaling or parameters}: {lacks}")
+        if config.get("quantization_config"):
+            method = config["quantization_config"].get("quant_method", "quantised")
+            raise ValueError(f"{self.path}: quantization_config ({method}): only floats are read")
         for name in ("attention_bias", "mlp_bias"):
             if config.get(name):
                 raise ValueError(f"{self.path}: {name}: this model has no biases")
@@ -179,7 +212,7 @@ class HuggingFaceFolder:
             raise ValueError(f"{self.path}: a {kind} with {activation}: only Llama is read")
 
     def _args(self, config: dict) -> ModelArgs:
-        parameters = config.get("rope_parameters") or {}
+        parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
         theta = config.get("rope_theta") or parameters.get("rope_theta", 10000.0)
         return make_args(
             self.path,
@@ -191,28 +224,82 @@ class HuggingFaceFolder:
             hidden_dim=config["intermediate_size"],
             norm_eps=config["rms_norm_eps"],
             rope_theta=theta,
+            rope_scaling=self._scaling(parameters),
             max_seq_len=config["max_position_embeddings"],
         )
 
+    def _scaling(self, parameters: dict) -> dict | None:
+        """Return Llama 3.1's scaling of the rotary embedding, None where nothing is scaled."""
+        kind = parameters.get("rope_type") or parameters.get("type") or "default"
+        if kind == "default" or (kind == "linear" and parameters.get("factor") == 1):
+            return None
+        if kind != "llama3":
+            lacks = "only Llama 3.1's scaled rotary embedding (llama3) is known"
+            raise ValueError(f"{self.path}: rope_scaling {parameters}: {lacks}")
+        return {name: parameters[name] for name in LLAMA3_SCALING}
+
+    def _eos_ids(self, config: dict) -> tuple[int, ...]:
+        """Return every terminator that config.json and generation_config.json name."""
+        ids = token_ids_or_none(self.path, config.get("eos_token_id", 2), self.args)
+        generation = os.path.join(self.path, "generation_config.json")
+        if os.path.isfile(generation):
+            more = read_json_object(generation).get("eos_token_id")
+            ids += token_ids_or_none(generation, more, self.args)
+        if not ids:
+            raise ValueError(f"{self.path}: config.json has no eos_token_id, which ends a response")
+        return tuple(dict.fromkeys(ids))  # each once, in their order
+
     def _open_files(self) -> dict:
-        """Return {published name: a slice of its mapped file}."""
-        pattern = os.path.join(glob.escape(self.path), "*.safetensors")
-        files: dict = {}
-        for file in sorted(glob.glob(pattern)):
-            check_sha256(file)
-            try:
-                handle = safe_open(file, "pt")
-            except Exception as error:
-                raise ValueError(f"{file}: damaged: {error}") from None
-            files |= {name: handle.get_slice(name) for name in handle.keys()}
-        if not files:
-            pattern = os.path.join(glob.escape(self.path), "pytorch_model*.bin")
-            for file in sorted(glob.glob(pattern)):
-                files |= map_pt(file)
-        if not files:
-            none = "no model*.safetensors or pytorch_model*.bin beside config.json"
-            raise ValueError(f"{self.path}: {none}")
-        return files
+        """Return {published name: a slice of its mapped file}.
+
+        The files are those that an index names; else model.safetensors, or a whole set of parts.
+        """
+        for stem, ending, opened in (
+            ("model", "safetensors", open_safetensors),
+            ("pytorch_model", "bin", map_pt),
+        ):
+            names = self._names_of_files(stem, ending)
+            if names:
+                tensors: dict = {}
+                for name in names:
+                    tensors |= opened(os.path.join(self.path, name))
+                return tensors
+        none = (
+            "no model.safetensors or pytorch_model.bin, and no index of parts, beside config.json"
+        )
+        raise ValueError(f"{self.path}: {none}")
+
+    def _names_of_files(self, stem: str, ending: str) -> list[str]:
+        index = os.path.join(self.path, f"{stem}.{ending}.index.json")
+        if os.path.isfile(index):
+            places = read_json_object(index).get("weight_map")
+            if not isinstance(places, dict) or not all(isinstance(n, str) for n in places.values()):
+                raise ValueError(f"{index}: has no weight_map of weights to files")
+            names = sorted(set(places.values()))
+            for name in names:
+                if os.path.basename(name) != name:
+                    raise ValueError(f"{index}: {name!r} is no file of this folder")
+                if not os.path.isfile(os.path.join(self.path, name)):
+                    raise ValueError(f"{index}: names {name}, which is not there; download it")
+            return names
+        if os.path.isfile(os.path.join(self.path, f"{stem}.{ending}")):
+            return [f"{stem}.{ending}"]
+        pattern = re.compile(rf"{stem}-(\d+)-of-(\d+)\.{ending}")
+        parts = sorted(filter(None, map(pattern.fullmatch, os.listdir(self.path))), key=str)
+        if parts and {int(part[1]) for part in parts} == set(range(1, int(parts[0][2]) + 1)):
+            return sorted(part[0] for part in parts)
+        if parts:
+            some = f"has {len(parts)} of {int(parts[0][2])} parts and no index"
+            raise ValueError(f"{self.path}: {some}; download the rest")
+        return []
+
+    def _refuse_what_is_left_over(self) -> None:
+        """ValueError for a tensor that is no part of this model: a scale, an adapter, a bias."""
+        known = {hf_name(name) for name, _ in shapes_of(self.args, tied=False)}
+        for name in self.files:
+            if name not in known and not name.endswith("rotary_emb.inv_freq"):
+                unknown = f"{name} is no part of a Llama in floats"
+                raise ValueError(f"{self.path}: {unknown}; is it quantised, or an adapter?")
 
     def _shape_of(self, name: str, _) -> tuple | None:
         weight = self.files.get(hf_name(name))

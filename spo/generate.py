@@ -169,6 +169,8 @@ def generate(
     logits = decoder.prefill(rows.tokens[:, :shortest])  # (N, V)
     position = shortest
     while True:
+        if model.pieces is not None and model.pieces < logits.shape[1]:
+            logits = logits[:, : model.pieces].contiguous()  # the rest is padding, never drawn
         drawn = sample_token(logits, rows.uniforms[:, position], temperature, top_k, top_p)
         stopped = (drawn.unsqueeze(1) == stop).any(1)
         if position < longest:  # some prompts are longer: their token is given, not drawn
@@ -276,7 +278,7 @@ def sample_batches(
                 flags.temperature,
                 flags.top_k,
                 flags.top_p,
-                stop_ids=[model.eos_id],
+                stop_ids=model.eos_ids,
                 seed=seed,
                 first_row=start,
             )
@@ -318,7 +320,11 @@ def tile_evenly(things: list, count: int) -> list:
 
 
 def story_records(
-    samples: list[EncodedGroup], prompts: list[str], tokenizer: Tokenizer, eos_id: int, **extra
+    samples: list[EncodedGroup],
+    prompts: list[str],
+    tokenizer: Tokenizer,
+    eos_ids: Sequence[int],
+    **extra,
 ) -> list[dict]:
     """Turn samples into records {"prompt", "text", "finished", "index"} and `extra`.
 
@@ -328,7 +334,7 @@ def story_records(
     records = []
     for prompt, group in zip(prompts, samples, strict=False):
         ids = group.responses[0]
-        finished = ids[-1] == eos_id
+        finished = ids[-1] in eos_ids
         text = tokenizer.decode_after(group.prompt, ids[:-1] if finished else ids)
         record = {"prompt": prompt, "text": text, "finished": finished, "index": group.line}
         records.append(record | extra)

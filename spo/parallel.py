@@ -352,7 +352,7 @@ def full_model(model: Transformer, dtype: str) -> Transformer | None:
     if copy.tied:
         copy.output.weight = copy.tok_embeddings.weight
     copy.freqs_cos, copy.freqs_sin = rope_tables(model.args)
-    copy.eos_id = model.eos_id
+    copy.eos_ids = model.eos_ids
     return copy
 
 

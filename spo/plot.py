@@ -64,12 +64,13 @@ def draw_curves(folders: Sequence[str], path: str) -> None:
             if len(folders) == 1:
                 second = [100 * row["second/win_rate"] for row in rows]
                 style = {"marker": ".", "color": COLORS[1], "linestyle": "--"}
-                above.plot(steps, second, label="a second judge", **style)
+                above.plot(steps, second, label="a second judge, unseen in training", **style)
             below.plot(steps, [row["kl"] for row in rows], marker="o", color=color)
         above.axhline(50, color="#888888", linewidth=1)
-        above.annotate("no difference", (0, 50), (2, 3), textcoords="offset points", fontsize=9)
+        place = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "top"}
+        above.annotate("no difference", (1, 49.5), fontsize=9, color="#555555", **place)
         above.set_ylabel("win-rate over\nthe reference, %")
-        above.legend(loc="lower right")
+        above.legend(loc="upper left")
         below.set(ylabel="KL to the\nreference, nats", xlabel="step")
         figure.tight_layout()
         with atomic_path(path) as temporary:

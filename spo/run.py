@@ -385,7 +385,12 @@ class RunFolder:
                 self.save_checkpoint("best.pt", model, step, win_rate=verdict.rate)
                 self.best_step = step
         if improved:
-            save_llama2c(self.path("model.bin"), model)
+            try:
+                save_llama2c(self.path("model.bin"), model)
+            except ValueError as error:  # run.c could not compute this model
+                if "model.bin" not in self._said:
+                    self._said.add("model.bin")
+                    self.say(f"left out: {error}")
 
     def save_state(self, step: int, samples: list[EncodedGroup] | None) -> None:
         """Keep everything that the steps from this one on depend on. Collective."""

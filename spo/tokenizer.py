@@ -1,12 +1,17 @@
 """Text <-> token ids, by a sentencepiece model or a tiktoken file (Llama 3)."""
 
 import base64
+import math
 import os
 import struct
 
 from sentencepiece import SentencePieceProcessor
 
 from spo.files import atomic_write
+from spo.parallel import print0
+
+FEW = 8  # embeddings without a piece that training may have added, such as [PAD]
+ROUNDED_TO = (64, 128)  # a larger number of them, if they fill the vocabulary up to a multiple
 
 
 class Llama3:
@@ -145,23 +150,56 @@ def copy_tokenizer(tokenizer: Tokenizer, folder: str) -> None:
             f.write(content)
 
 
-def tokenizer_path(checkpoint_path: str) -> str:
-    """Return where a checkpoint's tokenizer is looked for: beside it, in it, or one level up."""
+def find_tokenizer(checkpoint_path: str) -> str | None:
+    """Return where a checkpoint's tokenizer is, None if it is nowhere.
+
+    Of a file: beside it. Of a folder: in it, or in its folder "original", as in Llama 3's
+    repositories. Meta's folders of weights have theirs one level up.
+    """
     path = checkpoint_path.rstrip("/")
-    inside = os.path.join(path, "tokenizer.model")
-    return (
-        inside if os.path.isfile(inside) else os.path.join(os.path.dirname(path), "tokenizer.model")
-    )
+    places = [path, os.path.join(path, "original")]
+    if not os.path.isdir(path):
+        places = [os.path.dirname(path)]
+    elif os.path.isfile(os.path.join(path, "params.json")):
+        places.append(os.path.dirname(path))
+    for place in places:
+        if os.path.isfile(os.path.join(place, "tokenizer.model")):
+            return os.path.join(place, "tokenizer.model")
+    return None
 
 
-def load_tokenizer(path: str, checkpoint_path: str, vocab_size: int) -> Tokenizer:
+def tokenizer_path(checkpoint_path: str) -> str:
+    """Return what find_tokenizer finds. ValueError, naming the place, if that is nothing."""
+    found = find_tokenizer(checkpoint_path)
+    if found is not None:
+        return found
+    if not os.path.isdir(checkpoint_path):
+        beside = os.path.join(os.path.dirname(checkpoint_path), "tokenizer.model")
+        raise ValueError(f"{beside}: no such tokenizer file; name it with --tokenizer")
+    has = "no tokenizer.model"
+    if os.path.isfile(os.path.join(checkpoint_path, "tokenizer.json")):
+        has = "a tokenizer.json only, which is not read yet"
+    raise ValueError(f"{checkpoint_path}: has {has}; give a tokenizer.model with --tokenizer")
+
+
+def load_tokenizer(path: str, checkpoint_path: str, model) -> Tokenizer:
     """Return the tokenizer of a checkpoint: `path`, or tokenizer.model beside the checkpoint.
 
-    ValueError if there is none, or if it has another number of pieces than the model has
-    embeddings.
+    A model may have a few more embeddings than there are pieces: one for padding, or as many as
+    make a round number. It is told how many it may draw.
+
+    model  has args, and is given `pieces`
+    ValueError if there is no tokenizer, or if it is of another model.
     """
     tokenizer = Tokenizer(path or tokenizer_path(checkpoint_path))
-    if tokenizer.vocab_size != vocab_size:
+    vocab_size = model.args.vocab_size
+    extra = vocab_size - tokenizer.vocab_size
+    rounded = {math.ceil(tokenizer.vocab_size / size) * size for size in ROUNDED_TO}
+    if extra > 0 and (extra <= FEW or vocab_size in rounded):
+        more = f"{checkpoint_path} has {extra} more embeddings than {tokenizer.path} has pieces"
+        print0(f"{more}; they are never drawn")
+        model.pieces = tokenizer.vocab_size
+    elif extra:
         raise ValueError(
             f"{tokenizer.path} has {tokenizer.vocab_size} pieces, "
             f"{checkpoint_path} was trained on {vocab_size}; "

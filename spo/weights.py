@@ -20,7 +20,12 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 def make_args(path: str, **fields) -> ModelArgs:
     """Return the ModelArgs of a header. ValueError, naming the file, for numbers that cannot be."""
+    scaling = fields.get("rope_scaling")
+    if scaling is not None:
+        check_scaling(path, scaling)
     for name, value in fields.items():
+        if name == "rope_scaling":
+            continue
         if value is None and name in ("n_kv_heads", "hidden_dim"):  # they have defaults
             continue
         kinds = int | float if name in REAL_NUMBERS else int
@@ -38,11 +43,27 @@ def make_args(path: str, **fields) -> ModelArgs:
     return args
 
 
-def token_id(path: str, name: str, value, args: ModelArgs) -> int:
-    """Return a token id that a header names. ValueError, naming the file, if it is none."""
-    if not isinstance(value, int) or not 0 <= value < args.vocab_size:
-        raise ValueError(f"{path}: {name} is {value!r:.60}, no id below {args.vocab_size}")
-    return value
+def check_scaling(path: str, scaling) -> None:
+    """ValueError, naming the file, for anything but the numbers of Llama 3.1's scaling."""
+    names = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+    good = isinstance(scaling, dict) and scaling.keys() == names
+    for value in scaling.values() if good else ():
+        good &= isinstance(value, int | float) and math.isfinite(value) and value > 0
+    if not good or scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        numbers = ", ".join(sorted(names))
+        raise ValueError(f"{path}: rope_scaling {scaling!r:.120}: needs {numbers}, above 0")
+
+
+def token_ids(path: str, name: str, value, args: ModelArgs) -> tuple[int, ...]:
+    """Return the token ids that a header names, one or a list of them.
+
+    ValueError, naming the file, if they are none.
+    """
+    ids = value if isinstance(value, list) and value else [value]
+    for one in ids:
+        if not isinstance(one, int) or not 0 <= one < args.vocab_size:
+            raise ValueError(f"{path}: {name} is {one!r:.60}, no id below {args.vocab_size}")
+    return tuple(ids)
 
 
 def shapes_of(args: ModelArgs, tied: bool) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -38,7 +38,7 @@ def plain_tiny(tied: bool = True, n_kv_heads: int = 2, eos_id: int = 1, **change
         "max_seq_len": 64,
     }
     model = Transformer(ModelArgs(**shape | {"n_kv_heads": n_kv_heads} | changes), tied)
-    model.eos_id = eos_id
+    model.eos_ids = (eos_id,)
     generator = torch.Generator().manual_seed(3)
     for weight in model.parameters():
         torch.nn.init.normal_(weight, std=0.3, generator=generator)

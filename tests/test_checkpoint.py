@@ -179,11 +179,10 @@ def test_an_exported_folder_is_the_model_again(tmp_path, tied, tokenizer, capsys
     )  # with the tokenizer that lies in it
     assert torch.equal(checkpoint.load(str(tmp_path / "again.pt"))(TOKENS), model(TOKENS))
     export.main(
-        [str(tmp_path / "model.bin"), "--meta-llama", meta_folder(tmp_path / "meta", untied())]
+        [str(tmp_path / "model.bin"), "--meta-llama", meta_folder(tmp_path / "meta", model)]
     )
-    assert torch.equal(
-        checkpoint.load(str(tmp_path / "model.bin")).output.weight, untied().output.weight
-    )
+    theirs = checkpoint.load(str(tmp_path / "model.bin")).output.weight
+    assert torch.equal(theirs, model.output.weight)
     with pytest.raises(ValueError, match="one of --checkpoint, --meta-llama and --hf"):
         export.main(["x.bin", "--hf=a", "--checkpoint=b"])
 
@@ -205,11 +204,10 @@ def test_transformers_computes_the_same_logits(tmp_path, tied):
 @pytest.mark.parametrize(
     "config,message",
     [
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "no scaled rotary embedding"),
-        (
-            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}},
-            "no scaled rotary embedding",
-        ),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks 'low_freq_factor'"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "only Llama 3.1's scaled"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "only Llama 3.1's scaled"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config .gptq."),
         ({"attention_bias": True}, "attention_bias: this model has no biases"),
         ({"model_type": "mistral"}, "only Llama is read"),
         ({"head_dim": 16}, "head_dim 16"),
@@ -224,9 +222,16 @@ def test_what_the_model_lacks_is_refused_in_words(tmp_path, config, message):
         checkpoint.load(hf_folder(tmp_path / "model", untied(), **config))
 
 
-def test_of_several_terminators_the_first_is_the_one(tmp_path):
+def test_every_terminator_is_kept_and_the_first_is_trained(tmp_path):
     path = hf_folder(tmp_path / "model", untied(), eos_token_id=[7, 9])
-    assert checkpoint.load(path).eos_id == 7
+    (tmp_path / "model/generation_config.json").write_text('{"eos_token_id": [9, 11]}')
+    model = checkpoint.load(path)
+    assert model.eos_id == 7 and model.eos_ids == (7, 9, 11)
+    checkpoint.save_pt(str(tmp_path / "m.pt"), model)
+    assert checkpoint.load(str(tmp_path / "m.pt")).eos_ids == (7, 9, 11)
+    export.main([str(tmp_path / "hf"), f"--checkpoint={tmp_path / 'm.pt'}", "--version=-1"])
+    assert json.loads((tmp_path / "hf/config.json").read_text())["eos_token_id"] == [7, 9, 11]
+    assert checkpoint.load(str(tmp_path / "hf")).eos_ids == (7, 9, 11)
 
 
 def test_damaged_folders_are_refused_by_name(tmp_path):
@@ -287,7 +292,8 @@ def test_a_bfloat16_run_keeps_bfloat16_checkpoints_that_load_and_export(
     tmp_path, tokenizer, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    folder = hf_folder(tmp_path / "model", untied())
+    model = tiny(tied=False, vocab_size=512)
+    folder = hf_folder(tmp_path / "model", model)
     copy_tokenizer(tokenizer, folder)
     texts = [[f"the owl sang {i} {j} times." for j in range(3)] for i in range(8)]
     write(tmp_path / "ranked.jsonl", *({"responses": t, "ranking": [2, 0, 1]} for t in texts))
@@ -312,7 +318,7 @@ def test_a_bfloat16_run_keeps_bfloat16_checkpoints_that_load_and_export(
         checkpoint.load("out/best.pt"),
         checkpoint.load("out/model.bin"),
     )
-    for name, weight in untied().state_dict().items():
+    for name, weight in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], weight.bfloat16().float()), name
         assert torch.equal(exported.state_dict()[name], weight.bfloat16().float()), name
 
@@ -379,7 +385,7 @@ def test_a_llama_3_folder_tells_stories(llama3, tmp_path):
 def test_a_saved_model_comes_back(tmp_path, name, tied):
     model, path = tiny(tied), str(tmp_path / name)
     if name == "model.pt":
-        model.eos_id = 2
+        model.eos_ids = (2,)
         checkpoint.save_pt(path, model, 7, {"note": "kept"}, win_rate=0.5)
     else:
         save_llama2c(path, model)
