@@ -36,6 +36,7 @@ from spo.evaluation import Evaluation, report
 from spo.failure import one_reason
 from spo.generate import PURPOSE_KL, sample
 from spo.groups import Batch, EncodedGroup, load_dataset, micro_batches, padding_share
+from spo.order import batch_indices, indices_of_run
 from spo.parallel import print0
 from spo.reference import PolicySamples, add_reference_logps
 from spo.run import RunFolder
@@ -67,13 +68,7 @@ class TrainConfig(JudgeFlags):
     lambda_u: float | None = flag(None, "kto: weight of the rejected response", least=0)
     norm: str | None = flag(None, "ipo: log-ratios, summed or per token", choices=["sum", "mean"])
     nll: str | None = flag(None, "cpo: likelihood, summed or per token", choices=["sum", "mean"])
-    data: str = flag(
-        "",
-        "ranked groups; default: the demo's",
-        path=True,
-        also="dataset",
-        heading="data and model",
-    )
+    data: str = flag("", "groups; default: the demo's", path=True, also="dataset", heading="data")
     init_from: str = flag("", "a .pt, .bin or folder, or `scratch`", path=True, also="model")
     tokenizer: str = flag("", "its tokenizer; default: tokenizer.model by init_from", path=True)
     out_dir: str = flag("out", "where the run's files go", free=True, also="output_dir")
@@ -82,9 +77,7 @@ class TrainConfig(JudgeFlags):
     n_heads: int = flag(6, "attention heads", least=1)
     n_kv_heads: int | None = flag(None, "key-value heads; default: n_heads", least=1)
     max_seq_len: int = flag(256, "context length", least=1)
-    batch_size: int = flag(
-        32, "groups per optimizer step, over all processes", least=1, heading="optimization"
-    )
+    batch_size: int = flag(32, "groups per step, all processes", least=1, heading="optimization")
     micro_batch_size: int | None = flag(
         None, "groups per pass: memory, never the result; default: what fits", least=1, free=True
     )
@@ -99,27 +92,19 @@ class TrainConfig(JudgeFlags):
     adam_beta2: float = flag(0.99, "AdamW's", least=0, below=1)
     grad_clip: float = flag(1.0, "clip the gradient norm at this; 0: no clipping", least=0)
     seed: int = flag(1337, "of the data order, of samples, of weights from scratch", least=0)
-    kl_interval: int = flag(
-        8, "steps between fresh samples (T in the paper)", least=1, heading="KL on samples"
-    )
+    kl_interval: int = flag(8, "steps between fresh samples", least=1, heading="KL on samples")
     kl_batch_size: int = flag(32, "how many samples, over all processes", least=1)
     max_new_tokens: int = flag(256, "longest sampled story, in tokens", least=1)
-    eval_interval: int = flag(
-        20, "steps between evaluations", least=1, heading="evaluation and logging"
-    )
+    eval_interval: int = flag(20, "steps between evaluations", least=1, heading="evaluation")
     eval_stories: int = flag(128, "stories judged at an evaluation; 0: none", least=0)
     eval_pool: int = flag(1024, "the reference's, each judged against all; 0: one to one", least=0)
     baseline: str = flag("", "stories to win against; default: the reference's own", path=True)
-    stop_kl: float | None = flag(
-        None, "end the run when an evaluation's KL passes this, in nats", above=0, free=True
-    )
+    stop_kl: float | None = flag(None, "end when the KL passes this, in nats", above=0, free=True)
     report: bool = flag(True, "end with a table on twice as many fresh stories", free=True)
     curves: bool = flag(True, "draw curves.png into out_dir at the end", free=True)
     keep_checkpoints: bool = flag(False, "keep every evaluation's weights, as step_N.pt", free=True)
     log_interval: int = flag(5, "steps between log lines", least=1, free=True)
-    device: str = flag(
-        "", "cpu, cuda, cuda:1, mps; default: cuda if there is one", free=True, heading="system"
-    )
+    device: str = flag("", "cpu, cuda, cuda:1, mps; default: cuda", free=True, heading="system")
     dtype: str = flag("", "of the layers; default: bfloat16 on a GPU that has it", choices=DTYPES)
     activation_checkpointing: bool = flag(False, "recompute activations: less memory", free=True)
     compile: bool = flag(False, "torch.compile the layers: a slow start, then faster if narrow")
@@ -344,7 +329,7 @@ def draw_samples(
     return PolicySamples.of(groups, reference, config.micro_batch_size)
 
 
-# --- the optimizer, and the order of the data ----------------------------------------------------
+# --- the optimizer --------------------------------------------------------------------------------
 
 
 def make_optimizer(config: TrainConfig, model: Transformer) -> torch.optim.AdamW:
@@ -390,29 +375,6 @@ def stop_unless_finite(
         f"Try --learning_rate={config.learning_rate / 4:g}; "
         f"the batch holds lines {lines} of {config.data}"
     )
-
-
-@functools.lru_cache(maxsize=2)
-def permutation(count: int, seed: int) -> list[int]:
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def batch_indices(count: int, batch_size: int, step: int, seed: int) -> list[int]:
-    """Return which of `count` groups make up the batch of a step. Each epoch is a permutation."""
-    indices = []
-    # By arithmetic and not by a running generator: a run that is resumed finds its place at once.
-    for position in range(step * batch_size, (step + 1) * batch_size):
-        epoch, place = divmod(position, count)
-        indices.append(permutation(count, seed + epoch)[place])
-    return indices
-
-
-def indices_of_run(config: TrainConfig, count: int) -> set[int]:
-    """Return which of `count` groups any step of the run uses."""
-    used: set[int] = set()
-    for step in range(config.max_iters):
-        used |= set(batch_indices(count, config.batch_size, step, config.seed))
-    return used
 
 
 # --- before, between and after -------------------------------------------------------------------

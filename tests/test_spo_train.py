@@ -38,13 +38,13 @@ from spo.config import main_program
 from spo.evaluation import Evaluation
 from spo.generate import generate
 from spo.groups import EncodedGroup, make_batch
+from spo.order import batch_indices
 from spo.reference import with_reference_logps
 from spo.run import RunFolder
 from spo.win_rate import win_rate
 from spo_train import (
     PolicySamples,
     TrainConfig,
-    batch_indices,
     kl_gradient,
     learning_rate,
     preference_gradient,
