@@ -203,7 +203,8 @@ def check_request(
     """ValueError for what no model can be asked."""
     lengths = [len(prompt) for prompt in prompts]
     if min(lengths) == 0:
-        raise ValueError("an empty prompt: a row needs at least BOS")
+        needs = "an empty prompt, and the model's tokenizer puts no BOS before it"
+        raise ValueError(f"{needs}: there is nothing to continue; give a prompt")
     if max(lengths) >= context:
         room = f"a prompt of {max(lengths)} tokens leaves no room in a context of {context}"
         raise ValueError(room)

@@ -111,6 +111,8 @@ def encode_groups(
         for text, finished in zip(group.responses, group.finished, strict=True):
             ids = tokenizer.encode_after(group.prompt, text)
             responses.append([*ids, eos_id] if finished else ids)
+        if not prompt and len(responses) == 1:  # without BOS nothing predicts the first token
+            prompt, responses = responses[0][:1], [responses[0][1:]]
         candidate = EncodedGroup(prompt, responses, group.line)
         reason = reason_to_drop(group, candidate, max_seq_len)
         if reason:
@@ -126,6 +128,8 @@ def reason_to_drop(group: RankedGroup, encoded: EncodedGroup, max_seq_len: int) 
         return "an empty response"
     if len(set(group.responses)) < len(group.responses):
         return "identical responses"
+    if not encoded.prompt:
+        return "an empty prompt, and the tokenizer puts no BOS before it"
     if encoded.longest > max_seq_len:
         return f"longer than {max_seq_len} tokens"
     return ""

@@ -11,6 +11,7 @@ import datetime
 import functools
 import gc
 import os
+import sys
 import time
 import types
 from collections.abc import Callable, Iterator
@@ -141,6 +142,12 @@ def print0(text: str) -> None:
     """Print a text once, and not in every process."""
     if rank() == 0:
         print(text, flush=True)
+
+
+def note0(text: str) -> None:
+    """Print a remark once on stderr, where it does not mix with what a command is asked for."""
+    if rank() == 0:
+        print(text, file=sys.stderr, flush=True)
 
 
 def share(count: int) -> slice:

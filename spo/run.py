@@ -53,6 +53,10 @@ FILES_OF_A_RUN = (
     "config.json",
     "tokenizer.model",
     "tokenizer.bin",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
     "step_*.pt",
     "stories/*.jsonl",
 )

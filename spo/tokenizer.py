@@ -1,4 +1,4 @@
-"""Text <-> token ids, by a sentencepiece model or a tiktoken file (Llama 3)."""
+"""Text <-> token ids, by a sentencepiece model, a tiktoken file (Llama 3) or a tokenizer.json."""
 
 import base64
 import math
@@ -7,11 +7,19 @@ import struct
 
 from sentencepiece import SentencePieceProcessor
 
+from spo.bpe import JsonTokenizer
 from spo.files import atomic_write
-from spo.parallel import print0
+from spo.parallel import note0
 
 FEW = 8  # embeddings without a piece that training may have added, such as [PAD]
 ROUNDED_TO = (64, 128)  # a larger number of them, if they fill the vocabulary up to a multiple
+
+
+BESIDE_TOKENIZER_JSON = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
 
 
 class Llama3:
@@ -57,10 +65,11 @@ class Llama3:
 
 
 class Tokenizer:
-    """A sentencepiece model or a tiktoken file, with encode and decode.
+    """A sentencepiece model, a tiktoken file or a tokenizer.json, with encode and decode.
 
-    path  a `.model` file; ValueError if it is not one
-    kind  "sentencepiece" or "tiktoken"
+    path      a `.model` or `.json` file; ValueError if it is not one
+    kind      "sentencepiece", "tiktoken" or "json"
+    adds_bos  every sequence begins with BOS, but where a model's own tokenizer puts none
     """
 
     def __init__(self, path: str):
@@ -69,27 +78,41 @@ class Tokenizer:
                 f"{path}: no such tokenizer file; name the model's tokenizer.model with --tokenizer"
             )
         self.path = path
-        try:
-            self.kind, self.model = "tiktoken", Llama3(path)
-        except ValueError:  # not lines of base64
-            try:
-                self.kind, self.model = "sentencepiece", SentencePieceProcessor(model_file=path)
-            except (RuntimeError, OSError):
-                raise ValueError(f"{path}: not a sentencepiece model (or damaged)") from None
+        self.kind, self.model = self._open(path)
+        self.adds_bos: bool = self.kind != "json" or self.model.adds_bos
         self.vocab_size: int = self.model.vocab_size()
         self.bos_id: int = self.model.bos_id()
         self.eos_id: int = self.model.eos_id()
-        if self.bos_id < 0:
+        if self.adds_bos and self.bos_id < 0:
             raise ValueError(f"{path}: has no BOS, with which every sequence begins here")
+
+    def _open(self, path: str) -> tuple[str, object]:
+        if path.endswith(".json"):
+            return "json", JsonTokenizer(path)
+        try:
+            return "tiktoken", Llama3(path)
+        except ValueError:  # not lines of base64
+            pass
+        try:
+            return "sentencepiece", SentencePieceProcessor(model_file=path)
+        except (RuntimeError, OSError):
+            raise ValueError(f"{path}: not a sentencepiece model (or damaged)") from None
 
     @property
     def story_end_id(self) -> int:
-        """The id that ends a story in text tokenized here: as in llama2.c, the next story's BOS."""
-        return self.bos_id
+        """The id that ends a story in text tokenized here: as in llama2.c, the next story's BOS.
+
+        A tokenizer.json ends it by its EOS. ValueError if it names none.
+        """
+        if self.kind != "json":
+            return self.bos_id
+        if self.eos_id < 0:
+            raise ValueError(f"{self.path}: tokenizer_config.json names no eos_token beside it")
+        return self.eos_id
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         ids = self.model.encode(text)
-        if bos:
+        if bos and self.adds_bos:
             ids = [self.bos_id, *ids]
         return [*ids, self.eos_id] if eos else ids
 
@@ -100,7 +123,7 @@ class Tokenizer:
         newline, which is a byte of its own and joins nothing, it does not. Behind an empty prompt
         the text begins.
         """
-        if not prompt or self.kind == "tiktoken":
+        if not prompt or self.kind != "sentencepiece":
             return self.encode(text)
         newline = self.model.encode("\n")
         return self.model.encode("\n" + text)[len(newline) :]
@@ -130,11 +153,13 @@ class Tokenizer:
 
 
 def copy_tokenizer(tokenizer: Tokenizer, folder: str) -> None:
-    """Write tokenizer.model and, for run.c, tokenizer.bin into a folder.
+    """Write tokenizer.model and, for run.c, tokenizer.bin into a folder; or tokenizer.json with the
+    files that belong to it.
 
     ValueError if the tokenizer of another model is there already.
     """
-    path = os.path.join(folder, "tokenizer.model")
+    name = "tokenizer.json" if tokenizer.kind == "json" else "tokenizer.model"
+    path = os.path.join(folder, name)
     with open(tokenizer.path, "rb") as f:
         content = f.read()
     if os.path.isfile(path):
@@ -143,6 +168,11 @@ def copy_tokenizer(tokenizer: Tokenizer, folder: str) -> None:
                 mend = "choose another folder, or remove it"
                 raise ValueError(f"{path} is the tokenizer of another model; {mend}")
     contents = {path: content}
+    for other in BESIDE_TOKENIZER_JSON if tokenizer.kind == "json" else ():
+        source = os.path.join(os.path.dirname(tokenizer.path), other)
+        if os.path.isfile(source):
+            with open(source, "rb") as f:
+                contents[os.path.join(folder, other)] = f.read()
     if tokenizer.kind == "sentencepiece":  # run.c reads no other
         contents[os.path.join(folder, "tokenizer.bin")] = tokenizer.to_llama2c()
     for out, content in contents.items():
@@ -154,7 +184,8 @@ def find_tokenizer(checkpoint_path: str) -> str | None:
     """Return where a checkpoint's tokenizer is, None if it is nowhere.
 
     Of a file: beside it. Of a folder: in it, or in its folder "original", as in Llama 3's
-    repositories. Meta's folders of weights have theirs one level up.
+    repositories. Meta's folders of weights have theirs one level up. A tokenizer.model comes before
+    a tokenizer.json.
     """
     path = checkpoint_path.rstrip("/")
     places = [path, os.path.join(path, "original")]
@@ -163,8 +194,9 @@ def find_tokenizer(checkpoint_path: str) -> str | None:
     elif os.path.isfile(os.path.join(path, "params.json")):
         places.append(os.path.dirname(path))
     for place in places:
-        if os.path.isfile(os.path.join(place, "tokenizer.model")):
-            return os.path.join(place, "tokenizer.model")
+        for name in ("tokenizer.model", "tokenizer.json"):
+            if os.path.isfile(os.path.join(place, name)):
+                return os.path.join(place, name)
     return None
 
 
@@ -176,10 +208,8 @@ def tokenizer_path(checkpoint_path: str) -> str:
     if not os.path.isdir(checkpoint_path):
         beside = os.path.join(os.path.dirname(checkpoint_path), "tokenizer.model")
         raise ValueError(f"{beside}: no such tokenizer file; name it with --tokenizer")
-    has = "no tokenizer.model"
-    if os.path.isfile(os.path.join(checkpoint_path, "tokenizer.json")):
-        has = "a tokenizer.json only, which is not read yet"
-    raise ValueError(f"{checkpoint_path}: has {has}; give a tokenizer.model with --tokenizer")
+    none = "has no tokenizer.model or tokenizer.json; give one with --tokenizer"
+    raise ValueError(f"{checkpoint_path}: {none}")
 
 
 def load_tokenizer(path: str, checkpoint_path: str, model) -> Tokenizer:
@@ -192,12 +222,14 @@ def load_tokenizer(path: str, checkpoint_path: str, model) -> Tokenizer:
     ValueError if there is no tokenizer, or if it is of another model.
     """
     tokenizer = Tokenizer(path or tokenizer_path(checkpoint_path))
+    if not path and os.path.isdir(checkpoint_path):  # there may be several
+        note0(f"tokenizer: {tokenizer.path}")
     vocab_size = model.args.vocab_size
     extra = vocab_size - tokenizer.vocab_size
     rounded = {math.ceil(tokenizer.vocab_size / size) * size for size in ROUNDED_TO}
     if extra > 0 and (extra <= FEW or vocab_size in rounded):
         more = f"{checkpoint_path} has {extra} more embeddings than {tokenizer.path} has pieces"
-        print0(f"{more}; they are never drawn")
+        note0(f"{more}; they are never drawn")
         model.pieces = tokenizer.vocab_size
     elif extra:
         raise ValueError(

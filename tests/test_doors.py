@@ -202,6 +202,7 @@ def test_transformers_scales_alike(tmp_path):
     transformers = pytest.importorskip("transformers")
     model = plain_tiny(rope_theta=500000.0, rope_scaling=LLAMA3)
     path = hf_folder(tmp_path / "m", model, rope_scaling={"rope_type": "llama3"} | LLAMA3)
+    (tmp_path / "m/model-00001-of-00001.safetensors").rename(tmp_path / "m/model.safetensors")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     tokens = torch.randint(2, 64, (2, 60))
     with torch.no_grad():
@@ -254,12 +255,7 @@ def test_a_folders_tokenizer_is_in_it_or_in_original_and_never_above(folder, tok
     (folder / "tokenizer.model").rename(folder / "original" / "tokenizer.model")
     assert tokenizer_path(str(folder)) == str(folder / "original" / "tokenizer.model")
     os.remove(folder / "original" / "tokenizer.model")
-    with pytest.raises(
-        ValueError, match=f"{folder}: has no tokenizer.model; give a tokenizer.model with"
-    ):
-        tokenizer_path(str(folder))
-    (folder / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match="has a tokenizer.json only, which is not read yet"):
+    with pytest.raises(ValueError, match="has no tokenizer.model or tokenizer.json; give one"):
         tokenizer_path(str(folder))
 
 
@@ -285,7 +281,7 @@ def test_more_embeddings_than_pieces_are_kept_and_never_drawn(tmp_path, tokenize
         return
     assert any(i >= 512 for ids in free for i in ids)
     load_tokenizer(tokenizer.path, path, loaded)
-    printed = capsys.readouterr().out
+    printed = capsys.readouterr().err
     assert f"{path} has 1 more embeddings than {tokenizer.path} has pieces" in printed
     drawn = generate.generate(loaded, [[1]] * 40, 20, stop_ids=(), seed=1)
     assert max(i for ids in drawn for i in ids) < 512
