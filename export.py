@@ -160,8 +160,10 @@ def save_hf(path: str, model: Transformer, bos_id: int) -> None:
 
 
 @dataclass
-class ExportConfig:
-    filepath: str = flag(None, "the file, or with version -1 the folder, to write", positional=True)
+class ExportConfig(checkpoint.WeightsFlags):
+    filepath: str = flag(
+        "", "the file, or with version -1 the folder, to write", positional=True, required=True
+    )
     checkpoint: str = flag("", "the model: a .pt or a llama2.c .bin")
     meta_llama: str = flag("", "the model: Meta's folder")
     hf: str = flag("", "the model: Hugging Face's folder")
@@ -186,7 +188,7 @@ def main(argv: list[str]) -> None:
     sources = [path for path in (config.checkpoint, config.meta_llama, config.hf) if path]
     if len(sources) != 1:
         raise ValueError("give the model to write: one of --checkpoint, --meta-llama and --hf")
-    weights = checkpoint.open_weights(sources[0])
+    weights = checkpoint.open_weights(sources[0], config)
     is_folder = config.version == -1 and not config.filepath.endswith(".pt")
     folder = config.filepath if is_folder else os.path.dirname(config.filepath)
     if is_folder:
@@ -219,7 +221,7 @@ def check_folder(path: str, source: str) -> None:
 
 def write_model(config: ExportConfig, weights, tokenizer: Tokenizer | None) -> None:
     path = config.filepath
-    model = checkpoint.load(weights.path)
+    model = checkpoint.load(weights.path, flags=config)
     if path.endswith(".pt"):
         checkpoint.save_pt(path, model, weights.step, weights.config)
         print(f"{path}: {os.path.getsize(path):,} bytes")

@@ -81,7 +81,7 @@ def stories_of(config: SampleConfig, path: str, prompts: list[str]) -> list[dict
     """Return a checkpoint's stories, one for each prompt, as records."""
     device = parallel.pick_device(config.device)
     fast.enable_fast_matmul(device)
-    model = checkpoint.load(path, device)
+    model = checkpoint.load(path, device, config)
     tokenizer = load_tokenizer(config.tokenizer, path, model)
     encoded = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
     label = "sampling" if config.prompts else None

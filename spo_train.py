@@ -43,7 +43,7 @@ from spo.run import RunFolder
 from spo.tokenizer import Tokenizer, load_tokenizer
 from tinystories_data import build_demo, pool_folder
 
-SHAPE_FLAGS = ("dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len")
+SHAPE_FLAGS = ("dim", "n_layers", "n_heads", "n_kv_heads")
 DTYPES = ["", "float32", "bfloat16"]
 SETTINGS = sorted({"beta"}.union(*map(settings_of, LOSSES.values())))  # what losses are tuned with
 
@@ -72,11 +72,12 @@ class TrainConfig(JudgeFlags):
     init_from: str = flag("", "a .pt, .bin or folder, or `scratch`", path=True, also="model")
     tokenizer: str = flag("", "its tokenizer; default: tokenizer.model by init_from", path=True)
     out_dir: str = flag("out", "where the run's files go", free=True, also="output_dir")
-    dim: int = flag(288, "width (this and the next four: with --init_from=scratch)", least=1)
+    dim: int = flag(288, "width (this and the next three: with --init_from=scratch)", least=1)
     n_layers: int = flag(6, "layers", least=1)
     n_heads: int = flag(6, "attention heads", least=1)
     n_kv_heads: int | None = flag(None, "key-value heads; default: n_heads", least=1)
-    max_seq_len: int = flag(256, "context length", least=1)
+    max_seq_len: int | None = flag(None, "context; default: the model's, 256 from scratch", least=1)
+    rope_factor: float | None = flag(None, "of Meta's Llama 3.1 (8), 3.2 (32) folders", above=0)
     batch_size: int = flag(32, "groups per step, all processes", least=1, heading="optimization")
     micro_batch_size: int | None = flag(
         None, "groups per pass: memory, never the result; default: what fits", least=1, free=True
@@ -131,6 +132,7 @@ class TrainConfig(JudgeFlags):
         for name in ("init_from", "tokenizer"):
             demo = "needs --data as well; without --data the demo brings its own model"
             refuse_if(name in given and not self.data, f"--{name}: {demo}")
+        refuse_if(scratch and self.rope_factor, "--rope_factor: goes with a folder of Meta's")
         model = "the model to align (a .pt, a llama2.c .bin, or `scratch`)"
         refuse_if(self.data and not self.init_from, f"--data: needs --init_from, {model}")
         refuse_if(scratch and not self.tokenizer, "--init_from=scratch: needs --tokenizer")
@@ -383,11 +385,12 @@ def stop_unless_finite(
 def load_policy(config: TrainConfig):
     """Return the model to align, its tokenizer, and the file of its weights (None: it has them)."""
     if config.init_from != "scratch":
-        weights = checkpoint.open_weights(config.init_from)
+        weights = checkpoint.open_weights(config.init_from, config)
         policy = checkpoint.without_weights(weights)
         return policy, load_tokenizer(config.tokenizer, config.init_from, policy), weights
     tokenizer = Tokenizer(config.tokenizer)
     shape = {name: getattr(config, name) for name in SHAPE_FLAGS}
+    shape["max_seq_len"] = config.max_seq_len or 256
     policy = Transformer(ModelArgs(vocab_size=tokenizer.vocab_size, multiple_of=32, **shape))
     policy.init_weights(torch.Generator().manual_seed(config.seed))
     policy.eos_ids = (tokenizer.story_end_id,)

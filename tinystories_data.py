@@ -442,7 +442,7 @@ class GenerateConfig(SamplingFlags):
 def generate(config: GenerateConfig) -> None:
     files.check_output("--out", config.out, config.checkpoint, config.tokenizer, config.prompts)
     device = parallel.pick_device(config.device)
-    model = checkpoint.load(config.checkpoint, device)
+    model = checkpoint.load(config.checkpoint, device, config)
     print(fast.enable_fast_matmul(device))
     tokenizer = load_tokenizer(config.tokenizer, config.checkpoint, model)
     prompts = [""]

@@ -17,6 +17,7 @@ import os
 import re
 import struct
 import zipfile
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from model import ModelArgs, Transformer, rope_tables
 from spo import fast, parallel
+from spo.config import flag, refuse_if
 from spo.files import atomic_write, check_sha256
 from spo.folders import HuggingFaceFolder, MetaFolder
 from spo.weights import check_shapes, check_tensor, make_args, shapes_of, token_ids
@@ -54,11 +56,33 @@ MATRICES_OF_A_LAYER = (
 # --- loading -------------------------------------------------------------------------------------
 
 
-def open_weights(path: str):
-    """Open a file or folder of weights. ValueError, naming it, if it cannot be used."""
+@dataclass
+class WeightsFlags:
+    """The flags of every command that reads a model."""
+
+    max_seq_len: int | None = flag(None, "context length; default: the model's", least=1)
+    rope_factor: float | None = flag(
+        None, "of Meta's folders of Llama 3.1 (8) and 3.2 (32), which do not say it", above=0
+    )
+
+
+def open_weights(path: str, flags=None):
+    """Open a file or folder of weights. ValueError, naming it, if it cannot be used.
+
+    flags  a config with the fields of WeightsFlags; None: what the files say
+    """
+    flags = flags or WeightsFlags()
+    is_meta = os.path.isfile(os.path.join(path, "params.json"))
+    refuse_if(flags.rope_factor and not is_meta, f"--rope_factor: {path} is no folder of Meta's")
+    source = MetaFolder(path, flags.rope_factor) if is_meta else _open_other(path)
+    if flags.max_seq_len:
+        fields = dataclasses.asdict(source.args) | {"max_seq_len": flags.max_seq_len}
+        source.args = make_args(path, **fields)
+    return source
+
+
+def _open_other(path: str):
     if os.path.isdir(path):
-        if os.path.isfile(os.path.join(path, "params.json")):
-            return MetaFolder(path)
         if os.path.isfile(os.path.join(path, "config.json")):
             return HuggingFaceFolder(path)
         neither = "neither Meta's folder (params.json) nor Hugging Face's (config.json)"
@@ -88,12 +112,12 @@ def kind_of(path: str) -> str:
     return ""
 
 
-def load(path: str, device: str = "cpu") -> Transformer:
+def load(path: str, device: str = "cpu", flags=None) -> Transformer:
     """Read a whole model in float32, with its eos_ids.
 
     ValueError, naming the file, if it cannot be used.
     """
-    source = open_weights(path)
+    source = open_weights(path, flags)
     model = without_weights(source)
     load_rows(model, source, device)
     return model.eval()

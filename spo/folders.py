@@ -17,6 +17,11 @@ from model import ModelArgs
 from spo.files import check_sha256, read_json_object
 from spo.weights import check_shapes, check_tensor, make_args, shapes_of, token_ids
 
+LLAMA3_1 = {  # what every model of Llama 3.1 and 3.2 has, but for its factor
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 LLAMA3_SCALING = (
     "factor",
     "low_freq_factor",
@@ -70,12 +75,16 @@ class MetaFolder:
     config: dict = {}
     tied = False
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, rope_factor: float | None = None):
+        """rope_factor: what use_scaled_rope in params.json does not say."""
         self.path = path
+        self.rope_factor = rope_factor
         params = read_json_object(os.path.join(path, "params.json"))
-        if params.get("use_scaled_rope"):
-            lacks = "this model has no scaled rotary embedding (Llama 3.1 and later)"
-            raise ValueError(f"{path}: use_scaled_rope: {lacks}")
+        scaled = bool(params.get("use_scaled_rope"))
+        if scaled != bool(rope_factor):
+            says = f"params.json says use_scaled_rope {str(scaled).lower()}"
+            mend = "give --rope_factor: 8 for Llama 3.1, 32 for 3.2" if scaled else "leave it out"
+            raise ValueError(f"{path}: {says}; {mend}")
         files = sorted(glob.glob(os.path.join(glob.escape(path), "consolidated.*.pth")))
         self.parts = [map_pt(file) for file in files]
         if not self.parts:
@@ -103,8 +112,15 @@ class MetaFolder:
             hidden_dim=sum(hidden_rows),
             norm_eps=params["norm_eps"],
             rope_theta=params.get("rope_theta", 10000.0),
-            max_seq_len=params.get("max_seq_len", 4096),
+            rope_scaling=LLAMA3_1 | {"factor": self.rope_factor} if self.rope_factor else None,
+            max_seq_len=params.get("max_seq_len") or self._context(params),
         )
+
+    def _context(self, params: dict) -> int:
+        """Return what Meta's code has where params.json names none: Llama 2's, 3's or 3.1's."""
+        if self.rope_factor:
+            return 131_072
+        return 8192 if params.get("rope_theta", 10000.0) >= 500_000 else 4096
 
     def _shape_of(self, name: str, wanted: tuple) -> tuple | None:
         """Return the shape that the parts of a weight have together."""

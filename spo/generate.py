@@ -10,6 +10,7 @@ from torch import Tensor
 
 from model import Transformer
 from spo import fast, parallel
+from spo.checkpoint import WeightsFlags
 from spo.config import flag
 from spo.groups import EncodedGroup
 from spo.progress import progress
@@ -31,7 +32,7 @@ WORDS_PER_BLOCK = 128  # of the vocabulary, when a word is drawn
 
 
 @dataclass
-class SamplingFlags:
+class SamplingFlags(WeightsFlags):
     """The flags that sample.py and `tinystories_data.py generate` share."""
 
     tokenizer: str = flag("", "sentencepiece model; default: tokenizer.model beside the checkpoint")

@@ -25,6 +25,7 @@ def key_of(config, tokenizer_path: str, prompts: Sequence[str]) -> dict:
         "max_new_tokens": config.max_new_tokens,
         "seed": config.seed,
         "dtype": config.dtype,
+        "rope_factor": config.rope_factor,
     }
 
 

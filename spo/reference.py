@@ -115,7 +115,8 @@ def add_reference_logps(
 
     config  of a run: data, init_from, dtype and micro_batch_size are read here
     """
-    key = (config.data, groups, config.init_from, config.dtype)
+    factor = f" rope_factor {config.rope_factor:g}" if config.rope_factor else ""
+    key = (config.data, groups, config.init_from, config.dtype + factor)
     from_file = config.init_from != "scratch"
     cache = parallel.on_rank_0(lambda: ReferenceCache(*key)) if from_file else None
     return complete(groups, wanted, reference, cache, config.micro_batch_size)

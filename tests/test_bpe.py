@@ -48,7 +48,7 @@ def write_json(folder, merges: list[str], bos: bool = False, **changes) -> str:
         "normalizer": None,
         "pre_tokenizer": SMOLLM,
         "post_processor": None,
-        "decoder": {"type": "ByteLevel"},
+        "decoder": BYTE_LEVEL,
         "model": {"type": "BPE", "vocab": vocab, "merges": merges, "byte_fallback": False},
     }
     if bos:

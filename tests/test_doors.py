@@ -236,6 +236,44 @@ def test_llama2cs_python_finds_no_argument_that_it_does_not_know(tmp_path):
         assert ("rope_theta" not in args) == known and "rope_scaling" not in args
 
 
+def test_metas_folders_of_llama_3_1_need_a_factor(tmp_path):
+    model = plain_tiny(tied=False, rope_theta=500000.0)
+    path = meta_folder(tmp_path / "m", model)
+    params = json.loads((tmp_path / "m/params.json").read_text())
+    del params["max_seq_len"]
+    for scaled, flags, message in (
+        (True, {}, "use_scaled_rope true; give --rope_factor: 8 for Llama 3.1, 32 for 3.2"),
+        (False, {"rope_factor": 8.0}, "use_scaled_rope false; leave it out"),
+    ):
+        (tmp_path / "m/params.json").write_text(json.dumps(params | {"use_scaled_rope": scaled}))
+        with pytest.raises(ValueError, match=message):
+            checkpoint.open_weights(path, checkpoint.WeightsFlags(**flags))
+    (tmp_path / "m/params.json").write_text(json.dumps(params | {"use_scaled_rope": True}))
+    flags = checkpoint.WeightsFlags(rope_factor=32.0, max_seq_len=64)
+    loaded = checkpoint.load(path, flags=flags)
+    scaling = LLAMA3 | {"factor": 32.0, "original_max_position_embeddings": 8192}
+    assert loaded.args.rope_scaling == scaling and loaded.args.max_seq_len == 64
+    export.main([str(tmp_path / "m.pt"), f"--meta-llama={path}", "--rope_factor=32"])
+    assert checkpoint.open_weights(str(tmp_path / "m.pt")).args.rope_scaling == scaling
+
+
+def test_metas_folders_have_metas_context_or_what_the_flag_says(tmp_path):
+    for theta, context in ((10000.0, 4096), (500000.0, 8192)):
+        path = meta_folder(tmp_path / f"{theta:g}", plain_tiny(tied=False, rope_theta=theta))
+        params = json.loads((tmp_path / f"{theta:g}/params.json").read_text())
+        del params["max_seq_len"]
+        (tmp_path / f"{theta:g}/params.json").write_text(json.dumps(params))
+        assert checkpoint.open_weights(path).args.max_seq_len == context
+        shorter = checkpoint.WeightsFlags(max_seq_len=128)
+        assert checkpoint.open_weights(path, shorter).args.max_seq_len == 128
+
+
+@pytest.mark.parametrize("init_from", ["start.pt", "scratch"])
+def test_a_factor_for_what_is_no_folder_of_metas_is_refused(workshop, init_from):
+    with pytest.raises(ValueError, match="--rope_factor: "):
+        workshop("sft", f"--init_from={init_from}", "--rope_factor=8", "--eval_stories=0")
+
+
 # --- tokenizers and vocabularies -----------------------------------------------------------------
 
 
