@@ -27,8 +27,15 @@ from spo.checkpoint import HEADER_FIELDS, MAGIC, llama2c_layout, llama2c_size
 from spo.config import flag, main_program, parse
 from spo.files import atomic_path, atomic_write, check_output, write_text
 from spo.folders import has_rotated_heads, hf_name
+from spo.hf_tokenizer import tokenizer_json
 from spo.tokenizer import Tokenizer, copy_tokenizer, find_tokenizer, load_tokenizer
 
+OTHERS_ENDINGS = {
+    ".gguf": "is llama.cpp's format; write a folder (--version=-1), and convert it with its "
+    "convert_hf_to_gguf.py",
+    ".safetensors": "is written as a folder: give its name, and --version=-1",
+    ".pth": "is Meta's format, which is not written; give a .pt, or a folder with --version=-1",
+}
 LARGEST_GROUP = 64  # weights that share a scale in version 2
 
 # --- llama2.c ------------------------------------------------------------------------------------
@@ -154,6 +161,35 @@ def save_hf(path: str, model: Transformer, bos_id: int) -> None:
     if args.rope_scaling:
         config["rope_scaling"] = {"rope_type": "llama3"} | args.rope_scaling
     write_text(os.path.join(path, "config.json"), json.dumps(config, indent=1))
+    generation = {name: config[name] for name in ("bos_token_id", "eos_token_id")}
+    write_text(os.path.join(path, "generation_config.json"), json.dumps(generation, indent=1))
+    os.chmod(weights, 0o644)  # safetensors makes it its owner's alone
+
+
+def save_hf_tokenizer(path: str, tokenizer: Tokenizer, eos_id: int) -> None:
+    """Write what AutoTokenizer reads: a tokenizer.json with the same ids, and the special tokens.
+
+    A tokenizer.json that the model came with is there already, with the files beside it.
+    """
+    if tokenizer.kind != "sentencepiece":
+        print(f"  beside it: the {tokenizer.kind} tokenizer as it came")
+        return
+    content = tokenizer_json(tokenizer)
+    if content is not None:
+        text = json.dumps(content, ensure_ascii=False)
+        write_text(os.path.join(path, "tokenizer.json"), text)
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast" if content else "LlamaTokenizer",
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "bos_token": tokenizer.model.id_to_piece(tokenizer.bos_id),
+        "eos_token": tokenizer.model.id_to_piece(eos_id),
+        "unk_token": tokenizer.model.id_to_piece(tokenizer.model.unk_id()),
+        "clean_up_tokenization_spaces": False,
+    }
+    write_text(os.path.join(path, "tokenizer_config.json"), json.dumps(config, indent=1))
+    written = "tokenizer.json, tokenizer_config.json" if content else "tokenizer_config.json"
+    print(f"  beside it: {written} for transformers, tokenizer.model for our own scripts")
 
 
 # --- the command ---------------------------------------------------------------------------------
@@ -185,6 +221,9 @@ def main(argv: list[str]) -> None:
     if config.group_size is not None and config.version != 2:
         no_groups = f"version {config.version} has no groups; it goes with --version=2"
         raise ValueError(f"--group_size: {no_groups}")
+    ending = os.path.splitext(config.filepath)[1]
+    if ending in OTHERS_ENDINGS and config.version != -1:
+        raise ValueError(f"{config.filepath}: {OTHERS_ENDINGS[ending]}")
     sources = [path for path in (config.checkpoint, config.meta_llama, config.hf) if path]
     if len(sources) != 1:
         raise ValueError("give the model to write: one of --checkpoint, --meta-llama and --hf")
@@ -203,6 +242,9 @@ def main(argv: list[str]) -> None:
         print("  no tokenizer beside the checkpoint; give --tokenizer to have it written as well")
         return
     copy_tokenizer(tokenizer, folder)
+    if is_folder:
+        save_hf_tokenizer(folder, tokenizer, weights.eos_ids[0])
+        return
     for_run_c = "" if tokenizer.kind == "tiktoken" else ", and tokenizer.bin, which run.c reads"
     print(f"  beside it: tokenizer.model, which our own scripts read{for_run_c}")
 
