@@ -325,6 +325,7 @@ def test_a_run_leaves_its_files_and_they_agree(workshop, capsys):
         "model.bin",
         "model.bin.sha256",
         "log.jsonl",
+        "curves.png",
         "config.json",
         "stories",
         "state",
