@@ -199,8 +199,7 @@ def demo_checkpoint() -> str:
 
 def pool_folder(config) -> str:
     """Return where a run keeps its reference's stories: the demo's are every demo run's."""
-    is_demo = config.init_from == demo_checkpoint()
-    return DEMO_DIR if is_demo else os.path.join(config.out_dir, "stories")
+    return DEMO_DIR if config.init_from == demo_checkpoint() else config.out_dir
 
 
 def demo_text() -> None:

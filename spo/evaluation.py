@@ -70,8 +70,8 @@ class Verdict:
         values |= {"score": self.score, "kl": self.kl, "kl_error": self.kl_error}
         values |= {"entropy": self.entropy, "reference_logp": self.coherence}
         values |= self.diversity.logged()
-        values |= {"second/win_rate": second.rate, "second/low": second.low}
-        values |= {"second/high": second.high, "second/score": self.second_score}
+        values |= {"second_win_rate": second.rate, "second_low": second.low}
+        values |= {"second_high": second.high, "second_score": self.second_score}
         if rate is not None:
             values |= {"ties": rate.ties, "invalid": rate.invalid}
         return {f"{prefix}/{name}": value for name, value in values.items()}

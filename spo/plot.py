@@ -62,7 +62,7 @@ def draw_curves(folders: Sequence[str], path: str) -> None:
             high = [100 * row["high"] for row in rows]
             above.fill_between(steps, low, high, color=color, alpha=0.18, linewidth=0)
             if len(folders) == 1:
-                second = [100 * row["second/win_rate"] for row in rows]
+                second = [100 * row["second_win_rate"] for row in rows]
                 style = {"marker": ".", "color": COLORS[1], "linestyle": "--"}
                 above.plot(steps, second, label="a second judge, unseen in training", **style)
             below.plot(steps, [row["kl"] for row in rows], marker="o", color=color)

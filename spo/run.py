@@ -50,6 +50,7 @@ FILES_OF_A_RUN = (
     "model.bin.sha256",
     "log.jsonl",
     "curves.png",
+    "pool-*.jsonl",
     "config.json",
     "tokenizer.model",
     "tokenizer.bin",

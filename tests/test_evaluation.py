@@ -146,10 +146,10 @@ def test_a_pool_is_drawn_once_and_anew_for_another_key(workshop, capsys, monkeyp
     workshop("dpo_rank", *flags)
     workshop("dpo_rank", *flags, "--resume")
     assert draws == [16]
-    (kept,) = [name for name in os.listdir("out/stories") if name.startswith("pool-")]
+    (kept,) = [name for name in os.listdir("out") if name.startswith("pool-")]
     workshop("dpo_rank", *flags, "--max_iters=8", "--resume")
     assert draws == [16]
-    with open(f"out/stories/{kept}", "r+", encoding="utf-8") as f:
+    with open(f"out/{kept}", "r+", encoding="utf-8") as f:
         content = f.read()
         f.seek(0)
         f.write(content.replace("text", "textt", 3))
@@ -177,7 +177,7 @@ def test_what_a_pool_depends_on(tokenizer, tmp_path):
 def test_the_demos_pool_is_kept_with_the_demo():
     config = spo_train.TrainConfig(init_from=data.demo_checkpoint(), out_dir="o")
     assert data.pool_folder(config) == data.DEMO_DIR
-    assert data.pool_folder(spo_train.TrainConfig(out_dir="o")) == os.path.join("o", "stories")
+    assert data.pool_folder(spo_train.TrainConfig(out_dir="o")) == "o"
 
 
 @pytest.mark.parametrize(
@@ -298,7 +298,7 @@ def test_a_run_logs_and_prints_all_of_it(workshop, capsys):
     entries = [entry for entry in log_of("out") if "eval/kl" in entry or "last/kl" in entry]
     names = {"win_rate", "low", "high", "length_controlled", "score", "kl", "kl_error", "entropy"}
     names |= {"reference_logp", "distinct_4grams", "best_of_1", "best_of_4", "good_stories"}
-    names |= {"second/win_rate", "second/low", "second/high", "second/score", "ties", "invalid"}
+    names |= {"second_win_rate", "second_low", "second_high", "second_score", "ties", "invalid"}
     for entry, prefix in ((entries[0], "eval"), (entries[-1], "last")):
         assert names <= {key.removeprefix(f"{prefix}/") for key in entry}
     assert (
