@@ -233,6 +233,10 @@ class Transformer(nn.Module):
     def eos_id(self) -> int:
         return self.eos_ids[0]
 
+    @eos_id.setter
+    def eos_id(self, value: int) -> None:
+        self.eos_ids = (value,)
+
     @property
     def device(self) -> torch.device:
         return self.tok_embeddings.weight.device

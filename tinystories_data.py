@@ -628,7 +628,8 @@ class CheckConfig(DataFlags):
 
 @commands.add
 def check(config: CheckConfig) -> None:
-    groups = read_groups(config.data)
+    tokenizer = Tokenizer(config.tokenizer) if config.tokenizer else None
+    groups = read_groups(config.data, tokenizer.chat_template() if tokenizer else None)
     print(f"{config.data}: {len(groups)} groups")
     kinds = Counter((group.order, len(group.responses)) for group in groups)
     for (order, n), count in sorted(kinds.items()):
@@ -636,10 +637,9 @@ def check(config: CheckConfig) -> None:
     cut = sum(group.finished.count(False) for group in groups)
     print(f"  {cut} responses cut before their end")
     print(f"  {sum(group.prompt != '' for group in groups)} groups with a prompt")
-    if not config.tokenizer:
+    if tokenizer is None:
         return
-    tokenizer = Tokenizer(config.tokenizer)
-    encoded, drops = encode_groups(groups, tokenizer, tokenizer.story_end_id, config.max_seq_len)
+    encoded, drops = encode_groups(groups, tokenizer, (tokenizer.story_end_id,), config.max_seq_len)
     lengths = sorted(len(response) for group in encoded for response in group.responses)
     if lengths:
         median = lengths[len(lengths) // 2]

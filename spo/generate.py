@@ -14,6 +14,7 @@ from spo.checkpoint import WeightsFlags
 from spo.config import flag
 from spo.groups import EncodedGroup
 from spo.progress import progress
+from spo.templates import unmark
 from spo.tokenizer import Tokenizer
 
 STORIES_AT_A_TIME = 128
@@ -325,7 +326,7 @@ def story_records(
     samples: list[EncodedGroup],
     prompts: list[str],
     tokenizer: Tokenizer,
-    eos_ids: Sequence[int],
+    eos_id: int | Sequence[int],
     **extra,
 ) -> list[dict]:
     """Turn samples into records {"prompt", "text", "finished", "index"} and `extra`.
@@ -333,11 +334,12 @@ def story_records(
     "text" is what the model wrote after the prompt, its leading space included; "finished" is False
     where it was cut at the length limit.
     """
+    eos_ids = (eos_id,) if isinstance(eos_id, int) else eos_id
     records = []
     for prompt, group in zip(prompts, samples, strict=False):
         ids = group.responses[0]
         finished = ids[-1] in eos_ids
         text = tokenizer.decode_after(group.prompt, ids[:-1] if finished else ids)
-        record = {"prompt": prompt, "text": text, "finished": finished, "index": group.line}
+        record = {"prompt": unmark(prompt), "text": text, "finished": finished, "index": group.line}
         records.append(record | extra)
     return records

@@ -19,6 +19,7 @@ from model import Transformer
 from spo import parallel
 from spo.files import check_sha256
 from spo.records import RankedGroup, read_groups, require
+from spo.templates import FIXED_DATE
 from spo.tokenizer import Tokenizer
 
 # Micro-batches are a multiple of this wide: oneDNN keeps code and memory for every shape that it
@@ -94,7 +95,7 @@ def make_batch(groups: Sequence[EncodedGroup], width: int = 0, device="cpu") -> 
 
 
 def encode_groups(
-    groups: list[RankedGroup], tokenizer: Tokenizer, eos_id: int, max_seq_len: int
+    groups: list[RankedGroup], tokenizer: Tokenizer, eos_id: int | Sequence[int], max_seq_len: int
 ) -> tuple[list[EncodedGroup], dict[str, list[int]]]:
     """Encode groups; return them, and those that were dropped as {reason: their lines}.
 
@@ -102,7 +103,10 @@ def encode_groups(
     it. A response is what follows the prompt to the letter: it brings its own leading space, if
     there is one. A group with an empty response, two identical ones, or a sequence longer than
     max_seq_len is dropped: it teaches nothing, or something else than what was judged.
+
+    eos_id  what ends a response; of several, the first is put after one that has none
     """
+    eos_ids = (eos_id,) if isinstance(eos_id, int) else eos_id
     encoded: list[EncodedGroup] = []
     drops: dict[str, list[int]] = {}
     for group in groups:
@@ -110,7 +114,7 @@ def encode_groups(
         responses = []
         for text, finished in zip(group.responses, group.finished, strict=True):
             ids = tokenizer.encode_after(group.prompt, text)
-            responses.append([*ids, eos_id] if finished else ids)
+            responses.append(ended(ids, eos_ids) if finished else ids)
         if not prompt and len(responses) == 1:  # without BOS nothing predicts the first token
             prompt, responses = responses[0][:1], [responses[0][1:]]
         candidate = EncodedGroup(prompt, responses, group.line)
@@ -120,6 +124,14 @@ def encode_groups(
         else:
             encoded.append(candidate)
     return encoded, drops
+
+
+def ended(ids: list[int], eos_ids: Sequence[int]) -> list[int]:
+    """Return a response with one terminator: a chat template may have written it, and more."""
+    for place, token in enumerate(ids):
+        if token in eos_ids:
+            return ids[: place + 1]
+    return [*ids, eos_ids[0]]
 
 
 def reason_to_drop(group: RankedGroup, encoded: EncodedGroup, max_seq_len: int) -> str:
@@ -149,9 +161,12 @@ def load_dataset(
             kind = "token files are text for --loss=sft"
             raise ValueError(f"--data={path}: {kind}; {loss} needs groups (JSONL)")
         return TokenWindows(path, context, model.args.vocab_size), [""]
-    groups = read_groups(path)
+    template = tokenizer.chat_template()
+    groups = read_groups(path, template)
     require(groups, need, path, loss)
-    encoded, drops = encode_groups(groups, tokenizer, model.eos_id, context)
+    if template is not None and template.asks_for_the_date:
+        parallel.print0(f"{tokenizer.path}: its chat template gets a fixed date, {FIXED_DATE}")
+    encoded, drops = encode_groups(groups, tokenizer, model.eos_ids, context)
     for reason, lines in drops.items():
         dropped = f"{len(lines)} of {len(groups)} groups dropped, {reason}"
         parallel.print0(f"{path}: {dropped} (first in line {lines[0]})")

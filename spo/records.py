@@ -15,6 +15,7 @@ by default all did. The others were cut at a length limit and get no terminator.
 from dataclasses import dataclass
 
 from spo.files import is_unicode, read_jsonl
+from spo.templates import TemplateError
 
 
 @dataclass(frozen=True)
@@ -42,21 +43,22 @@ def need(condition, message: str) -> None:
         raise Malformed(message)
 
 
-def parse_group(record, where: str, line: int) -> RankedGroup:
+def parse_group(record, where: str, line: int, template=None) -> RankedGroup:
     """Read one line's record.
 
+    template  a ChatTemplate for messages; None: Llama 2's format
     ValueError, beginning with `where`, for anything but the forms above.
     """
     try:
-        return _parse(record, line)
-    except Malformed as error:
+        return _parse(record, line, template)
+    except (Malformed, TemplateError) as error:
         raise ValueError(f"{where}: {error}") from None
 
 
-def _parse(record, line: int) -> RankedGroup:
+def _parse(record, line: int, template) -> RankedGroup:
     need(isinstance(record, dict), "not a JSON object")
     if any(isinstance(record.get(name), list) for name in ("prompt", "chosen", "rejected")):
-        record = record | plain_texts(record)
+        record = record | plain_texts(record, template)
     prompt = record.get("prompt", "")
     need(isinstance(prompt, str) and is_unicode(prompt), "prompt is not a text")
     responses = _responses(record)
@@ -120,11 +122,11 @@ def _order(record: dict, n: int) -> tuple[str, list[int]]:
 # --- chat messages -------------------------------------------------------------------------------
 
 
-def plain_texts(record: dict) -> dict[str, str]:
-    """Turn chat messages into texts, in Llama 2's chat format.
+def plain_texts(record: dict, template=None) -> dict[str, str]:
+    """Turn chat messages into texts: by the model's chat template, or in Llama 2's format.
 
-    One turn: a system message perhaps, a user's, and the assistant's that is chosen or rejected.
-    The prompt stands apart, or begins both conversations.
+    The prompt stands apart, or begins both conversations. Without a template there is one turn: a
+    system message perhaps, a user's, and the assistant's that is chosen or rejected.
     """
     prompt = record.get("prompt")
     sides = [record.get("chosen"), record.get("rejected")]
@@ -138,6 +140,10 @@ def plain_texts(record: dict) -> dict[str, str]:
         )
         need(sides[1][:-1] == prompt, differ)
         sides = [side[-1:] for side in sides]
+    if template is not None:
+        before, chosen = template.pair(prompt, sides[0])
+        _, rejected = template.pair(prompt, sides[1])
+        return {"prompt": before, "chosen": chosen, "rejected": rejected}
     roles = [message.get("role") for message in prompt]
     one_turn = roles in (["user"], ["system", "user"])
     answers = all([message.get("role") for message in side] == ["assistant"] for side in sides)
@@ -162,9 +168,15 @@ def _are_messages(messages) -> bool:
 # --- files ---------------------------------------------------------------------------------------
 
 
-def read_groups(path: str) -> list[RankedGroup]:
-    """Read a dataset file. ValueError naming file and line for the first malformed group."""
-    groups = [parse_group(record, f"{path} line {line}", line) for line, record in read_jsonl(path)]
+def read_groups(path: str, template=None) -> list[RankedGroup]:
+    """Read a dataset file. ValueError naming file and line for the first malformed group.
+
+    template  a ChatTemplate for messages; None: Llama 2's format
+    """
+    groups = [
+        parse_group(record, f"{path} line {line}", line, template)
+        for line, record in read_jsonl(path)
+    ]
     if not groups:
         raise ValueError(f"{path}: holds no groups")
     return groups

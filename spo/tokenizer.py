@@ -10,6 +10,7 @@ from sentencepiece import SentencePieceProcessor
 from spo.bpe import JsonTokenizer
 from spo.files import atomic_write
 from spo.parallel import note0
+from spo.templates import MARKED, ChatTemplate, NoTemplate, read_template
 
 FEW = 8  # embeddings without a piece that training may have added, such as [PAD]
 ROUNDED_TO = (64, 128)  # a larger number of them, if they fill the vocabulary up to a multiple
@@ -110,11 +111,52 @@ class Tokenizer:
             raise ValueError(f"{self.path}: tokenizer_config.json names no eos_token beside it")
         return self.eos_id
 
+    @property
+    def special(self) -> dict[str, int]:
+        """{special token: id}: those that a chat template may write."""
+        if self.kind == "json":
+            return self.model.special
+        if self.kind == "tiktoken":  # its file does not name them
+            return {}
+        ids = filter(self.model.is_control, range(self.vocab_size))
+        return {self.model.id_to_piece(i): i for i in ids}
+
+    def chat_template(self) -> ChatTemplate | NoTemplate | None:
+        """Return the chat template beside the tokenizer.
+
+        None, which is Llama 2's format, for a sentencepiece model without one.
+        """
+        source, tokens = read_template(self.path)
+        if source:
+            return ChatTemplate(self.path, source, tokens, self.special)
+        return None if self.kind == "sentencepiece" else NoTemplate(self.path)
+
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
-        ids = self.model.encode(text)
-        if bos and self.adds_bos:
+        """Return the ids of a text. A special token counts as one only where a template wrote it.
+
+        A template that writes BOS brings its own.
+        """
+        first, *rest = MARKED.split(text)
+        ids = self.model.encode(first)
+        ids += self._encode_marked(rest)
+        if bos and self.adds_bos and ids[:1] != [self.bos_id]:
             ids = [self.bos_id, *ids]
         return [*ids, self.eos_id] if eos else ids
+
+    def _encode_marked(self, parts: list[str]) -> list[int]:
+        """Encode special token, text, special token, text ..."""
+        ids: list[int] = []
+        for token, text in zip(parts[::2], parts[1::2], strict=True):
+            ids.append(self.special[token])
+            ids += self._encode_inside(text)
+        return ids
+
+    def _encode_inside(self, text: str) -> list[int]:
+        """Encode a text that does not begin: without sentencepiece's space before it."""
+        if self.kind != "sentencepiece" or not text:
+            return self.model.encode(text)
+        newline = self.model.encode("\n")
+        return self.model.encode("\n" + text)[len(newline) :]
 
     def encode_after(self, prompt: str, text: str) -> list[int]:
         """Return the ids of a text that continues a prompt, and not of one that begins.
@@ -123,10 +165,10 @@ class Tokenizer:
         newline, which is a byte of its own and joins nothing, it does not. Behind an empty prompt
         the text begins.
         """
-        if not prompt or self.kind != "sentencepiece":
+        if not prompt:
             return self.encode(text)
-        newline = self.model.encode("\n")
-        return self.model.encode("\n" + text)[len(newline) :]
+        first, *rest = MARKED.split(text)
+        return self._encode_inside(first) + self._encode_marked(rest)
 
     def decode_after(self, prompt_ids: list[int], ids: list[int]) -> str:
         """The text that ids add to a prompt's, its leading space included."""

@@ -37,10 +37,11 @@ LOOSE = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
 
 def write_json(folder, merges: list[str], bos: bool = False, **changes) -> str:
     """A tokenizer of 3 special tokens (ids 0 to 2), 256 bytes and the merges."""
-    vocab = {letter: 3 + byte for byte, letter in enumerate(LETTERS)}
-    for merge in merges:
-        vocab[merge.replace(" ", "", 1)] = len(vocab) + 3
     special = ["<|end|>", "<|start|>", "<|turn|>"]
+    vocab = {token: i for i, token in enumerate(special)}
+    vocab |= {letter: 3 + byte for byte, letter in enumerate(LETTERS)}
+    for merge in merges:
+        vocab[merge.replace(" ", "", 1)] = len(vocab)
     content = {
         "added_tokens": [
             {"id": i, "content": c, "special": True} | LOOSE for i, c in enumerate(special)
@@ -52,8 +53,16 @@ def write_json(folder, merges: list[str], bos: bool = False, **changes) -> str:
         "model": {"type": "BPE", "vocab": vocab, "merges": merges, "byte_fallback": False},
     }
     if bos:
-        single = [{"SpecialToken": {"id": "<|start|>", "type_id": 0}}, {"Sequence": {"id": "A"}}]
-        content["post_processor"] = {"type": "TemplateProcessing", "single": single}
+        start = {"SpecialToken": {"id": "<|start|>", "type_id": 0}}
+        sequences = [{"Sequence": {"id": "AB"[i], "type_id": i}} for i in range(2)]
+        content["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": [start, sequences[0]],
+            "pair": sequences,
+            "special_tokens": {
+                "<|start|>": {"id": "<|start|>", "ids": [1], "tokens": ["<|start|>"]}
+            },
+        }
     folder.mkdir(exist_ok=True)
     path = folder / "tokenizer.json"
     path.write_text(json.dumps(content | changes), encoding="utf-8")

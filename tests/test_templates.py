@@ -1,0 +1,181 @@
+"""Chat templates: as transformers renders them; special tokens only where they wrote them."""
+
+import json
+
+import pytest
+from helpers import plain_tiny, write
+from test_bpe import MERGES, write_json
+from test_checkpoint import hf_folder
+
+import spo_train
+from spo.groups import encode_groups, load_dataset
+from spo.records import read_groups
+from spo.templates import CLOSE, OPEN, unmark
+from spo.tokenizer import Tokenizer, load_tokenizer
+
+CHATML = (
+    "{% for message in messages %}{{'<|turn|>' + message['role'] + '\\n' + message['content'] "
+    "+ '<|end|>' + '\\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|turn|>assistant\\n' }}{% endif %}"
+)
+LLAMA3 = (
+    "{{ bos_token }}{%- for message in messages %}"
+    "{%- if message['role'] not in ['system', 'user', 'assistant'] %}"
+    "{{ raise_exception('unknown role ' + message['role']) }}{%- endif %}"
+    "{{ '<|turn|>' + message['role'] + '\\n\\n' + message['content'] | trim + '<|end|>' }}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}{{ '<|turn|>assistant\\n\\n' }}{%- endif %}"
+)
+ASKS = {"role": "user", "content": "where is the owl?"}
+SAYS = [{"role": "assistant", "content": "the owl sang"}]
+OTHER = [{"role": "assistant", "content": "an owl"}]
+
+
+def folder_of(path, template: str, bos: bool = False, alone: bool = False) -> str:
+    """A folder of a model with a tokenizer.json and a template, in its own file if it is alone."""
+    shape = {"dim": 36, "n_heads": 9, "n_kv_heads": 3, "vocab_size": 320, "hidden_dim": 48}
+    hf_folder(path, plain_tiny(**shape, max_seq_len=96), eos_token_id=[0])
+    write_json(path, MERGES, bos=bos)
+    config = json.loads((path / "tokenizer_config.json").read_text())
+    if alone:
+        (path / "chat_template.jinja").write_text(template)
+    else:
+        config["chat_template"] = template
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    return str(path)
+
+
+def tokenizer_of(path, template: str, **more) -> Tokenizer:
+    return Tokenizer(f"{folder_of(path, template, **more)}/tokenizer.json")
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_conversation_becomes_a_prompt_and_a_response(tmp_path, alone):
+    tokenizer = tokenizer_of(tmp_path / "m", CHATML, alone=alone)
+    prompt, response = tokenizer.chat_template().pair([ASKS], SAYS)
+    assert unmark(prompt) == "<|turn|>user\nwhere is the owl?<|end|>\n<|turn|>assistant\n"
+    assert unmark(response) == "the owl sang<|end|>\n"
+    ids = tokenizer.encode(prompt, bos=True)
+    assert [i for i in ids if i < 3] == [2, 0, 2]  # <|turn|> ... <|end|> <|turn|>
+    inside = tokenizer.encode("user\nwhere is the owl?")
+    assert ids[: len(inside) + 2] == [2, *inside, 0]
+
+
+def test_what_a_message_spells_stays_letters(tmp_path):
+    tokenizer = tokenizer_of(tmp_path / "m", CHATML)
+    spelled = ASKS | {"content": "say <|end|> and <|turn|>system"}
+    prompt, _ = tokenizer.chat_template().pair([spelled], SAYS)
+    assert "say <|end|> and <|turn|>system" in unmark(prompt)
+    assert [i for i in tokenizer.encode(prompt) if i < 3] == [2, 0, 2]
+    with pytest.raises(ValueError, match="a message holds U"):
+        tokenizer.chat_template().pair([ASKS | {"content": f"a{OPEN}b{CLOSE}"}], SAYS)
+
+
+def test_a_template_that_writes_bos_brings_the_only_one(tmp_path):
+    tokenizer = tokenizer_of(tmp_path / "m", LLAMA3, bos=True)
+    prompt, response = tokenizer.chat_template().pair([ASKS], SAYS)
+    ids = tokenizer.encode(prompt, bos=True)
+    assert ids.count(1) == 1 and ids[0] == 1
+    assert unmark(response) == "the owl sang<|end|>"
+
+
+def test_a_response_ends_with_the_terminator_that_the_template_wrote(tmp_path):
+    """What stands after it is not scored; one that was not written is added."""
+    tokenizer = tokenizer_of(tmp_path / "m", CHATML)
+    path = write(tmp_path / "d.jsonl", {"prompt": [ASKS], "chosen": SAYS, "rejected": OTHER})
+    groups = read_groups(path, tokenizer.chat_template())
+    (group,), _ = encode_groups(groups, tokenizer, (0,), 96)
+    assert [ids.count(0) for ids in group.responses] == [1, 1]
+    assert all(ids[-1] == 0 for ids in group.responses)
+    assert tokenizer.decode(group.responses[0]) == "the owl sang"
+
+
+def test_several_turns_and_a_shared_beginning_are_read(tmp_path):
+    tokenizer = tokenizer_of(tmp_path / "m", LLAMA3, bos=True)
+    turns = [ASKS, {"role": "assistant", "content": "here"}, ASKS]
+    records = [
+        {"prompt": turns, "chosen": SAYS, "rejected": OTHER},
+        {"chosen": turns + SAYS, "rejected": turns + OTHER},
+    ]
+    path = write(tmp_path / "d.jsonl", *records)
+    first, second = read_groups(path, tokenizer.chat_template())
+    assert first.prompt == second.prompt and first.responses == second.responses
+    assert unmark(first.prompt).count("where is the owl?") == 2
+
+
+def test_what_a_template_refuses_is_named_with_its_line(tmp_path):
+    tokenizer = tokenizer_of(tmp_path / "m", LLAMA3, bos=True)
+    good = {"prompt": [ASKS], "chosen": SAYS, "rejected": OTHER}
+    bad = good | {"prompt": [{"role": "tool", "content": "x"}]}
+    path = write(tmp_path / "d.jsonl", good, bad)
+    with pytest.raises(ValueError, match="d.jsonl line 2: .* refuses it: unknown role tool"):
+        read_groups(path, tokenizer.chat_template())
+    broken = tokenizer_of(tmp_path / "n", "{% for %}")
+    with pytest.raises(ValueError, match="its chat template cannot be read"):
+        broken.chat_template()
+
+
+def test_messages_for_a_folder_without_a_template_are_refused(tmp_path):
+    """Only Llama 2's folders are spoken to in Llama 2's format."""
+    path = folder_of(tmp_path / "m", "x")
+    (tmp_path / "m/tokenizer_config.json").write_text("{}")
+    data = write(tmp_path / "d.jsonl", {"prompt": [ASKS], "chosen": SAYS, "rejected": OTHER})
+    tokenizer = Tokenizer(f"{path}/tokenizer.json")
+    with pytest.raises(ValueError, match="d.jsonl line 1: no chat template .* beside "):
+        read_groups(data, tokenizer.chat_template())
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ messages.append(1) }}", "{{ ''.__class__.__mro__[1].__subclasses__() }}"]
+)
+def test_a_template_cannot_leave_its_box(tmp_path, template):
+    tokenizer = tokenizer_of(tmp_path / "m", template)
+    with pytest.raises(ValueError, match="refuses it"):
+        tokenizer.chat_template().pair([ASKS], SAYS)
+
+
+def test_a_template_that_asks_for_the_date_gets_a_fixed_one_and_that_is_said(tmp_path, capsys):
+    dated = "{{ strftime_now('%d %b %Y') }}\n" + CHATML
+    path = folder_of(tmp_path / "m", dated)
+    model = plain_tiny(vocab_size=320, max_seq_len=96)
+    model.eos_ids = (0,)
+    tokenizer = load_tokenizer("", path, model)
+    data = write(tmp_path / "d.jsonl", {"prompt": [ASKS], "chosen": SAYS, "rejected": OTHER})
+    groups, prompts = load_dataset(data, "dpo", "pair", tokenizer, model)
+    assert prompts[0].startswith("26 Jul 2024\n") and len(groups) == 1
+    assert capsys.readouterr().out.count("gets a fixed date, 26 Jul 2024") == 1
+
+
+def test_a_chat_model_trains_and_is_judged_without_marks(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder_of(tmp_path / "m", CHATML)
+    record = {"prompt": [ASKS], "chosen": SAYS, "rejected": OTHER}
+    write(tmp_path / "d.jsonl", *[record] * 8)
+    flags = ["--init_from=m", "--data=d.jsonl", "--max_iters=2", "--batch_size=4"]
+    flags += ["--eval_stories=4", "--eval_pool=8", "--max_new_tokens=12"]
+    spo_train.main(["--loss=spo", *flags])
+    with open("out/stories/step_000002.jsonl", encoding="utf-8") as f:
+        stories = [json.loads(line) for line in f]
+    assert all(story["prompt"].startswith("<|turn|>user\n") for story in stories)
+    printed = capsys.readouterr().out
+    for text in (printed, json.dumps(stories, ensure_ascii=False)):
+        assert OPEN not in text and CLOSE not in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("template,bos", [(CHATML, False), (LLAMA3, True)])
+def test_transformers_gives_the_same_ids(tmp_path, template, bos):
+    transformers = pytest.importorskip("transformers")
+    path = folder_of(tmp_path / "m", template, bos=bos)
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=f"{path}/tokenizer.json",
+        bos_token="<|start|>",
+        eos_token="<|end|>",
+        chat_template=template,
+    )
+    ours = Tokenizer(f"{path}/tokenizer.json")
+    chat = [ASKS, *SAYS, ASKS | {"content": "  12 owls\n\nand the end  "}]
+    prompt, _ = ours.chat_template().pair(chat, OTHER)
+    ids = theirs.apply_chat_template(chat, add_generation_prompt=True, tokenize=True)
+    ids = ids["input_ids"] if not isinstance(ids, list) else ids
+    assert ours.encode(prompt, bos=True) == ids
