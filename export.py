@@ -23,9 +23,10 @@ from torch import Tensor
 
 from model import ModelArgs, Transformer
 from spo import checkpoint
+from spo.card import model_card
 from spo.checkpoint import HEADER_FIELDS, MAGIC, llama2c_layout, llama2c_size
 from spo.config import flag, main_program, parse
-from spo.files import atomic_path, atomic_write, check_output, write_text
+from spo.files import atomic_path, atomic_write, check_output, file_sha256, write_text
 from spo.folders import has_rotated_heads, hf_name
 from spo.hf_tokenizer import tokenizer_json
 from spo.tokenizer import Tokenizer, copy_tokenizer, find_tokenizer, load_tokenizer
@@ -166,6 +167,16 @@ def save_hf(path: str, model: Transformer, bos_id: int) -> None:
     os.chmod(weights, 0o644)  # safetensors makes it its owner's alone
 
 
+def save_card(path: str, weights) -> None:
+    """Write README.md, what the checkpoint knows of itself; one that is there already stays."""
+    out = os.path.join(path, "README.md")
+    if not os.path.isfile(out):
+        name = os.path.basename(os.path.abspath(path))
+        digest = file_sha256(os.path.join(path, "model.safetensors"))
+        card = model_card(name, weights.config, weights.step, weights.evaluation, digest)
+        write_text(out, card)
+
+
 def save_hf_tokenizer(path: str, tokenizer: Tokenizer, eos_id: int) -> None:
     """Write what AutoTokenizer reads: a tokenizer.json with the same ids, and the special tokens.
 
@@ -270,7 +281,8 @@ def write_model(config: ExportConfig, weights, tokenizer: Tokenizer | None) -> N
         return
     if config.version == -1:
         save_hf(path, model, tokenizer.bos_id if tokenizer else 1)
-        print(f"{path}: config.json, model.safetensors")
+        save_card(path, weights)
+        print(f"{path}: config.json, model.safetensors, README.md")
         return
     save_llama2c(path, model, config.version, config.group_size)
     print(f"{path}: version {config.version}, {os.path.getsize(path):,} bytes")

@@ -65,7 +65,9 @@ class JsonTokenizer:
             self._refuse(model.get(name), name)
         self.vocab: dict[str, int] = model["vocab"]
         missing = [byte for byte, letter in enumerate(LETTERS) if letter not in self.vocab]
-        self._refuse(missing and f"without the byte {missing[0]}", "a vocabulary")
+        if missing:
+            lacks = f"its vocabulary lacks the byte {missing[0]}"
+            raise ValueError(f"{self.path}: {lacks}, so it is no byte-level BPE; only that is read")
         pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
         self.ranks = {pair: rank for rank, pair in enumerate(pairs)}
         self.ignore_merges = bool(model.get("ignore_merges"))

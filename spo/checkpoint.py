@@ -3,9 +3,8 @@
 `open_weights(path)` reads a `.pt` (ours, llama2.c's), a llama2.c `.bin` of version 0, 1 or 2, and
 the folders of Meta and Hugging Face. What it returns has
 
-    path, args (ModelArgs), tied, eos_ids, step, config     what the file says of the model
-    rows(name, rows)                                        those rows of a weight, read from the
-    mapped file
+    path, args (ModelArgs), tied, eos_ids, step, config, evaluation    what it says of the model
+    rows(name, rows)    those rows of a weight, read from the mapped file
 
 so a process can read its own shard, and nothing is ever in memory twice. A checkpoint can hold
 tensors, numbers and strings, and never code: weights_only=True, everywhere.
@@ -240,6 +239,8 @@ class PtFile:
         config, step = entries.get("config"), entries.get("step")
         self.config = config if isinstance(config, dict) else {}
         self.step = step if isinstance(step, int) else 0
+        numbers = entries.get("evaluation")
+        self.evaluation = numbers if isinstance(numbers, dict) else {}
         first = self.config.get("eos_id", LLAMA2C_EOS_ID)  # of checkpoints before eos_ids
         self.eos_ids = token_ids(path, "eos_ids", self.config.get("eos_ids", first), self.args)
 
@@ -338,6 +339,7 @@ class Llama2cFile:
     eos_ids = (LLAMA2C_EOS_ID,)
     step = 0
     config: dict = {}
+    evaluation: dict = {}
 
     def __init__(self, path: str):
         """ValueError, naming the file, if it is damaged.

@@ -73,6 +73,7 @@ class MetaFolder:
 
     step = 0
     config: dict = {}
+    evaluation: dict = {}
     tied = False
 
     def __init__(self, path: str, rope_factor: float | None = None):
@@ -198,6 +199,7 @@ class HuggingFaceFolder:
 
     step = 0
     config: dict = {}
+    evaluation: dict = {}
 
     def __init__(self, path: str):
         self.path = path

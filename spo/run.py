@@ -387,7 +387,9 @@ class RunFolder:
         if verdict is not None:
             write_jsonl(self.path("stories", f"step_{step:06d}.jsonl"), verdict.stories)
             if improved:
-                self.save_checkpoint("best.pt", model, step, win_rate=verdict.rate)
+                numbers = {k.removeprefix("eval/"): v for k, v in verdict.logged("eval").items()}
+                more = {"win_rate": verdict.rate, "evaluation": numbers}
+                self.save_checkpoint("best.pt", model, step, **more)
                 self.best_step = step
         if improved:
             try:

@@ -97,7 +97,13 @@ class Tokenizer:
         try:
             return "sentencepiece", SentencePieceProcessor(model_file=path)
         except (RuntimeError, OSError):
-            raise ValueError(f"{path}: not a sentencepiece model (or damaged)") from None
+            raise ValueError(f"{path}: {self._what_it_is(path)}") from None
+
+    def _what_it_is(self, path: str) -> str:
+        with open(path, "rb") as f:
+            if f.read(40).startswith(b"version https://git-lfs"):
+                return "is a Git LFS pointer, and not the file; fetch it with `git lfs pull`"
+        return "not a sentencepiece model (or damaged)"
 
     @property
     def story_end_id(self) -> int:

@@ -134,7 +134,7 @@ def test_added_tokens_that_are_not_special_are_found_in_a_text(tmp_path):
         ({"pre_tokenizer": SPLIT | {"behavior": "MergedWithNext"}}, "Split's behavior"),
         ({"post_processor": {"type": "BertProcessing"}}, "a post_processor 'BertProcessing'"),
         ({"model": {}}, "no tokenizer.json of a byte-level BPE: KeyError"),
-        ({"model": {"vocab": {"a": 1}, "merges": []}}, "a vocabulary 'without the byte 0'"),
+        ({"model": {"vocab": {"a": 1}, "merges": []}}, "its vocabulary lacks the byte 0"),
     ],
 )
 def test_what_is_not_known_is_refused_in_words(tmp_path, changes, message):

@@ -92,6 +92,22 @@ def test_a_folder_says_what_ends_and_what_begins_a_text(exported):
     assert set(modes.values()) == {"644"}, modes
 
 
+def test_a_card_says_what_the_checkpoint_knows_and_no_more(workshop, tmp_path):
+    workshop("dpo_rank", "--max_iters=4", "--learning_rate=1e-2")
+    export.main(["hf", "--checkpoint=out/best.pt", "--version=-1"])
+    card = (tmp_path / "hf/README.md").read_text()
+    numbers = checkpoint.open_weights("out/best.pt").evaluation
+    assert "- aligned from: start.pt" in card and "- objective: dpo_rank, " in card
+    assert f"{numbers['win_rate']:.1%} [{numbers['low']:.1%}, {numbers['high']:.1%}]" in card
+    assert "judge offline" in card and "arXiv 2405.00747" in card
+    export.main(["plain", "--checkpoint=start.pt", "--version=-1"])
+    plain = (tmp_path / "plain/README.md").read_text()
+    assert "win-rate" not in plain and "objective" not in plain and "SHA-256" in plain
+    (tmp_path / "hf/README.md").write_text("mine")
+    export.main(["hf", "--checkpoint=out/best.pt", "--version=-1"])
+    assert (tmp_path / "hf/README.md").read_text() == "mine"
+
+
 @pytest.mark.parametrize("name", ["m.gguf", "m.safetensors", "m.pth"])
 def test_names_of_other_formats_are_refused(exported, name):
     with pytest.raises(ValueError, match=f"{name}: is .*--version=-1"):

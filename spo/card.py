@@ -1,0 +1,41 @@
+"""The README.md of an exported folder: what a checkpoint knows of itself, and nothing else."""
+
+import os
+
+CITATION = (
+    "Sharifnassab, Salehkaleybar, Ghiassian, Kanoria, Schuurmans: Soft Preference Optimization: "
+    "Aligning Language Models to Expert Distributions. arXiv 2405.00747, 2024."
+)
+SETTINGS = ("regularizer", "alpha", "beta", "gamma", "eta", "tau", "lambda_d", "lambda_u")
+
+
+def model_card(name: str, config: dict, step: int, evaluation: dict, sha256: str) -> str:
+    """Return a model card in Markdown.
+
+    config      the flags of the run that made the checkpoint, {} if no run of ours did
+    evaluation  the numbers of its evaluation, as they are logged; {} if there are none
+    sha256      of the weights
+    """
+    lines = [f"# {name}", "", "A Llama in Hugging Face's format.", ""]
+    if config.get("loss"):
+        given = [f"{key} {config[key]}" for key in SETTINGS if config.get(key) not in (None, "")]
+        settings = f" ({', '.join(given)})" if given else ""
+        lines.append(f"- aligned from: {os.path.basename(config.get('init_from', ''))}")
+        lines.append(f"- objective: {config['loss']}{settings}, {step} steps")
+        lines.append(f"- data: {os.path.basename(config.get('data', ''))}")
+    if "win_rate" in evaluation:
+        rate, low, high = (evaluation[key] for key in ("win_rate", "low", "high"))
+        judge = config.get("judge") or "offline"
+        interval = f"[{low:.1%}, {high:.1%}]"
+        lines.append(f"- win-rate over the model it began as: {rate:.1%} {interval}, judge {judge}")
+    if "second_win_rate" in evaluation:
+        lines.append(f"- a second judge: {evaluation['second_win_rate']:.1%}")
+    if "kl" in evaluation:
+        error = evaluation.get("kl_error", 0.0)
+        lines.append(f"- KL to it: {evaluation['kl']:.2f} ± {error:.2f} nats a story")
+    lines.append(f"- SHA-256 of model.safetensors: {sha256}")
+    if config.get("loss"):
+        if evaluation:
+            lines += ["", "This evaluation chose the checkpoint; on fresh stories expect less."]
+        lines += ["", CITATION]
+    return "\n".join(lines) + "\n"
