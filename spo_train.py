@@ -31,7 +31,7 @@ from judge import JudgeFlags, OfflineJudge, make_judge
 from losses import LOSSES, REGULARIZERS, Objective, preference_metrics, reads, settings_of
 from model import ModelArgs, Transformer
 from spo import checkpoint, fast, head, parallel, plan, pool
-from spo.config import flag, main_program, non_default, parse, refuse_if
+from spo.config import counted, flag, main_program, non_default, parse, refuse_if
 from spo.evaluation import Evaluation, report
 from spo.failure import one_reason
 from spo.generate import PURPOSE_KL, sample
@@ -173,8 +173,7 @@ def train(config: TrainConfig) -> bool:
         return True
     print0(describe(config, objective, policy, groups))
 
-    # The reference is the policy before step 0. It is frozen, and the KL is measured to it. A loss
-    # without a reference needs it, too, if stories of the policy are judged against its stories.
+    # The reference is the policy before step 0. It is frozen, and the KL is measured to it.
     reference = None
     if objective.needs_reference or config.judged:
         reference = copy.deepcopy(policy).requires_grad_(False)
@@ -428,8 +427,10 @@ def describe(
     known = ""
     if start is not None:
         known = f", which is {start:.4f} while the policy equals the reference"
-    data = f"{len(groups)} groups of {n} in {config.data}"
-    steps = f"{config.max_iters} steps of {tokens:,.0f} tokens"
+    data = f"{counted(len(groups), 'group')} of {n} in {config.data}"
+    if config.batch_size > len(groups):
+        data += f" (fewer than --batch_size={config.batch_size}: some count twice in a step)"
+    steps = f"{counted(config.max_iters, 'step')} of {tokens:,.0f} tokens"
     sizes = f"{parameters:,} parameters on {config.device}; {data}; {steps}"
     return f"{sizes}\nobjective: {objective}{known}"
 

@@ -37,7 +37,7 @@ from judge import (
 )
 from losses import LOSSES
 from spo import checkpoint, demo_stories, fast, files, parallel
-from spo.config import Commands, flag, main_program
+from spo.config import Commands, counted, flag, main_program
 from spo.download import fetch, unpack
 from spo.generate import SamplingFlags, sample, sample_batches, story_records, tile_evenly
 from spo.groups import encode_groups
@@ -270,6 +270,7 @@ def demo_reference(config, train: Callable) -> bool:
         device=config.device,
         dtype="float32",
         resume="auto",  # of an interrupted demo
+        report=False,
     )
     if not train(reference_config):
         return False
@@ -630,7 +631,7 @@ class CheckConfig(DataFlags):
 def check(config: CheckConfig) -> None:
     tokenizer = Tokenizer(config.tokenizer) if config.tokenizer else None
     groups = read_groups(config.data, tokenizer.chat_template() if tokenizer else None)
-    print(f"{config.data}: {len(groups)} groups")
+    print(f"{config.data}: {counted(len(groups), 'group')}")
     kinds = Counter((group.order, len(group.responses)) for group in groups)
     for (order, n), count in sorted(kinds.items()):
         print(f"  {count} of {n} responses, known of their order: {order}")
@@ -644,7 +645,7 @@ def check(config: CheckConfig) -> None:
     if lengths:
         median = lengths[len(lengths) // 2]
         print(f"  tokens per response: {lengths[0]} to {lengths[-1]}, median {median}")
-    print(f"  usable for training: {len(encoded)} groups")
+    print(f"  usable for training: {counted(len(encoded), 'group')}")
     for reason, lines in drops.items():
         print(f"  dropped: {len(lines)} groups, {reason} (first in line {lines[0]})")
 

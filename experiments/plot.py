@@ -11,7 +11,8 @@ from spo.plot import draw_curves
 
 def main(argv: list[str]) -> None:
     if len(argv) < 2 or not argv[0].endswith(".png"):
-        raise ValueError(f"expected a .png to write and the folders of runs; {__doc__}")
+        usage = "python experiments/plot.py curves.png out"
+        raise ValueError(f"give a .png to write and the folders of runs, as in `{usage}`")
     draw_curves(argv[1:], argv[0])
     print(f"{argv[0]}: {len(argv) - 1} runs")
 

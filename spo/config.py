@@ -72,6 +72,11 @@ def check_bounds(config) -> None:
             raise ValueError(f"--{name}={value}: must be {_bounds_in_words(declared, value)}")
 
 
+def counted(count: int, thing: str) -> str:
+    """count=1, thing="group" -> "1 group"; 2 -> "2 groups"; 1234 -> "1,234 groups"."""
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
+
+
 def refuse_if(wrong, message: str) -> None:
     """ValueError with the message, if something is wrong."""
     if wrong:
@@ -160,7 +165,9 @@ def parse(config_class, argv: list[str], prog: str, description: str = ""):
             parser.error(f"{given}: every value belongs to an option, as in --NAME={given}")
         name = given.lstrip("-").replace("-", "_")
         also = {word: f for f, flag in flags.items() for word in flag.also.split()}
-        hint = _nearest(also.get(name, name), [field.name for field in fields])
+        hint = _nearest(name, [field.name for field in fields])
+        if name in also:
+            hint = f"did you mean --{also[name]}? ({flags[also[name]].help})"
         parser.error(f"{given}: no such option; {hint}")
     config = config_class(**vars(values))
     check_bounds(config)

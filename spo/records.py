@@ -12,6 +12,7 @@ A ranking is indices, best first. Pairs may be chat messages, as TRL has them. "
 by default all did. The others were cut at a length limit and get no terminator.
 """
 
+import os
 from dataclasses import dataclass
 
 from spo.files import is_unicode, read_jsonl
@@ -32,6 +33,9 @@ class RankedGroup:
     finished: tuple[bool, ...]
     order: str
     line: int
+
+
+TABLES = {".csv": "read_csv", ".tsv": "read_table", ".parquet": "read_parquet"}
 
 
 class Malformed(Exception):
@@ -81,8 +85,10 @@ def _responses(record: dict) -> list[str]:
         responses = [record["text"]]
     else:
         responses = record.get("responses")
-    missing = 'needs "responses", "chosen" and "rejected", or "text"'
-    need(isinstance(responses, list) and responses, missing)
+    if responses is None:
+        found = ", ".join(map(str, list(record)[:8])) or "nothing"
+        raise Malformed(f'needs "responses", "chosen" and "rejected", or "text"; it has {found}')
+    need(isinstance(responses, list) and responses, 'needs "responses" as a list of texts')
     are_texts = all(isinstance(text, str) and is_unicode(text) for text in responses)
     need(are_texts, "a response is missing or not a text")
     return responses
@@ -173,6 +179,12 @@ def read_groups(path: str, template=None) -> list[RankedGroup]:
 
     template  a ChatTemplate for messages; None: Llama 2's format
     """
+    ending = os.path.splitext(path)[1]
+    if ending in TABLES:
+        convert = (
+            f'pd.{TABLES[ending]}("{path}").to_json("data.jsonl", orient="records", lines=True)'
+        )
+        raise ValueError(f"{path}: is a table; pandas converts it: import pandas as pd; {convert}")
     groups = [
         parse_group(record, f"{path} line {line}", line, template)
         for line, record in read_jsonl(path)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from model import Transformer
 from spo import checkpoint, parallel
-from spo.config import flags_of, refuse_if
+from spo.config import counted, flags_of, refuse_if
 from spo.files import (
     append,
     flush,
@@ -148,7 +148,10 @@ class RunFolder:
         if os.path.isdir(config.init_from) and is_inside(config.out_dir, config.init_from):
             raise ValueError(f"{out}: lies in --init_from; choose another --out_dir")
         is_new = not os.path.isdir(config.out_dir)
-        os.makedirs(config.out_dir, exist_ok=True)
+        try:
+            os.makedirs(config.out_dir, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"{out}: cannot be made: {error.strerror}") from None
         continues = config.resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
         wait = SECONDS_FOR_A_DYING_RUN if continues else 0
         mark = lock(self.path("run.json"), out, wait, again=True)
@@ -314,7 +317,7 @@ class RunFolder:
         resume = "" if self.config.resume == "auto" else " with --resume"
         if os.path.isdir(self.path("state", f"step_{step:08d}")):
             hints.append(f"the same command{resume} continues at step {step}")
-            if self.config.judged:
+            if self.config.judged and step > 0:
                 hints[0] += f", and with --resume --max_iters={step} ends there with its table"
         if os.path.isfile(self.path("best.pt")):
             hints.append(f"{self.path('best.pt')} is the best so far, of step {self.best_step}")
@@ -425,4 +428,8 @@ class RunFolder:
                 with contextlib.suppress(ValueError):  # no win-rate could be trusted
                     draw_curves([self.config.out_dir], self.path("curves.png"))
             self._lock.close()
+        if not self.config.judged and not self.stopped and self.config.report:
+            parallel.print0(
+                f"{self.path('ckpt.pt')}: the model after {counted(self.max_iters, 'step')}"
+            )
         return not self.stopped

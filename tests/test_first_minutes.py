@@ -122,3 +122,23 @@ def test_the_demo_says_where_it_is(tmp_path, monkeypatch, capsys):
     data.build_demo(spo_train.TrainConfig(device="cpu", dtype="float32"), None)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == [f"demo, {i} of 4" for i in (1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize("ending,reader", [("csv", "read_csv"), ("parquet", "read_parquet")])
+def test_a_table_gets_the_two_lines_that_convert_it(workshop, tmp_path, ending, reader):
+    (tmp_path / f"pairs.{ending}").write_text("prompt,chosen,rejected\n")
+    with pytest.raises(ValueError, match=f"is a table; pandas converts it: .*pd.{reader}"):
+        workshop("dpo", f"--data=pairs.{ending}")
+
+
+def test_a_record_of_other_columns_says_which_it_has(workshop, tmp_path):
+    path = write(tmp_path / "d.jsonl", {"question": "a", "good": "b", "bad": "c"})
+    with pytest.raises(ValueError, match='or "text"; it has question, good, bad'):
+        workshop("dpo", f"--data={path}")
+
+
+def test_a_batch_larger_than_the_data_is_said(workshop, capsys):
+    workshop("dpo_rank", "--batch_size=16", "--max_iters=1", "--eval_stories=0")
+    printed = capsys.readouterr().out
+    assert "12 groups of 4 in ranked.jsonl (fewer than --batch_size=16: some count twice" in printed
+    assert "; 1 step of " in printed and "out/ckpt.pt: the model after 1 step" in printed
