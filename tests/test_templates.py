@@ -3,11 +3,14 @@
 import json
 
 import pytest
+import torch
 from helpers import plain_tiny, write
 from test_bpe import MERGES, write_json
 from test_checkpoint import hf_folder
 
+import export
 import spo_train
+from spo import checkpoint, generate
 from spo.groups import encode_groups, load_dataset
 from spo.records import read_groups
 from spo.templates import CLOSE, OPEN, unmark
@@ -179,3 +182,72 @@ def test_transformers_gives_the_same_ids(tmp_path, template, bos):
     ids = theirs.apply_chat_template(chat, add_generation_prompt=True, tokenize=True)
     ids = ids["input_ids"] if not isinstance(ids, list) else ids
     assert ours.encode(prompt, bos=True) == ids
+
+
+def shaped(path, like: str) -> tuple[str, str]:
+    """A folder of SmolLM2's or Llama 3.2's shape, small, and its chat template."""
+    shape = {"dim": 36, "n_heads": 9, "n_kv_heads": 3, "vocab_size": 320, "hidden_dim": 48}
+    scaling = {
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    smol = like == "smollm2"
+    theta = 100000.0 if smol else 500000.0
+    model = plain_tiny(**shape, rope_theta=theta, max_seq_len=96)
+    more = {} if smol else {"rope_scaling": {"rope_type": "llama3"} | scaling}
+    hf_folder(path, model, eos_token_id=[0], **more)
+    (path / "model-00001-of-00001.safetensors").rename(path / "model.safetensors")
+    template = CHATML if smol else LLAMA3
+    write_json(path, MERGES, bos=not smol)
+    config = json.loads((path / "tokenizer_config.json").read_text())
+    config |= {"chat_template": template, "tokenizer_class": "PreTrainedTokenizerFast"}
+    config["bos_token"] = "<|start|>"
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    return str(path), template
+
+
+def aligned(tmp_path, monkeypatch, like: str) -> str:
+    """The folder after a run on chat data, and an export."""
+    monkeypatch.chdir(tmp_path)
+    shaped(tmp_path / "m", like)
+    write(tmp_path / "d.jsonl", *[{"prompt": [ASKS], "chosen": SAYS, "rejected": OTHER}] * 8)
+    flags = ["--init_from=m", "--data=d.jsonl", "--max_iters=4", "--batch_size=4"]
+    flags += ["--eval_stories=4", "--eval_pool=8", "--max_new_tokens=12", "--learning_rate=1e-2"]
+    spo_train.main(["--loss=spo", *flags])
+    export.main(["out/hf", "--checkpoint=out/best.pt", "--version=-1"])
+    return "out/hf"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("like", ["smollm2", "llama3.2"])
+def test_an_aligned_chat_model_tells_the_same_in_transformers(tmp_path, monkeypatch, like):
+    transformers = pytest.importorskip("transformers")
+    path = aligned(tmp_path, monkeypatch, like)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    model = checkpoint.load(path)
+    tokenizer = load_tokenizer("", path, model)
+    ids = their_tokenizer.apply_chat_template([ASKS], add_generation_prompt=True, tokenize=True)
+    ids = ids["input_ids"] if not isinstance(ids, list) else ids
+    prompt, _ = tokenizer.chat_template().pair([ASKS], SAYS)
+    assert tokenizer.encode(prompt, bos=True) == ids
+    model.pieces = None  # transformers draws the padding, too
+    ours = generate.generate(model, [ids], 24, temperature=0, stop_ids=model.eos_ids)[0]
+    told = theirs.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False)
+    assert ids + ours == told[0].tolist()
+
+
+@pytest.mark.slow
+def test_trl_trains_on_an_exported_folder(tmp_path, monkeypatch):
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    path = aligned(tmp_path, monkeypatch, "smollm2")
+    rows = [{"prompt": [ASKS], "chosen": SAYS, "rejected": OTHER}] * 4
+    arguments = trl.DPOConfig(
+        output_dir="trl", max_steps=1, per_device_train_batch_size=2, report_to=[], use_cpu=True
+    )
+    rows = datasets.Dataset.from_list(rows)
+    trainer = trl.DPOTrainer(model=path, args=arguments, train_dataset=rows)
+    assert trainer.train().training_loss == pytest.approx(0.6931, abs=1e-3)
