@@ -27,6 +27,7 @@ from spo.files import (
     flush,
     inputs_sha256,
     lock,
+    named_errors,
     read_json_object,
     read_jsonl,
     remove,
@@ -162,8 +163,9 @@ class RunFolder:
             began = time.strftime("%Y-%m-%d %H:%M")
             if state is not None:
                 began = (description_of_run(config.out_dir) or began).split(",")[0]
-            mark.truncate(0)
-            mark.write(json.dumps(RUN_OF | {"began": began} | this_process()).encode())
+            with named_errors(self.path("run.json")):
+                mark.truncate(0)
+                mark.write(json.dumps(RUN_OF | {"began": began} | this_process()).encode())
         except BaseException:
             if os.path.getsize(self.path("run.json")) == 0:  # it was not there
                 remove(self.path("run.json"))
@@ -233,8 +235,9 @@ class RunFolder:
             if before != value and name != "max_iters":  # a run may be extended, and be closed
                 mend = "resume it with the same flags, or start anew in another --out_dir"
                 raise ValueError(f"--{name}={value}: {path} is of a run with {before}; {mend}")
-        for name, digest in self.identity["inputs"].items():
-            if former.get("inputs", {}).get(name) != digest:
+        inputs, former_inputs = self.identity["inputs"], former.get("inputs", {})
+        for name in {**inputs, **former_inputs}:
+            if former_inputs.get(name) != inputs.get(name):
                 value = getattr(self.config, name) or "(the default)"
                 changed = "has changed since the run began; it cannot be resumed"
                 raise ValueError(f"--{name}={value}: {changed}")

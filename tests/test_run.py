@@ -273,6 +273,15 @@ def test_every_input_belongs_to_a_run(workshop, tokenizer, tmp_path, what, monke
         workshop("dpo_rank", *flags, "--resume")
 
 
+def test_an_input_that_is_left_out_is_missed(workshop, tmp_path):
+    stories = [{"prompt": "", "text": f"The owl sang {i} songs."} for i in range(12)]
+    write(tmp_path / "baseline.jsonl", *stories)
+    flags = ["--max_iters=4", "--report=false"]
+    workshop("dpo_rank", *flags, "--baseline=baseline.jsonl", "--eval_stories=4")
+    with pytest.raises(ValueError, match=r"--baseline=\(the default\): has changed since"):
+        workshop("dpo_rank", *flags, "--eval_stories=4", "--eval_pool=1024", "--resume")
+
+
 def test_a_note_beside_the_model_is_no_input(workshop):
     export.main(["model", "--checkpoint=start.pt", "--version=-1"])
     workshop("dpo_rank", "--init_from=model", "--max_iters=4")
