@@ -140,6 +140,46 @@ def test_a_mark_before_config_json_and_nulls_in_it_are_read(tmp_path):
     assert checkpoint.load(str(folder)).eos_ids == (5,)
 
 
+@pytest.mark.parametrize("said", [{}, {"tie_word_embeddings": False}])
+def test_a_classifier_that_is_nowhere_is_named(tmp_path, said):
+    """Untied, as config.json says or leaves open, and no lm_head: transformers draws one."""
+    folder, model = tmp_path / "m", plain_tiny(tied=True)
+    hf_folder(folder, model)
+    config = json.loads((folder / "config.json").read_text())
+    del config["tie_word_embeddings"]
+    (folder / "config.json").write_text(json.dumps(config | said))
+    with pytest.raises(ValueError, match="has no lm_head.weight"):
+        checkpoint.load(str(folder))
+
+
+def test_tied_with_the_classifier_in_the_file_as_well(tmp_path):
+    folder, model = tmp_path / "m", plain_tiny(tied=True)
+    hf_folder(folder, model)
+    (part,) = folder.glob("*.safetensors")
+    tensors = load_file(part)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, part)
+    assert same_weights(checkpoint.load(str(folder)), model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_read_as_it_is(tmp_path, dtype):
+    folder, model = tmp_path / "m", plain_tiny(tied=False)
+    hf_folder(folder, model)
+    (part,) = folder.glob("*.safetensors")
+    save_file({name: tensor.to(dtype) for name, tensor in load_file(part).items()}, part)
+    loaded = checkpoint.load(str(folder)).state_dict()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(loaded[name], weight.to(dtype).float()), name
+
+
+def test_a_folder_of_an_adapter_is_refused(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    save_file({"lora_A.weight": torch.ones(2, 2)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="neither Meta's folder .* nor Hugging Face's"):
+        checkpoint.load(str(tmp_path))
+
+
 # --- rotary embeddings ---------------------------------------------------------------------------
 
 
