@@ -67,6 +67,7 @@ def workshop(tmp_path, tokenizer, monkeypatch):
             "--log_interval=1",
             "--learning_rate=3e-4",
             "--warmup_iters=1",
+            "--curves=false",  # a second each
             "--out_dir=out",
         ]
         others = {flag.split("=")[0] for flag in flags} & {"--baseline", "--judge"}

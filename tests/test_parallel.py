@@ -54,6 +54,7 @@ def flags(workshop, tokenizer, tmp_path):
             "--learning_rate=1e-3",
             "--warmup_iters=1",
             "--report=false",
+            "--curves=false",
             f"--out_dir={out_dir}",
             *others,
         ]

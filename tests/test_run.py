@@ -106,7 +106,13 @@ def test_two_runs_at_once_do_not_mix(workshop, tokenizer):
         "--eval_pool=0",
         "--max_new_tokens=16",
     ]
-    flags += ["--eval_interval=1000", "--max_iters=4000", "--log_interval=1", "--out_dir=out"]
+    flags += [
+        "--eval_interval=1000",
+        "--max_iters=4000",
+        "--log_interval=1",
+        "--curves=false",
+        "--out_dir=out",
+    ]
     first = subprocess.Popen(
         command(1, *flags), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -205,7 +211,13 @@ def test_ctrl_c_says_how_to_go_on(workshop, tokenizer):
         "--eval_pool=0",
         "--max_new_tokens=16",
     ]
-    flags += ["--eval_interval=2", "--max_iters=4000", "--log_interval=1", "--out_dir=out"]
+    flags += [
+        "--eval_interval=2",
+        "--max_iters=4000",
+        "--log_interval=1",
+        "--curves=false",
+        "--out_dir=out",
+    ]
     words = command(1, *flags)
     process = subprocess.Popen(
         # a shell's background job ignores Ctrl-C, and so would its children

@@ -316,7 +316,7 @@ def test_responses_beyond_the_importance_limit_are_counted():
 
 
 def test_a_run_leaves_its_files_and_they_agree(workshop, capsys):
-    folder = workshop("spo_rank")
+    folder = workshop("spo_rank", "--curves")
     out = capsys.readouterr().out
     names = {
         "run.json",
