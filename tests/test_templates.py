@@ -237,3 +237,18 @@ def test_an_aligned_chat_model_tells_the_same_in_transformers(tmp_path, monkeypa
     ours = generate.generate(model, [ids], 24, temperature=0, stop_ids=model.eos_ids)[0]
     told = theirs.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False)
     assert ids + ours == told[0].tolist()
+
+
+@pytest.mark.slow
+def test_trl_trains_on_an_exported_folder(tmp_path, monkeypatch):
+    """Its first DPO loss is log 2: policy and reference are this folder's model."""
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    path = aligned(tmp_path, monkeypatch, "smollm2")
+    rows = [{"prompt": [ASKS], "chosen": SAYS, "rejected": OTHER}] * 4
+    arguments = trl.DPOConfig(
+        output_dir="trl", max_steps=1, per_device_train_batch_size=2, report_to=[], use_cpu=True
+    )
+    rows = datasets.Dataset.from_list(rows)
+    trainer = trl.DPOTrainer(model=path, args=arguments, train_dataset=rows)
+    assert trainer.train().training_loss == pytest.approx(0.6931, abs=1e-3)
