@@ -207,7 +207,9 @@ def read_jsonl(path: str) -> list[tuple[int, dict]]:
         for number, line in enumerate(f, start=1):
             if line.strip():
                 try:
-                    records.append((number, json.loads(line.decode("utf-8"))))
+                    # Windows' editors put a byte-order mark in front of the first line.
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                    records.append((number, json.loads(text)))
                 except (ValueError, RecursionError):  # JSON's and UTF-8's errors are ValueErrors
                     reason = "not a line of JSON in UTF-8"
                     raise ValueError(f"{path} line {number}: {reason}") from None

@@ -61,6 +61,8 @@ def parse_group(record, where: str, line: int, template=None) -> RankedGroup:
 
 def _parse(record, line: int, template) -> RankedGroup:
     need(isinstance(record, dict), "not a JSON object")
+    # pandas and datasets write the columns that other records have, as nulls.
+    record = {key: value for key, value in record.items() if value is not None}
     if any(isinstance(record.get(name), list) for name in ("prompt", "chosen", "rejected")):
         record = record | plain_texts(record, template)
     prompt = record.get("prompt", "")

@@ -142,3 +142,16 @@ def test_a_batch_larger_than_the_data_is_said(workshop, capsys):
     printed = capsys.readouterr().out
     assert "12 groups of 4 in ranked.jsonl (fewer than --batch_size=16: some count twice" in printed
     assert "; 1 step of " in printed and "out/ckpt.pt: the model after 1 step" in printed
+
+
+def test_a_byte_order_mark_and_columns_of_nulls_are_read(workshop, tmp_path, capsys):
+    record = {"prompt": "", "chosen": "the owl sang", "rejected": "an owl", "ranking": None}
+    text = {"text": "the owl sang a song", "prompt": None, "chosen": None, "rejected": None}
+    for name, one in (("pairs", record), ("text", text)):
+        path = write(tmp_path / f"{name}.jsonl", one, one)
+        content = (tmp_path / f"{name}.jsonl").read_text()
+        (tmp_path / f"{name}.jsonl").write_text("\ufeff" + content, encoding="utf-8")
+        data.main(["check", f"--data={path}"])
+    printed = capsys.readouterr().out
+    assert "2 of 2 responses, known of their order: ranking" in printed
+    assert "2 of 1 responses, known of their order: text" in printed
