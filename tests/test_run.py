@@ -445,10 +445,14 @@ def test_a_rank_that_is_stopped_but_alive_is_named(workshop, tokenizer, tmp_path
     while not os.path.exists("out/log.jsonl") or len(log_of("out")) < 3:
         time.sleep(0.01)
     found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    ranks = {}
     for pid in map(int, found.stdout.split()):
         with open(f"/proc/{pid}/environ", "rb") as f:
-            if b"\0RANK=1\0" in f.read():
-                os.kill(pid, signal.SIGSTOP)
+            ranks[1 if b"\0RANK=1\0" in f.read() else 0] = pid
+    os.kill(ranks[1], signal.SIGSTOP)
+    while files.is_alive(str(ranks[0])):
+        time.sleep(0.1)
+    os.kill(ranks[1], signal.SIGKILL)  # torchrun would wait 30 s for it
     errors = process.communicate()[1]
     said = "rank 1 did not answer within 0.2 minutes; rank 0 waits for it at step "
     assert errors.count(said) == 1, errors[-3000:]
