@@ -140,7 +140,7 @@ def load_rows(model: Transformer, source, device: str, rank: int = 0, size: int 
     if model.tied:  # to_empty made two matrices of one
         model.output.weight = model.tok_embeddings.weight
     for name, weight in model.named_parameters():
-        local = weight.to_local() if hasattr(weight, "to_local") else weight
+        local = parallel.local(weight)
         start = 0
         if len(local) < len(weight):  # as FSDP2 deals rows out
             rows_each = math.ceil(len(weight) / size)

@@ -236,6 +236,7 @@ class Evaluation:
         self, model: Transformer, prompts: list[str], purpose: int, label: str
     ) -> list[EncodedGroup]:
         encoded = [self.tokenizer.encode(prompt, bos=True) for prompt in prompts]
+        model.pieces = self.tokenizer.vocab_size  # best.pt comes without its tokenizer
         # The 1 keeps row 0 apart: to numpy the streams (7, 2) and (7, 2, 0) are one.
         seed = (self.seed, purpose, 1)
         return sample(model, encoded, seed, self.max_new_tokens, label)
@@ -276,7 +277,7 @@ class Evaluation:
         """Return the win-rate by a formula: against all of the pool, or one to one."""
         if not self.pool:
             both = zip(map(score, texts), map(score, story_set.baseline), strict=True)
-            return win_rate([(1 + (a > b) - (a < b)) / 2 for a, b in both])
+            return win_rate([preference(a, b) for a, b in both])
         ours = by_prompt(story_set.prompts, list(map(score, texts)))
         theirs = {prompt: list(map(score, stories)) for prompt, stories in self.pool.items()}
         return all_pairs(ours, theirs)
@@ -287,8 +288,7 @@ class Evaluation:
         rng = random.Random(self.seed)
         for text, prompt in zip(texts, prompts, strict=True):
             for other in rng.sample(self.pool[prompt], PAIRS_FOR_LENGTH):
-                a, b = self.judge.score(text), self.judge.score(other)
-                preferences.append((1 + (a > b) - (a < b)) / 2)
+                preferences.append(preference(self.judge.score(text), self.judge.score(other)))
                 differences.append(len(text) - len(other))
         return length_controlled_rate(preferences, differences)
 
@@ -312,6 +312,11 @@ class Evaluation:
             return None, f"no win-rate: {'budget spent' if spent else 'judge out of reach'}"
         self.has_judged = True
         return rate, ""
+
+
+def preference(ours: float, theirs: float) -> float:
+    """Return 1 for the higher score, 0 for the lower, 0.5 for equal ones."""
+    return (1 + (ours > theirs) - (ours < theirs)) / 2
 
 
 def by_prompt(prompts: Sequence[str], values: Sequence[float]) -> dict[str, list[float]]:

@@ -61,7 +61,7 @@ def draw_curves(folders: Sequence[str], path: str) -> None:
             low = [100 * row["low"] for row in rows]
             high = [100 * row["high"] for row in rows]
             above.fill_between(steps, low, high, color=color, alpha=0.18, linewidth=0)
-            if len(folders) == 1:
+            if len(folders) == 1 and all("second_win_rate" in row for row in rows):
                 second = [100 * row["second_win_rate"] for row in rows]
                 style = {"marker": ".", "color": COLORS[1], "linestyle": "--"}
                 above.plot(steps, second, label="a second judge, unseen in training", **style)

@@ -2,9 +2,9 @@
 
 A policy that is trained on one judge's labels learns what that judge likes, its blind spots
 included. If the first judge's win-rate rises and this one's does not, the policy has learned the
-judge and not the task. Nothing here is shared with spo/offline_judge.py: that one rewards words for
-older readers, long sentences and variety; this one what people in the story say, feel and decide,
-sentences that hang together, and rhythm. No word of MIND_AND_TIME is one that the first rewards.
+judge and not the task. spo/offline_judge.py rewards words for older readers, long sentences and
+variety. This one rewards what people in the story say, feel and decide, sentences that hang
+together, and rhythm. No word of MIND_AND_TIME is one that the first rewards.
 """
 
 import functools
@@ -13,6 +13,8 @@ import math
 import re
 import statistics
 import zlib
+
+from spo.offline_judge import ramp
 
 MIND_AND_TIME = set(
     """
@@ -25,11 +27,6 @@ yes please thank okay maybe why because until since
 """.split()
 )
 PRONOUNS = set("he she they it him her them his their its we us".split())
-
-
-def ramp(x: float, zero: float, one: float) -> float:
-    """0 at `zero`, 1 at `one`, linear in between and constant outside; `zero` may be the larger."""
-    return min(1.0, max(0.0, (x - zero) / (one - zero)))
 
 
 def sentences_of(text: str) -> list[list[str]]:

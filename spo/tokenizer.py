@@ -1,6 +1,7 @@
 """Text <-> token ids, by a sentencepiece model, a tiktoken file (Llama 3) or a tokenizer.json."""
 
 import base64
+import functools
 import math
 import os
 import struct
@@ -117,7 +118,7 @@ class Tokenizer:
             raise ValueError(f"{self.path}: tokenizer_config.json names no eos_token beside it")
         return self.eos_id
 
-    @property
+    @functools.cached_property
     def special(self) -> dict[str, int]:
         """{special token: id}: those that a chat template may write."""
         if self.kind == "json":

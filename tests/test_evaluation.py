@@ -10,7 +10,7 @@ import statistics
 import numpy as np
 import pytest
 import torch
-from helpers import log_of, perturbed, tiny, write
+from helpers import log_of, perturbed, plain_tiny, tiny, write
 from test_offline_judge import FAKES, PLAIN, RICH
 
 import judge
@@ -104,6 +104,22 @@ def test_every_story_is_compared_with_the_pool_of_its_prompt(tokenizer):
     assert verdict.win_rate.pool == 10 and ruler.how == "each against 10 stories"
 
 
+def test_no_model_that_is_judged_draws_what_the_tokenizer_lacks(tokenizer):
+    """best.pt is loaded without a tokenizer; its 64 embeddings of padding are the likeliest."""
+    reference, best = (plain_tiny(vocab_size=576, tied=False) for _ in range(2))
+    with torch.no_grad():
+        for model in (reference, best):
+            model.output.weight[512:] = 9 * model.output.weight[:64]
+    ruler = evaluation(tokenizer, reference, stories=8)
+    drawn = []
+    ruler._records = lambda samples, *more: (
+        drawn.extend(samples) or Evaluation._records(ruler, samples, *more)
+    )
+    ruler.evaluate(best, 2, "report")
+    assert len(drawn) == 16 + 16
+    assert max(i for group in drawn for i in group.responses[0]) < 512
+
+
 def test_few_stories_a_prompt_a_baseline_or_an_api_judge_are_one_to_one(tokenizer, tmp_path):
     model = tiny(vocab_size=512)
     baseline = write(tmp_path / "b.jsonl", *({"text": f"Story {i}."} for i in range(12)))
@@ -155,7 +171,6 @@ def test_a_pool_is_drawn_once_and_anew_for_another_key(workshop, capsys, monkeyp
         f.write(content.replace("text", "textt", 3))
     workshop("dpo_rank", "--report=false", "--max_iters=12", "--resume")
     assert draws == [16, 16]  # what is damaged is drawn anew
-    monkeypatch.chdir(os.path.join(os.getcwd()))
     workshop("dpo_rank", *flags, "--seed=9")
     assert draws == [16, 16, 16]
 

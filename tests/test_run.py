@@ -96,23 +96,17 @@ def test_where_there_are_no_locks_that_is_said_once(tmp_path, monkeypatch, capsy
     ]
 
 
+def long_run(tokenizer, eval_interval: int) -> list[str]:
+    """The flags of a run in the workshop's folder that does not end by itself in time."""
+    model = ["--loss=dpo_rank", "--init_from=start.pt", f"--tokenizer={tokenizer.path}"]
+    judged = ["--eval_stories=4", "--eval_pool=0", "--max_new_tokens=16", "--curves=false"]
+    steps = ["--data=ranked.jsonl", "--batch_size=4", "--max_iters=4000", "--log_interval=1"]
+    return [*model, *judged, *steps, f"--eval_interval={eval_interval}", "--out_dir=out"]
+
+
 def test_two_runs_at_once_do_not_mix(workshop, tokenizer):
     """The second is refused by name; the first ends as it would alone."""
-    flags = ["--loss=dpo_rank", "--init_from=start.pt", f"--tokenizer={tokenizer.path}"]
-    flags += [
-        "--data=ranked.jsonl",
-        "--batch_size=4",
-        "--eval_stories=4",
-        "--eval_pool=0",
-        "--max_new_tokens=16",
-    ]
-    flags += [
-        "--eval_interval=1000",
-        "--max_iters=4000",
-        "--log_interval=1",
-        "--curves=false",
-        "--out_dir=out",
-    ]
+    flags = long_run(tokenizer, 1000)
     first = subprocess.Popen(
         command(1, *flags), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -203,21 +197,7 @@ def test_a_run_can_be_closed_where_it_is(workshop, capsys):
 
 
 def test_ctrl_c_says_how_to_go_on(workshop, tokenizer):
-    flags = ["--loss=dpo_rank", "--init_from=start.pt", f"--tokenizer={tokenizer.path}"]
-    flags += [
-        "--data=ranked.jsonl",
-        "--batch_size=4",
-        "--eval_stories=4",
-        "--eval_pool=0",
-        "--max_new_tokens=16",
-    ]
-    flags += [
-        "--eval_interval=2",
-        "--max_iters=4000",
-        "--log_interval=1",
-        "--curves=false",
-        "--out_dir=out",
-    ]
+    flags = long_run(tokenizer, 2)
     words = command(1, *flags)
     process = subprocess.Popen(
         # a shell's background job ignores Ctrl-C, and so would its children
