@@ -421,7 +421,9 @@ def mean_logratio(policy_logps: Tensor, reference_logps: Tensor) -> Tensor:
 @objective(
     data="pair",
     statistic=("kl_estimate", mean_logratio),
-    start=lambda lambda_d, lambda_u: (lambda_d + lambda_u) / 4,
+    start=lambda lambda_d, lambda_u, n: (
+        (lambda_d + lambda_u) / 4 if n == 2 or lambda_d == lambda_u else None
+    ),
 )
 def kto(
     policy_logps: Tensor,
@@ -431,6 +433,7 @@ def kto(
     lambda_d: float = 1.0,
     lambda_u: float = 1.0,
     kl_estimate: Tensor | None = None,
+    desirable: Tensor | None = None,
 ) -> Tensor:
     """Kahneman-Tversky Optimization (KTO): each response is desirable or not, by itself.
 
@@ -438,14 +441,20 @@ def kto(
                 + lambda_u (1 - sigmoid(beta (z0 - r_1))) ],   r = logratio
 
     policy_logps, reference_logps  (B, 2), column 0 chosen; a pair's value is the mean of its two
-                                   examples
+                                   examples. Or (B, 1), unpaired
+    desirable    (B, 1) bool, of unpaired data: is the response desirable?
     kl_estimate  mean of mean_logratio over the global batch; z0 = max(0, kl_estimate), without
                  gradient. KTO estimates z0 on mismatched prompts and responses; without prompts
                  (TinyStories) every response matches, so that the batch's own responses serve, here
                  always
-    at step 0    (lambda_d + lambda_u) / 4
+    at step 0    (lambda_d + lambda_u) / 4; unpaired, half of the lambda of each
     """
-    check(policy_logps, {"reference_logps": reference_logps}, most=2)
+    if desirable is None:
+        check(policy_logps, {"reference_logps": reference_logps}, most=2)
+        desirable = torch.tensor([[True, False]], device=policy_logps.device)
+    else:
+        others = {"reference_logps": reference_logps, "desirable": desirable}
+        check(policy_logps, others, least=1, most=1)
     logratios = policy_logps - reference_logps
     estimate = (
         logratios.mean() if kl_estimate is None else torch.as_tensor(kl_estimate).to(logratios)
@@ -456,11 +465,9 @@ def kto(
             "expected one number for the global batch"
         )
     z0 = estimate.detach().clamp(min=0)
-    desirable = lambda_d * torch.sigmoid(
-        -beta * (logratios[:, 0] - z0)
-    )  # 1 - sigmoid(x) = sigmoid(-x)
-    undesirable = lambda_u * torch.sigmoid(-beta * (z0 - logratios[:, 1]))
-    return (desirable + undesirable) / 2
+    gains = torch.where(desirable, logratios - z0, z0 - logratios)
+    values = torch.sigmoid(-beta * gains)  # 1 - sigmoid(x) = sigmoid(-x)
+    return torch.where(desirable, lambda_d * values, lambda_u * values).mean(1)
 
 
 @objective(data="pair", statistic=("mean_length", mean_length_of_best))
@@ -746,12 +753,19 @@ class Objective:
         return f"{self.loss.__name__}({settings}){weighed}"
 
 
-def preference_metrics(policy_logps: Tensor, reference_logps: Tensor | None) -> dict[str, Tensor]:
+def preference_metrics(
+    policy_logps: Tensor, reference_logps: Tensor | None = None, desirable: Tensor | None = None
+) -> dict[str, Tensor]:
     """Return what is logged of each group, (B,) each.
 
     margin and accuracy compare column 0 with the others: by log-ratio where a reference is read,
-    else by log-prob.
+    else by log-prob. Of unpaired data the margin is a desirable response's log-ratio, and the
+    negative one of another.
     """
+    if desirable is not None:
+        logratios = policy_logps - reference_logps
+        margin = torch.where(desirable, logratios, -logratios)[:, 0]
+        return {"logps": policy_logps[:, 0], "margin": margin, "accuracy": (margin > 0).float()}
     metrics = {"logps/chosen": policy_logps[:, 0]}
     if policy_logps.shape[1] > 1:
         compared = policy_logps if reference_logps is None else policy_logps - reference_logps

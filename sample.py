@@ -16,13 +16,14 @@ import json
 import textwrap
 from dataclasses import dataclass
 
+from model import Transformer
 from spo import checkpoint, fast, parallel
 from spo.config import flag, main_program, parse
 from spo.evaluation import printable, side_by_side
-from spo.files import check_output, write_jsonl, write_text
-from spo.generate import SamplingFlags, sample_batches, story_records
+from spo.files import check_output, place, write_jsonl, write_text
+from spo.generate import SamplingFlags, prompts_that_fit, sample_batches, story_records
 from spo.records import read_prompts
-from spo.tokenizer import load_tokenizer
+from spo.tokenizer import Tokenizer, load_tokenizer
 
 
 @dataclass
@@ -46,6 +47,9 @@ class SampleConfig(SamplingFlags):
         if self.out.endswith(".json") and not self.prompts:
             answers = "a .json is for the answers to --prompts; name a .jsonl for stories"
             raise ValueError(f"--out={self.out}: {answers}")
+        if self.out.endswith(".json") and self.num_samples > 1:
+            one = "alpaca_eval takes one answer to an instruction; name a .jsonl for several"
+            raise ValueError(f"--num_samples={self.num_samples}: {one}")
 
 
 def main(argv: list[str]) -> None:
@@ -53,11 +57,19 @@ def main(argv: list[str]) -> None:
     config.check()
     if config.out:
         check_output("--out", config.out, config.checkpoint, config.tokenizer, config.prompts)
-    asked = read_prompts(config.prompts) if config.prompts else [{"prompt": config.prompt}]
-    asked = [record for record in asked for _ in range(config.num_samples)]
-    stories = stories_of(config, config.checkpoint, [record["prompt"] for record in asked])
+    asked, places = [{"prompt": config.prompt}], ["--prompt"]
+    if config.prompts:
+        lines, asked = zip(*read_prompts(config.prompts), strict=True)
+        places = [place(config.prompts, line) for line in lines]
+    device = parallel.pick_device(config.device)
+    fast.enable_fast_matmul(device)
+    model, tokenizer = load(config, config.checkpoint, device)
+    fitting = prompts_that_fit([r["prompt"] for r in asked], places, tokenizer, model)
+    asked = [asked[i] for i in fitting for _ in range(config.num_samples)]
+    prompts = [record["prompt"] for record in asked]
+    stories = stories_of(config, config.checkpoint, model, tokenizer, prompts)
     if config.compare:
-        others = stories_of(config, config.compare, [record["prompt"] for record in asked])
+        others = stories_of(config, config.compare, *load(config, config.compare, device), prompts)
         for pair in zip(stories, others, strict=True):
             texts = tuple(story["prompt"] + story["text"] for story in pair)
             print(side_by_side(*texts, (config.checkpoint, config.compare)), end="\n\n")
@@ -77,12 +89,15 @@ def main(argv: list[str]) -> None:
         print(f"{config.out}: {written}")
 
 
-def stories_of(config: SampleConfig, path: str, prompts: list[str]) -> list[dict]:
-    """Return a checkpoint's stories, one for each prompt, as records."""
-    device = parallel.pick_device(config.device)
-    fast.enable_fast_matmul(device)
+def load(config: SampleConfig, path: str, device: str) -> tuple[Transformer, Tokenizer]:
     model = checkpoint.load(path, device, config)
-    tokenizer = load_tokenizer(config.tokenizer, path, model)
+    return model, load_tokenizer(config.tokenizer, path, model)
+
+
+def stories_of(
+    config: SampleConfig, path: str, model: Transformer, tokenizer: Tokenizer, prompts: list[str]
+) -> list[dict]:
+    """Return a checkpoint's stories, one for each prompt, as records."""
     encoded = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
     label = "sampling" if config.prompts else None
     batches = sample_batches(

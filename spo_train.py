@@ -28,7 +28,7 @@ import torch
 
 from export import save_llama2c
 from judge import JudgeFlags, OfflineJudge, make_judge
-from losses import LOSSES, REGULARIZERS, Objective, preference_metrics, reads, settings_of
+from losses import LOSSES, REGULARIZERS, Objective, call, preference_metrics, reads, settings_of
 from model import ModelArgs, Transformer
 from spo import checkpoint, fast, head, parallel, plan, pool
 from spo.config import counted, flag, main_program, non_default, parse, refuse_if
@@ -69,6 +69,7 @@ class TrainConfig(JudgeFlags):
     norm: str | None = flag(None, "ipo: log-ratios, summed or per token", choices=["sum", "mean"])
     nll: str | None = flag(None, "cpo: likelihood, summed or per token", choices=["sum", "mean"])
     data: str = flag("", "groups; default: the demo's", path=True, also="dataset", heading="data")
+    skip_bad: bool = flag(False, "leave out and name records that cannot be read")
     init_from: str = flag("", "a .pt, .bin or folder, or `scratch`", path=True, also="model")
     tokenizer: str = flag("", "its tokenizer; default: tokenizer.model by init_from", path=True)
     out_dir: str = flag("out", "where the run's files go", free=True, also="output_dir")
@@ -164,7 +165,8 @@ def train(config: TrainConfig) -> bool:
     """Run Algorithm 1; return whether it came to its end, and was not stopped by SIGTERM."""
     objective = config.objective()
     policy, tokenizer, weights = load_policy(config)
-    groups, prompts = load_dataset(config.data, config.loss, objective.loss.data, tokenizer, policy)
+    need, skip_bad = objective.loss.data, config.skip_bad
+    groups, prompts = load_dataset(config.data, config.loss, need, tokenizer, policy, skip_bad)
     if config.max_iters is None:
         config = replace(config, max_iters=math.ceil(len(groups) / config.batch_size))  # one epoch
     if config.plan is not None:
@@ -243,8 +245,7 @@ def preference_gradient(
     for batch in batches:
         tensors = read_batch(objective, policy, reference, batch)  # (B, n) each
         losses = objective.preference_loss(tensors | statistics)  # (B,)
-        logps, reference_logps = tensors["policy_logps"], tensors.get("reference_logps")
-        means.add({"loss": losses} | preference_metrics(logps, reference_logps))
+        means.add({"loss": losses} | call(preference_metrics, tensors))
         regularizer = objective.dataset_regularizer(tensors)  # (B,); None for SPO's own, below
         if regularizer is not None:
             losses = losses + objective.beta * regularizer
@@ -285,6 +286,8 @@ def known_tensors(
     objective: Objective, batch: Batch, logps: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     tensors = {"policy_logps": logps, "lengths": batch.lengths}
+    if batch.desirable is not None:
+        tensors["desirable"] = batch.desirable
     if "reference_logps" in objective.reads:
         tensors["reference_logps"] = batch.reference_logps.to(logps.dtype)
     return tensors

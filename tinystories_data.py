@@ -16,6 +16,7 @@ Datasets have the forms of spo/records.py; stories are JSONL with "prompt", "tex
 import spo  # isort: skip  # noqa: F401  (sets OpenMP's waiting; must precede torch)
 
 import glob
+import itertools
 import json
 import math
 import os
@@ -37,12 +38,12 @@ from judge import (
 )
 from losses import LOSSES
 from spo import checkpoint, demo_stories, fast, files, parallel
-from spo.config import Commands, counted, flag, main_program
+from spo import generate as sampling
+from spo.config import Commands, flag, main_program
+from spo.dataset_report import report
 from spo.download import fetch, unpack
-from spo.generate import SamplingFlags, sample, sample_batches, story_records, tile_evenly
-from spo.groups import encode_groups
 from spo.pretokenize import make_token_files, make_vocab
-from spo.records import parse_group, read_groups, read_prompts, read_stories
+from spo.records import parse_group, read_prompts, read_stories
 from spo.tokenizer import Tokenizer, load_tokenizer
 
 TEXT = "TinyStories_all_data"  # the archive of the hub, and the folder of its shards
@@ -52,28 +53,27 @@ MAX_UNPACKED = 20 * 10**9  # bytes; the archive's shards are about a third of th
 
 
 def group_stories(stories: list[dict], group_size: int) -> tuple[list[list[dict]], Counter]:
-    """Put consecutive stories with the same prompt into groups; return them, and what is left out.
+    """Put consecutive stories with the same prompt into groups of group_size.
 
-    A rest too small for a group is left out, and so are groups that no judge could rank.
+    Returns the groups, and how many stories were left out, by reason: those that are too few for a
+    group, and groups that no judge could rank.
     """
     groups: list[list[dict]] = []
     left_out: Counter = Counter()
-    members: list[dict] = []
-    for story in stories:
-        if members and members[0]["prompt"] != story["prompt"]:
-            members = []  # a group has one prompt
-        members.append(story)
-        if len(members) < group_size:
-            continue
-        texts = [member["text"] for member in members]
-        # Two equal stories have no order, and a judge would have to make one up.
-        if any(not text.strip() for text in texts):
-            left_out["an empty story"] += 1
-        elif len(set(texts)) < group_size:
-            left_out["identical stories"] += 1
-        else:
-            groups.append(members)
-        members = []
+    for _, to_one_prompt in itertools.groupby(stories, key=lambda story: story["prompt"]):
+        same = list(to_one_prompt)
+        for start in range(0, len(same), group_size):
+            members = same[start : start + group_size]
+            texts = [member["text"] for member in members]
+            # Two equal stories have no order, and a judge would have to make one up.
+            if len(members) < group_size:
+                left_out[f"fewer than {group_size} to one prompt"] += len(members)
+            elif any(not text.strip() for text in texts):
+                left_out["in a group with an empty story"] += group_size
+            elif len(set(texts)) < group_size:
+                left_out["in a group with identical stories"] += group_size
+            else:
+                groups.append(members)
     return groups, left_out
 
 
@@ -136,7 +136,7 @@ def ranked_records(path: str) -> list[dict]:
     """Read a file of full rankings; ValueError naming the first line that is something else."""
     records = files.read_jsonl(path)
     for number, record in records:
-        where = f"{path} line {number}"
+        where = files.place(path, number)
         group = parse_group(record, where, number)
         if group.order != "ranking" or record.get("ranking") is None:
             raise ValueError(f'{where}: needs "responses" and their full "ranking"')
@@ -286,8 +286,8 @@ def demo_groups(device: str) -> None:
         tokenizer = load_tokenizer("", demo_checkpoint(), reference)
         prompts = [""] * (4 * DEMO_GROUPS)
         encoded = [tokenizer.encode("", bos=True)] * len(prompts)
-        samples = sample(reference, encoded, DEMO_SEED, label="sampling")
-        stories = story_records(samples, prompts, tokenizer, reference.eos_ids)
+        samples = sampling.sample(reference, encoded, DEMO_SEED, label="sampling")
+        stories = sampling.story_records(samples, prompts, tokenizer, reference.eos_ids)
         groups, _ = group_stories(stories, 4)
         files.write_jsonl(
             ranked, agreed_records(groups, rank_groups(OfflineJudge(), groups, "ranking"))
@@ -432,7 +432,7 @@ def pretokenize(config: PretokenizeConfig) -> None:
 
 
 @dataclass
-class GenerateConfig(SamplingFlags):
+class GenerateConfig(sampling.SamplingFlags):
     checkpoint: str = flag("", "the model: a .pt, a llama2.c .bin, or a folder", required=True)
     out: str = flag("stories.jsonl", "where the stories go")
     num_stories: int = flag(1000, "how many", least=1)
@@ -445,17 +445,16 @@ def generate(config: GenerateConfig) -> None:
     model = checkpoint.load(config.checkpoint, device, config)
     print(fast.enable_fast_matmul(device))
     tokenizer = load_tokenizer(config.tokenizer, config.checkpoint, model)
-    prompts = [""]
-    if config.prompts:
-        prompts = [record["prompt"] for record in read_prompts(config.prompts)]
-    if not prompts:
-        raise ValueError(f"--prompts={config.prompts}: holds no prompts")
-    prompts = tile_evenly(prompts, config.num_stories)
+    asked = read_prompts(config.prompts) if config.prompts else [(0, {"prompt": ""})]
+    prompts = [record["prompt"] for _, record in asked]
+    places = [files.place(config.prompts, line) for line, _ in asked]
+    fitting = sampling.prompts_that_fit(prompts, places, tokenizer, model)
+    prompts = sampling.tile_evenly([prompts[i] for i in fitting], config.num_stories)
     part = PartialFile(config.out, settings_of_stories(config, tokenizer))
     first = part.resume(config.batch_size)
     started = time.monotonic()
     encoded = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
-    batches = sample_batches(
+    batches = sampling.sample_batches(
         model,
         encoded,
         config.seed,
@@ -467,7 +466,7 @@ def generate(config: GenerateConfig) -> None:
     origin = {"seed": config.seed, "checkpoint": os.path.basename(config.checkpoint)}
     for batch in batches:
         remaining = prompts[len(part.records) :]
-        part.add(story_records(batch, remaining, tokenizer, model.eos_ids, **origin))
+        part.add(sampling.story_records(batch, remaining, tokenizer, model.eos_ids, **origin))
     files.write_jsonl(config.out, part.records)
     part.remove()
     cut = sum(not record["finished"] for record in part.records)
@@ -548,6 +547,7 @@ class RankConfig(JudgeFlags):
     stories: str = flag("", "stories to rank, as generate writes them", required=True)
     out: str = flag("ranked.jsonl", "where the ranked groups go")
     group_size: int = flag(4, "stories per group", least=2)
+    skip_bad: bool = flag(False, "leave out and name stories that cannot be read")
     dry_run: bool = flag(False, "only say what the API judge would be asked, and what that costs")
 
 
@@ -555,12 +555,15 @@ class RankConfig(JudgeFlags):
 def rank(config: RankConfig) -> None:
     n = config.group_size
     files.check_output("--out", config.out, config.stories, config.prompt)
-    stories = read_stories(config.stories)
+    bad = files.BadRecords(config.skip_bad)
+    stories = read_stories(config.stories, bad)
     groups, left_out = group_stories(stories, n)
     if not groups:
         raise ValueError(f"{config.stories}: {len(stories)} stories make no group of {n}")
+    if bad.report:
+        print(bad.report)
     for reason, count in left_out.items():
-        print(f"{config.stories}: {count} groups left out, {reason}")
+        print(f"{config.stories}: {count} stories left out, {reason}")
     judge = make_judge(config, config.dry_run)
     if config.dry_run:
         print(judge.estimate(texts_of(groups)))
@@ -619,35 +622,25 @@ def pairs(config: PairsConfig) -> None:
 
 
 @dataclass
-class CheckConfig(DataFlags):
+class CheckConfig(checkpoint.WeightsFlags):
     data: str = flag("", "a dataset file", required=True)
-    tokenizer: str = flag(
-        "", "sentencepiece model; with it, lengths in tokens and what training would drop"
-    )
-    max_seq_len: int = flag(512, "context that groups have to fit", least=1)
+    tokenizer: str = flag("", "with it: lengths in tokens, what is dropped, the first group")
+    init_from: str = flag("", "or the model: its tokenizer, its context, its terminators")
+    skip_bad: bool = flag(False, "leave out and name records that cannot be read")
 
 
 @commands.add
 def check(config: CheckConfig) -> None:
-    tokenizer = Tokenizer(config.tokenizer) if config.tokenizer else None
-    groups = read_groups(config.data, tokenizer.chat_template() if tokenizer else None)
-    print(f"{config.data}: {counted(len(groups), 'group')}")
-    kinds = Counter((group.order, len(group.responses)) for group in groups)
-    for (order, n), count in sorted(kinds.items()):
-        print(f"  {count} of {n} responses, known of their order: {order}")
-    cut = sum(group.finished.count(False) for group in groups)
-    print(f"  {cut} responses cut before their end")
-    print(f"  {sum(group.prompt != '' for group in groups)} groups with a prompt")
-    if tokenizer is None:
-        return
-    encoded, drops = encode_groups(groups, tokenizer, (tokenizer.story_end_id,), config.max_seq_len)
-    lengths = sorted(len(response) for group in encoded for response in group.responses)
-    if lengths:
-        median = lengths[len(lengths) // 2]
-        print(f"  tokens per response: {lengths[0]} to {lengths[-1]}, median {median}")
-    print(f"  usable for training: {counted(len(encoded), 'group')}")
-    for reason, lines in drops.items():
-        print(f"  dropped: {len(lines)} groups, {reason} (first in line {lines[0]})")
+    tokenizer, eos_ids, context = None, (), config.max_seq_len or 512
+    if config.init_from:
+        model = checkpoint.without_weights(checkpoint.open_weights(config.init_from, config))
+        tokenizer = load_tokenizer(config.tokenizer, config.init_from, model)
+        eos_ids, context = model.eos_ids, model.args.max_seq_len
+    elif config.tokenizer:
+        tokenizer = Tokenizer(config.tokenizer)
+        eos_ids = (tokenizer.story_end_id,)
+    for line in report(config.data, files.BadRecords(config.skip_bad), tokenizer, eos_ids, context):
+        print(line)
 
 
 main = commands.run

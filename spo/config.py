@@ -249,8 +249,12 @@ def exit_code(error: Exception) -> int:
 def main_program(main: Callable) -> None:
     """Call main(argv); what the user caused is one line on stderr, and an exit code.
 
-    SPO_DEBUG=1 shows the traceback instead.
+    SPO_DEBUG=1 shows the traceback instead. A character that the terminal or the pipe cannot show
+    is printed as its number: files are UTF-8, whatever the terminal is.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # what tests put there may not be a text file
+            stream.reconfigure(errors="backslashreplace")
     try:
         main(sys.argv[1:])
     except (ValueError, OSError) as error:

@@ -13,12 +13,14 @@ from model import Transformer
 from spo import head, offline_judge, parallel, pool, second_judge
 from spo.chat import BudgetSpent, Stopped
 from spo.diversity import Diversity
+from spo.files import place
 from spo.generate import (
     PURPOSE_POOL,
     PURPOSE_REPORT,
     PURPOSE_REPORT_BASELINE,
     PURPOSE_SELECT,
     PURPOSE_SELECT_BASELINE,
+    prompts_that_fit,
     sample,
     story_records,
     tile_evenly,
@@ -168,6 +170,10 @@ class Evaluation:
         self.name = self.whose = os.path.basename(path)
         select, report = self.sets["select"], self.sets["report"]
         stories = read_groups(path)
+        places = [place(path, story.line) for story in stories]
+        prompts = [story.prompt for story in stories]
+        fitting = prompts_that_fit(prompts, places, self.tokenizer, self.reference)
+        stories = [stories[i] for i in fitting]
         needed = len(select.prompts) + len(report.prompts)
         if len(stories) < needed:
             has = f"{len(stories)} stories, selecting and reporting need {needed}"

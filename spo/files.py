@@ -1,5 +1,6 @@
 """Files on disk: written whole or not at all; JSON read with the place of what is wrong; locks."""
 
+import codecs
 import contextlib
 import errno
 import functools
@@ -19,6 +20,7 @@ try:
 except ImportError:  # Windows has none: two runs in one folder are not noticed there
     fcntl = None
 
+SURROGATE = re.compile("[\ud800-\udfff]")
 # What a folder's model, tokens and tokenizer are in; a README beside them is no input.
 MODEL_FILES = (".json", ".safetensors", ".bin", ".pth", ".pt", ".model")
 
@@ -195,15 +197,67 @@ def jsonl_line(record: dict) -> str:
 # --- reading -------------------------------------------------------------------------------------
 
 
-def read_jsonl(path: str) -> list[tuple[int, dict]]:
-    """Return (line number, object) of every line; blank lines are passed over.
+class BadRecords:
+    """Records of a file that cannot be used: the first ends the reading, or all are left out.
 
-    ValueError, naming file and line, for what is not JSON in UTF-8.
+    skip  leave them out, and name them in `report`; None: the command has no flag for that
     """
+
+    NAMED = 10
+
+    def __init__(self, skip: bool | None = None):
+        self.skip = skip
+        self.reasons: list[str] = []
+
+    def add(self, reason: str, first: bool = False) -> None:
+        """ValueError with the reason, which begins with file and line, unless they are skipped.
+
+        first  the file held nothing good before it: then all of it may be of another kind
+        """
+        if not self.skip:
+            mend = "" if self.skip is None or first else "; --skip_bad leaves such records out"
+            raise ValueError(f"{reason}{mend}")
+        self.reasons.append(reason)
+
+    @property
+    def report(self) -> str:
+        """Return the first ten and how many there are, a line each; "" if there are none."""
+        if not self.reasons:
+            return ""
+        more = len(self.reasons) - self.NAMED
+        count = f"{len(self.reasons)} left out by --skip_bad"
+        count += f", {more} of them not shown" if more > 0 else ""
+        return "\n".join([*self.reasons[: self.NAMED], count])
+
+    def refuse_nothing_left(self, path: str, what: str) -> None:
+        """ValueError: there is nothing good in a file."""
+        why = f"; the first: {self.reasons[0]}" if self.reasons else ""
+        raise ValueError(f"{path}: holds no {what}{why}")
+
+
+def numbered(path: str, number: int) -> str:
+    """Return "line 3", or "record 3" of a .json: where a record of read_jsonl stands."""
+    return f"{'record' if path.endswith('.json') else 'line'} {number}"
+
+
+def place(path: str, number: int) -> str:
+    """Return "data.jsonl line 3", or "data.json record 3"."""
+    return f"{path} {numbered(path, number)}"
+
+
+def read_jsonl(path: str, bad: BadRecords | None = None) -> list[tuple[int, dict]]:
+    """Return (number, object) of every line; blank lines are passed over. Or of a list's items.
+
+    bad  gets what is not JSON in UTF-8, named by file and line; None: it is a ValueError
+    """
+    bad = bad or BadRecords()
     if not os.path.isfile(path):
         raise ValueError(f"{path}: no such file")
     records = []
     with open(path, "rb") as f:
+        if f.read(64).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
+            return list(enumerate(read_json(path), start=1))
+        f.seek(0)
         for number, line in enumerate(f, start=1):
             if line.strip():
                 try:
@@ -212,7 +266,7 @@ def read_jsonl(path: str) -> list[tuple[int, dict]]:
                     records.append((number, json.loads(text)))
                 except (ValueError, RecursionError):  # JSON's and UTF-8's errors are ValueErrors
                     reason = "not a line of JSON in UTF-8"
-                    raise ValueError(f"{path} line {number}: {reason}") from None
+                    bad.add(f"{place(path, number)}: {reason}", first=not records)
     return records
 
 
@@ -235,7 +289,15 @@ def read_json_object(path: str) -> dict:
 
 def is_unicode(text: str) -> bool:
     """Tell whether UTF-8 can hold a text: JSON can spell half a surrogate pair, which it cannot."""
-    return not any("\ud800" <= c <= "\udfff" for c in text)
+    return SURROGATE.search(text) is None
+
+
+def text_fault(text) -> str:
+    """Say why something is no text that can be read; "" if it is one."""
+    if not isinstance(text, str):
+        return "is missing" if text is None else f"is not a text: {json.dumps(text)[:40]}"
+    half = SURROGATE.search(text)
+    return f"holds \\u{ord(half[0]):x}, half of a surrogate pair and no character" if half else ""
 
 
 # --- hashes --------------------------------------------------------------------------------------

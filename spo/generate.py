@@ -14,10 +14,12 @@ from spo.checkpoint import WeightsFlags
 from spo.config import flag
 from spo.groups import EncodedGroup
 from spo.progress import progress
+from spo.records import NO_SPACE
 from spo.templates import unmark
 from spo.tokenizer import Tokenizer
 
 STORIES_AT_A_TIME = 128
+MOST_NAMED = 10  # prompts that are left out
 STEPS_BETWEEN_LOOKS = 8  # at which rows have ended: a GPU has to wait for the answer
 WORDS_PER_BLOCK = 128  # of the vocabulary, when a word is drawn
 
@@ -314,6 +316,33 @@ def sample(
     return [group for part in parallel.all_gather(mine) for group in part]
 
 
+def prompts_that_fit(
+    prompts: Sequence[str], places: Sequence[str], tokenizer: Tokenizer, model: Transformer
+) -> list[int]:
+    """Return the numbers of the prompts that leave room for an answer; name the others on stderr.
+
+    places  where each prompt stands. ValueError if none fits
+    """
+    context, fitting, long = model.args.max_seq_len, [], []
+    for i, (prompt, where) in enumerate(zip(prompts, places, strict=True)):
+        length = len(tokenizer.encode(prompt, bos=True))
+        if length < context:
+            fitting.append(i)
+        else:
+            room = f"a prompt of {length} tokens leaves no room in a context of {context}"
+            long.append(f"{where}: {room}")
+    if not fitting:
+        raise ValueError(long[0])
+    for line in long[:MOST_NAMED]:
+        parallel.note0(f"{line}; it is left out")
+    if len(long) > MOST_NAMED:
+        parallel.note0(f"{len(long)} prompts are left out in all")
+    spaced = [where for prompt, where in zip(prompts, places, strict=True) if prompt.endswith(" ")]
+    if spaced:
+        parallel.note0(f"{spaced[0]}: the prompt ends in a space; {NO_SPACE}")
+    return fitting
+
+
 def tile_evenly(things: list, count: int) -> list:
     """Repeat things to `count`, each in one block of (nearly) equal length.
 
@@ -340,6 +369,8 @@ def story_records(
         ids = group.responses[0]
         finished = ids[-1] in eos_ids
         text = tokenizer.decode_after(group.prompt, ids[:-1] if finished else ids)
+        if not finished:  # a limit may cut a character in two: its first bytes are no text
+            text = text.rstrip("\ufffd")
         record = {"prompt": unmark(prompt), "text": text, "finished": finished, "index": group.line}
         records.append(record | extra)
     return records

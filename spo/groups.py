@@ -17,9 +17,9 @@ from torch import Tensor
 
 from model import Transformer
 from spo import parallel
-from spo.files import check_sha256
-from spo.records import RankedGroup, read_groups, require
-from spo.templates import FIXED_DATE
+from spo.files import BadRecords, check_sha256
+from spo.records import RankedGroup, read_groups, remarks, require
+from spo.templates import FIXED_DATE, OPEN
 from spo.tokenizer import Tokenizer
 
 # Micro-batches are a multiple of this wide: oneDNN keeps code and memory for every shape that it
@@ -33,12 +33,14 @@ class EncodedGroup:
 
     line             of the dataset; of a sample, its number
     reference_logps  the reference's log-prob of each response, in nats; None: not computed
+    desirable        whether its one response is, in unpaired data
     """
 
     prompt: list[int]
     responses: list[list[int]]
     line: int
     reference_logps: tuple[float, ...] | None = None
+    desirable: bool | None = None
 
     @property
     def longest(self) -> int:
@@ -60,12 +62,14 @@ class Batch:
                      an id
     n                responses per group
     reference_logps  (B, n) float64, or None where the groups have none
+    desirable        (B, 1) bool, or None: of unpaired data
     """
 
     tokens: Tensor
     mask: Tensor
     n: int
     reference_logps: Tensor | None = None
+    desirable: Tensor | None = None
 
     @property
     def lengths(self) -> Tensor:
@@ -87,8 +91,11 @@ def make_batch(groups: Sequence[EncodedGroup], width: int = 0, device="cpu") -> 
     if all(group.reference_logps for group in groups):
         logps = [group.reference_logps for group in groups]
         reference_logps = torch.tensor(logps, dtype=torch.float64, device=device)
+    desirable = None
+    if groups[0].desirable is not None:
+        desirable = torch.tensor([[group.desirable] for group in groups], device=device)
     n = len(groups[0].responses)
-    return Batch(tokens.to(device), mask.to(device), n, reference_logps)
+    return Batch(tokens.to(device), mask.to(device), n, reference_logps, desirable)
 
 
 # --- from texts to token ids ---------------------------------------------------------------------
@@ -114,10 +121,14 @@ def encode_groups(
         responses = []
         for text, finished in zip(group.responses, group.finished, strict=True):
             ids = tokenizer.encode_after(group.prompt, text)
-            responses.append(ended(ids, eos_ids) if finished else ids)
+            whole = not group.prompt and OPEN in text  # a conversation, and not one answer
+            if finished and not (whole and is_ended(ids, eos_ids, tokenizer)):
+                ids = [*ids, eos_ids[0]] if whole else ended(ids, eos_ids)
+            responses.append(ids)
         if not prompt and len(responses) == 1:  # without BOS nothing predicts the first token
             prompt, responses = responses[0][:1], [responses[0][1:]]
-        candidate = EncodedGroup(prompt, responses, group.line)
+        desirable = {"desirable": True, "undesirable": False}.get(group.order)
+        candidate = EncodedGroup(prompt, responses, group.line, desirable=desirable)
         reason = reason_to_drop(group, candidate, max_seq_len)
         if reason:
             drops.setdefault(reason, []).append(group.line)
@@ -134,11 +145,18 @@ def ended(ids: list[int], eos_ids: Sequence[int]) -> list[int]:
     return [*ids, eos_ids[0]]
 
 
+def is_ended(ids: list[int], eos_ids: Sequence[int], tokenizer: Tokenizer) -> bool:
+    """Tell whether nothing but white space is behind the last terminator."""
+    last = max((place for place, token in enumerate(ids) if token in eos_ids), default=-1)
+    return last >= 0 and not tokenizer.decode(ids[last + 1 :]).strip()
+
+
 def reason_to_drop(group: RankedGroup, encoded: EncodedGroup, max_seq_len: int) -> str:
     """Say why a group cannot be trained on; "" if it can."""
     if any(not text.strip() for text in group.responses):
         return "an empty response"
-    if len(set(group.responses)) < len(group.responses):
+    distinct = min(len(set(group.responses)), len(set(map(tuple, encoded.responses))))
+    if distinct < len(group.responses):  # texts may differ in spaces that a tokenizer drops
         return "identical responses"
     if not encoded.prompt:
         return "an empty prompt, and the tokenizer puts no BOS before it"
@@ -148,11 +166,17 @@ def reason_to_drop(group: RankedGroup, encoded: EncodedGroup, max_seq_len: int) 
 
 
 def load_dataset(
-    path: str, loss: str, need: str, tokenizer: Tokenizer, model: Transformer
+    path: str,
+    loss: str,
+    need: str,
+    tokenizer: Tokenizer,
+    model: Transformer,
+    skip_bad: bool | None = None,
 ) -> tuple[Sequence[EncodedGroup], list[str]]:
     """Read a dataset; return its encoded groups, and the different prompts of usable ones.
 
-    need  what the loss has to know of a group, as in losses.Loss.data
+    need      what the loss has to know of a group, as in losses.Loss.data
+    skip_bad  leave out and name what is malformed or does not suit the loss
     Prints what is dropped. ValueError if the file does not suit the loss.
     """
     context = model.args.max_seq_len
@@ -162,8 +186,10 @@ def load_dataset(
             raise ValueError(f"--data={path}: {kind}; {loss} needs groups (JSONL)")
         return TokenWindows(path, context, model.args.vocab_size), [""]
     template = tokenizer.chat_template()
-    groups = read_groups(path, template)
-    require(groups, need, path, loss)
+    bad = BadRecords(skip_bad)
+    groups = require(read_groups(path, template, bad), need, path, loss, bad)
+    for line in [*filter(None, [bad.report]), *remarks(path, groups)]:
+        parallel.print0(line)
     if template is not None and template.asks_for_the_date:
         parallel.print0(f"{tokenizer.path}: its chat template gets a fixed date, {FIXED_DATE}")
     encoded, drops = encode_groups(groups, tokenizer, model.eos_ids, context)

@@ -13,11 +13,13 @@ from concurrent.futures.process import BrokenProcessPool
 import numpy as np
 import sentencepiece
 
-from spo.files import atomic_write, is_unicode, read_json, read_jsonl
+from spo.files import atomic_write, place, read_json, read_jsonl, text_fault
 from spo.groups import token_files
 from spo.progress import progress
 from spo.records import parse_group
 from spo.tokenizer import Tokenizer, copy_tokenizer
+
+RESERVED = "\u2585"  # sentencepiece passes over every line that holds it
 
 
 def train_tokenizer(text_file: str, vocab_size: int, prefix: str) -> None:
@@ -36,6 +38,7 @@ def train_tokenizer(text_file: str, vocab_size: int, prefix: str) -> None:
             byte_fallback=True,
             unk_surface=r" \342\201\207 ",
             normalization_rule_name="identity",
+            max_sentence_length=10**9,  # bytes; longer lines than 4,192 are left out by default
             minloglevel=2,
         )
     except RuntimeError as error:
@@ -45,7 +48,7 @@ def train_tokenizer(text_file: str, vocab_size: int, prefix: str) -> None:
 
 
 def shards_of(path: str) -> list[str]:
-    """A text file, or those of a folder. ValueError if there are none."""
+    """A text file (.json, .jsonl or .txt), or those of a folder. ValueError if there are none."""
     shards = sorted(
         glob.glob(os.path.join(path, "*.json")) + glob.glob(os.path.join(path, "*.jsonl"))
     ) or [path]
@@ -58,32 +61,50 @@ def shards_of(path: str) -> list[str]:
 
 
 def stories_of(shard: str) -> Iterator[str]:
-    """Yield the texts of a shard: our JSONL, or a .json of the TinyStories archive."""
+    """Yield the texts of a shard: our JSONL, a .json or a .txt as TinyStories is published."""
+    if shard.endswith(".txt"):
+        yield from stories_of_text(shard)
+        return
     if shard.endswith(".jsonl"):
         for number, record in read_jsonl(shard):
             yield parse_group(record, f"{shard} line {number}", number).responses[0].strip()
         return
-    try:
-        records = read_json(shard)
-    except ValueError as error:
-        raise ValueError(f"{error}; remove its folder and download it again") from None
-    for index, record in enumerate(records if isinstance(records, list) else [None]):
-        story = record.get("story") if isinstance(record, dict) else None
-        if not isinstance(story, str) or not is_unicode(story):
-            raise ValueError(f'{shard} record {index}: no "story", or none in Unicode')
+    records = read_json(shard)
+    if not isinstance(records, list):
+        raise ValueError(f"{shard}: not a list of records; JSON Lines are named .jsonl")
+    for number, record in enumerate(records, start=1):
+        record = record if isinstance(record, dict) else {}
+        story = record.get("story", record.get("text"))
+        if fault := text_fault(story):
+            raise ValueError(f'{place(shard, number)}: its "story" (or "text") {fault}')
         yield story.strip()
+
+
+def stories_of_text(path: str) -> Iterator[str]:
+    """Yield the stories of a text file, between lines of <|endoftext|>."""
+    with open(path, encoding="utf-8-sig") as f:
+        try:
+            stories = f.read().split("<|endoftext|>")
+        except UnicodeDecodeError:
+            raise ValueError(f"{path}: not a text in UTF-8") from None
+    if len(stories) < 2:
+        wanted = "a .txt has stories with <|endoftext|> between them"
+        raise ValueError(f'{path}: {wanted}; or name a .jsonl with {{"text": "..."}} in each line')
+    yield from filter(None, map(str.strip, stories))
 
 
 def make_vocab(data: str, vocab_size: int, out: str, num_shards: int) -> None:
     """A tokenizer of vocab_size pieces on the first num_shards shards -> out, a .model file."""
     prefix = f"{out}.tmp{os.getpid()}"
-    text, made = f"{prefix}.txt", f"{prefix}.model"
+    text, made, reserved = f"{prefix}.txt", f"{prefix}.model", 0
     try:
         with open(text, "w", encoding="utf-8") as f:
-            for story in itertools.chain.from_iterable(
-                map(stories_of, shards_of(data)[:num_shards])
-            ):
-                f.write(story + "\n")
+            shards = shards_of(data)[:num_shards]
+            for story in itertools.chain.from_iterable(map(stories_of, shards)):
+                f.write(story.replace(RESERVED, " ") + "\n")
+                reserved += RESERVED in story
+        if reserved:
+            print(f"{reserved} stories hold U+2585, which sentencepiece reserves: it is left out")
         train_tokenizer(text, vocab_size, prefix)
         os.replace(made, out)
     finally:

@@ -1,31 +1,39 @@
 """A line of a dataset, in any of its forms -> a ranked group.
 
-A dataset is JSON Lines, one group a line; unknown keys are kept:
+A dataset is JSON Lines, one group a line, or a JSON list of groups; unknown keys are kept:
 
     {"prompt": "", "responses": ["...", "...", "..."], "ranking": [2, 0, 1]}    best first
     {"prompt": "", "responses": ["...", "..."], "best": 0}                      the rest unordered
     {"prompt": "...", "chosen": "...", "rejected": "..."}                       a pair
-    {"prompt": "...", "responses": ["..."]}  or  {"text": "..."}                text for sft
+    {"prompt": "...", "chosen": "...", "rejected": ["...", "..."]}              best of n
+    {"prompt": "...", "completion": "...", "label": true}                       unpaired, for kto
+    {"prompt": "...", "completion": "..."}, {"text": "..."}                     text for sft
 
-A ranking is indices, best first. Pairs may be chat messages, as TRL has them. "finished":
-[true, ...] beside "responses" (true or false beside "text") marks those that ended by themselves;
-by default all did. The others were cut at a length limit and get no terminator.
+A ranking is indices, best first. Prompts, completions, chosen and rejected may be chat messages, as
+TRL has them, and {"messages": [...]} is text. A pair without "prompt" has the beginning that both
+share; "prompt": "" is none. "finished": [true, ...] beside several responses (true or false beside
+one) marks those that ended by themselves; by default all did. The others were cut at a length limit
+and get no terminator.
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from spo.files import is_unicode, read_jsonl
-from spo.templates import TemplateError
+from spo.conversations import Template, chat_texts, common_length, is_chat, need, read_messages
+from spo.files import BadRecords, numbered, place, read_jsonl, text_fault
+from spo.templates import CLOSE, OPEN, Llama2Format, Malformed, unmark
 
 
 @dataclass(frozen=True)
 class RankedGroup:
     """n responses to one prompt, best first as far as that is known.
 
-    order  "ranking": all of it is known; "best": responses[0] is the best, the rest unordered;
-           "text": nothing is
-    line   of the file
+    order   "ranking": all of it is known; "best": responses[0] is the best, the rest unordered;
+            "text": nothing is; "desirable", "undesirable": what the one response is, for kto
+    line    of the file
+    cut     there was no "prompt": it is what the responses began with
+    unused  keys of the record that say nothing here
+    is_chat a chat template wrote prompt and responses, from messages
     """
 
     prompt: str
@@ -33,88 +41,120 @@ class RankedGroup:
     finished: tuple[bool, ...]
     order: str
     line: int
+    cut: bool = field(default=False, compare=False)
+    unused: tuple[str, ...] = field(default=(), compare=False)
+    is_chat: bool = field(default=False, compare=False)
 
 
+NO_SPACE = "tokenizers put it before the next word, so a response should bring it"
 TABLES = {".csv": "read_csv", ".tsv": "read_table", ".parquet": "read_parquet"}
+FORMS = {  # the first key that a record has says its form; the others of it
+    "chosen": ("rejected",),
+    "rejected": ("chosen",),
+    "responses": ("ranking", "best"),
+    "completion": ("label",),
+    "messages": (),
+    "conversations": (),
+    "text": (),
+}
+WANTED = '"responses", "chosen" and "rejected", "prompt" and "completion", "messages" or "text"'
+# What may have to be read before a response, under other names than ours.
+ASKED = ("instruction", "input", "inputs", "question", "query", "system", "system_prompt")
+ASKED += ("context", "history", "tools", "image", "images", "chat_template_kwargs")
 
 
-class Malformed(Exception):
-    """What is wrong with a record; the reader adds file and line."""
-
-
-def need(condition, message: str) -> None:
-    if not condition:
-        raise Malformed(message)
-
-
-def parse_group(record, where: str, line: int, template=None) -> RankedGroup:
-    """Read one line's record.
+def parse_group(record, where: str, line: int, template: Template | None = None) -> RankedGroup:
+    """Read one record.
 
     template  a ChatTemplate for messages; None: Llama 2's format
     ValueError, beginning with `where`, for anything but the forms above.
     """
     try:
-        return _parse(record, line, template)
-    except (Malformed, TemplateError) as error:
+        return _parse(record, line, template or Llama2Format())
+    except Malformed as error:
         raise ValueError(f"{where}: {error}") from None
 
 
-def _parse(record, line: int, template) -> RankedGroup:
+def _parse(record, line: int, template: Template) -> RankedGroup:
     need(isinstance(record, dict), "not a JSON object")
     # pandas and datasets write the columns that other records have, as nulls.
     record = {key: value for key, value in record.items() if value is not None}
-    if any(isinstance(record.get(name), list) for name in ("prompt", "chosen", "rejected")):
-        record = record | plain_texts(record, template)
-    prompt = record.get("prompt", "")
-    need(isinstance(prompt, str) and is_unicode(prompt), "prompt is not a text")
-    responses = _responses(record)
-    n = len(responses)
-    finished = _finished(record, n)
-    order, ranking = _order(record, n)
-    return RankedGroup(
-        prompt,
-        tuple(responses[i] for i in ranking),
-        tuple(finished[i] for i in ranking),
-        order,
-        line,
-    )
-
-
-def _responses(record: dict) -> list[str]:
-    if "chosen" in record or "rejected" in record:
-        responses = [record.get("chosen"), record.get("rejected")]
-    elif "text" in record and "responses" not in record:
-        responses = [record["text"]]
+    form = next((key for key in FORMS if key in record), None)
+    found = ", ".join(map(str, list(record)[:8])) or "nothing"
+    need(form is not None, f"needs {WANTED}; it has {found}")
+    names, sides, order = _sides(record, form)
+    finished = _finished(record, form, len(sides))
+    prompt, cut = record.get("prompt"), False
+    chat = form in ("messages", "conversations") or is_chat(prompt) or any(map(is_chat, sides))
+    if form in ("messages", "conversations"):
+        messages = read_messages(sides[0], form)
+        repeats = prompt is None or any(prompt == message["content"] for message in messages)
+        need(repeats, f"prompt is none of the {form}")
+        prompt, sides = "", [template.whole(messages)]
+    elif chat:
+        cut = prompt is None
+        prompt, sides = chat_texts(prompt, sides, names, template)
     else:
-        responses = record.get("responses")
-    if responses is None:
-        found = ", ".join(map(str, list(record)[:8])) or "nothing"
-        raise Malformed(f'needs "responses", "chosen" and "rejected", or "text"; it has {found}')
-    need(isinstance(responses, list) and responses, 'needs "responses" as a list of texts')
-    are_texts = all(isinstance(text, str) and is_unicode(text) for text in responses)
-    need(are_texts, "a response is missing or not a text")
-    return responses
+        cut = prompt is None and "chosen" in names
+        prompt = "" if prompt is None else prompt
+        for name, text in zip(["prompt", *names], [prompt, *sides], strict=True):
+            need(not (fault := unreadable(text)), f"{name} {fault}")
+        if cut:
+            end = common_length(sides)
+            prompt, sides = sides[0][:end], [text[end:] for text in sides]
+    if form != "text":  # TRL's "text" is all of it
+        _refuse_what_was_asked_elsewhere(record, unmark(prompt + "".join(sides)))
+    unused = tuple(record.keys() - {"prompt", "finished", form, *FORMS[form]})
+    return RankedGroup(prompt, tuple(sides), tuple(finished), order, line, cut, unused, chat)
 
 
-def _finished(record: dict, n: int) -> list[bool]:
+def unreadable(text) -> str:
+    """Say why a text cannot be read; "" if it can."""
+    marked = isinstance(text, str) and (OPEN in text or CLOSE in text)
+    return "holds U+E000 or U+E001, which are marks here" if marked else text_fault(text)
+
+
+def _sides(record: dict, form: str) -> tuple[list[str], list, str]:
+    """Return the responses, texts or messages, best first: their names, themselves, their order."""
+    if form in ("chosen", "rejected"):
+        (other,) = FORMS[form]
+        need(other in record, f'has "{form}" and no "{other}"')
+        rejected = record["rejected"]
+        several = isinstance(rejected, list) and not is_chat(rejected)
+        names = [f"rejected {i}" for i in range(len(rejected))] if several else ["rejected"]
+        sides = [record["chosen"], *(rejected if several else [rejected])]
+        need(len(sides) > 1, "rejected is empty")
+        return ["chosen", *names], sides, "ranking" if len(sides) == 2 else "best"
+    if form == "responses":
+        responses = record["responses"]
+        need(isinstance(responses, list) and responses, 'needs "responses" as a list of texts')
+        order, ranking = _order(record, len(responses))
+        return [f"response {i}" for i in ranking], [responses[i] for i in ranking], order
+    if form == "completion":
+        need("prompt" in record, 'a "completion" needs its "prompt"')
+        label = record.get("label")
+        need(label in (None, True, False), f'"label" is {label!r}, expected true or false')
+        order = "text" if label is None else "desirable" if label else "undesirable"
+        return [form], [record[form]], order
+    return [form], [record[form]], "text"
+
+
+def _finished(record: dict, form: str, n: int) -> list[bool]:
+    """Return what "finished" says of the responses, in the order of _sides."""
     finished = record.get("finished")
     if finished is None:
         return [True] * n
-    if isinstance(finished, bool) and "text" in record and "responses" not in record:
+    if isinstance(finished, bool) and n == 1:
         finished = [finished]
     is_list = isinstance(finished, list) and len(finished) == n
     right = is_list and all(isinstance(value, bool) for value in finished)
     need(right, f'"finished" is not a list of {n} true or false')
-    return finished
+    return [finished[i] for i in _order(record, n)[1]] if form == "responses" else finished
 
 
 def _order(record: dict, n: int) -> tuple[str, list[int]]:
-    """Return what is known of the order, and the indices of the responses, best first."""
-    if "chosen" in record or "rejected" in record:
-        return "ranking", [0, 1]
-    is_text = "text" in record and "responses" not in record
-    ranking = None if is_text else record.get("ranking")
-    best = record.get("best")
+    """Return what is known of the order, and the indices of "responses", best first."""
+    ranking, best = record.get("ranking"), record.get("best")
     if ranking is not None:
         indices = isinstance(ranking, list) and all(type(i) is int for i in ranking)
         right = indices and sorted(ranking) == list(range(n))
@@ -127,136 +167,146 @@ def _order(record: dict, n: int) -> tuple[str, list[int]]:
     return "text", list(range(n))
 
 
-# --- chat messages -------------------------------------------------------------------------------
-
-
-def plain_texts(record: dict, template=None) -> dict[str, str]:
-    """Turn chat messages into texts: by the model's chat template, or in Llama 2's format.
-
-    The prompt stands apart, or begins both conversations. Without a template there is one turn: a
-    system message perhaps, a user's, and the assistant's that is chosen or rejected.
-    """
-    prompt = record.get("prompt")
-    sides = [record.get("chosen"), record.get("rejected")]
-    for messages in sides if prompt is None else [*sides, prompt]:
-        mixed = 'messages and texts are mixed, or a message has no "content"'
-        need(_are_messages(messages), mixed)
-    if prompt is None:
-        prompt = sides[0][:-1]
-        differ = (
-            "chosen and rejected are different before their last message, and there is no prompt"
-        )
-        need(sides[1][:-1] == prompt, differ)
-        sides = [side[-1:] for side in sides]
-    if template is not None:
-        before, chosen = template.pair(prompt, sides[0])
-        _, rejected = template.pair(prompt, sides[1])
-        return {"prompt": before, "chosen": chosen, "rejected": rejected}
-    roles = [message.get("role") for message in prompt]
-    one_turn = roles in (["user"], ["system", "user"])
-    answers = all([message.get("role") for message in side] == ["assistant"] for side in sides)
-    turn = "only one turn is read, (system,) user, assistant"
-    need(one_turn and answers, f"a conversation of {roles}: {turn}")
-    system = f"<<SYS>>\n{prompt[0]['content']}\n<</SYS>>\n\n" if len(prompt) == 2 else ""
-    return {
-        "prompt": f"[INST] {system}{prompt[-1]['content'].strip()} [/INST]",
-        "chosen": f" {sides[0][0]['content'].strip()}",
-        "rejected": f" {sides[1][0]['content'].strip()}",
-    }
-
-
-def _are_messages(messages) -> bool:
-    return (
-        isinstance(messages, list)
-        and bool(messages)
-        and all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages)
-    )
+def _refuse_what_was_asked_elsewhere(record: dict, whole: str) -> None:
+    """Malformed for a question or a system message that the whole text lacks: it would be lost."""
+    for name in ASKED:
+        value = record.get(name)
+        held = isinstance(value, str) and value.strip() in whole
+        other = isinstance(value, str | list | dict) and value and not held
+        mend = "put there what is read before a response, or remove the key"
+        need(not other, f'"{name}" is not in the prompt: {mend}')
 
 
 # --- files ---------------------------------------------------------------------------------------
 
 
-def read_groups(path: str, template=None) -> list[RankedGroup]:
+def read_groups(
+    path: str, template: Template | None = None, bad: BadRecords | None = None
+) -> list[RankedGroup]:
     """Read a dataset file. ValueError naming file and line for the first malformed group.
 
     template  a ChatTemplate for messages; None: Llama 2's format
+    bad       gets the malformed groups instead
     """
+    bad = bad or BadRecords()
     ending = os.path.splitext(path)[1]
     if ending in TABLES:
         convert = (
             f'pd.{TABLES[ending]}("{path}").to_json("data.jsonl", orient="records", lines=True)'
         )
         raise ValueError(f"{path}: is a table; pandas converts it: import pandas as pd; {convert}")
-    groups = [
-        parse_group(record, f"{path} line {line}", line, template)
-        for line, record in read_jsonl(path)
-    ]
+    groups: list[RankedGroup] = []
+    for line, record in read_jsonl(path, bad):
+        try:
+            groups.append(parse_group(record, place(path, line), line, template))
+        except ValueError as error:
+            bad.add(str(error), first=not groups)
     if not groups:
-        raise ValueError(f"{path}: holds no groups")
+        bad.refuse_nothing_left(path, "groups")
     return groups
 
 
-def read_prompts(path: str) -> list[dict]:
-    """Read the records of a file of prompts.
+def remarks(path: str, groups: list[RankedGroup]) -> list[str]:
+    """Return what has to be said of how a file was read, a line each."""
+    lines = []
+    if cut := [group for group in groups if group.cut]:
+        end = unmark(cut[0].prompt)[-60:]
+        example = (
+            f"{len(cut)} of {len(groups)} have no prompt: it is what their responses share, in "
+        )
+        example += f"{numbered(path, cut[0].line)} " + (f"to its end {end!r}" if end else "nothing")
+        lines.append(f'{path}: {example} ("prompt": "" is none)')
+    if spaced := [group for group in groups if group.prompt.endswith(" ")]:
+        where = f"{len(spaced)} of {len(groups)} prompts end in a space"
+        lines.append(f"{path}: {where}; {NO_SPACE}")
+    return lines
+
+
+def read_prompts(path: str) -> list[tuple[int, dict]]:
+    """Read the (line, record)s of a file of prompts.
 
     ValueError naming the line of one without a "prompt".
     """
-    records = []
-    for line, record in read_jsonl(path):
+    records = read_jsonl(path)
+    for line, record in records:
         prompt = record.get("prompt") if isinstance(record, dict) else None
-        if not isinstance(prompt, str) or not is_unicode(prompt):
-            raise ValueError(f'{path} line {line}: no "prompt", or none in Unicode')
-        records.append(record)
+        if fault := unreadable(prompt):
+            raise ValueError(f"{place(path, line)}: its prompt {fault}")
+    if not records:
+        raise ValueError(f"{path}: holds no prompts")
     return records
 
 
-def read_stories(path: str) -> list[dict]:
+def read_stories(path: str, bad: BadRecords | None = None) -> list[dict]:
     """Read records of {"text", "prompt"}, as generate writes them; a missing prompt is "".
 
-    ValueError naming file and line for anything else.
+    bad  gets anything else instead of a ValueError that names file and line
     """
-    stories = []
-    for line, record in read_jsonl(path):
-        where = f"{path} line {line}"
-        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-            expected = '{"text": "..."}, as `tinystories_data.py generate` writes'
-            raise ValueError(f'{where}: no "text"; expected {expected}')
-        parse_group(record, where, line)
-        stories.append(record | {"prompt": record.get("prompt", "")})
+    bad = bad or BadRecords()
+    stories: list[dict] = []
+    for line, record in read_jsonl(path, bad):
+        try:
+            stories.append(_story(record, place(path, line), line))
+        except ValueError as error:
+            bad.add(str(error), first=not stories)
     if not stories:
-        raise ValueError(f"{path}: holds no stories")
+        bad.refuse_nothing_left(path, "stories")
     return stories
 
 
-def require(groups: list[RankedGroup], need: str, path: str, loss: str) -> None:
-    """ValueError, naming the line, where a group does not tell what the loss has to know.
+def _story(record, where: str, line: int) -> dict:
+    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+        expected = '{"text": "..."}, as `tinystories_data.py generate` writes'
+        raise ValueError(f'{where}: no "text"; expected {expected}')
+    group = parse_group(
+        {key: record.get(key) for key in ("prompt", "text", "finished")}, where, line
+    )
+    return record | {"prompt": group.prompt}
+
+
+def require(
+    groups: list[RankedGroup], need: str, path: str, loss: str, bad: BadRecords | None = None
+) -> list[RankedGroup]:
+    """Return the groups that tell what the loss has to know: all of them.
 
     need  as in losses.Loss.data: "text", "best", "pair" or "ranking"
+    bad   gets the others, instead of a ValueError that names file and line
     """
-    size = len(groups[0].responses)
+    bad = bad or BadRecords()
+    good: list[RankedGroup] = []
     for group in groups:
-        where = f"{path} line {group.line}"
-        n = len(group.responses)
-        if n != size:
-            first = groups[0].line
-            raise ValueError(
-                f"{where}: group has {n} responses, expected {size} as in line {first}"
-            )
-        if need in ("pair", "ranking") and group.order == "text":
-            plain = f"--loss={loss} needs preferences, and this is text"
-            rank = "`python tinystories_data.py rank` makes rankings of generated stories"
-            raise ValueError(f"{where}: {plain}; {rank}")
-        if need == "pair" and group.order == "best":
-            best = f"--loss={loss} compares pairs, and of this group only the best is known"
-            raise ValueError(f"{where}: {best}; make pairs of the file of full rankings")
-        if need == "pair" and n != 2:
-            has = f"--loss={loss} compares pairs, the group has {n} responses"
-            convert = f"python tinystories_data.py pairs --data={path} --out=pairs.jsonl"
-            raise ValueError(f"{where}: {has}; make some: {convert}")
-        if need == "ranking" and group.order != "ranking":
-            full = f"--loss={loss} needs a full ranking, and of this group only the best is known"
-            fits = "spo_bon, sdpo_bon and best_sft are for such data"
-            raise ValueError(f"{where}: {full}; {fits}")
-        if need == "best" and group.order == "text" and n > 1:
-            named = 'the best response named ("best" or "ranking")'
-            raise ValueError(f"{where}: --loss={loss} needs {named}")
+        lacking = _lacking(group, need, path, loss)
+        n, size = len(group.responses), len((good or groups)[0].responses)
+        if not lacking and n != size:
+            as_in = numbered(path, good[0].line)
+            lacking = f"group has {n} responses, expected {size} as in {as_in}"
+        if lacking:
+            bad.add(f"{place(path, group.line)}: {lacking}", first=not good)
+        else:
+            good.append(group)
+    if not good:
+        bad.refuse_nothing_left(path, f"groups for --loss={loss}")
+    return good
+
+
+def _lacking(group: RankedGroup, need: str, path: str, loss: str) -> str:
+    """Say what a group does not tell, and what to do; "" if it tells all."""
+    n = len(group.responses)
+    if group.order in ("desirable", "undesirable"):
+        unpaired = "{prompt, completion, label} is unpaired data, for --loss=kto"
+        return "" if loss == "kto" else f"{unpaired}, and not for {loss}"
+    if need in ("pair", "ranking") and group.order == "text":
+        rank = "`python tinystories_data.py rank` makes rankings of generated stories"
+        return f"--loss={loss} needs preferences, and this is text; {rank}"
+    if need == "pair" and group.order == "best":
+        best = f"--loss={loss} compares pairs, and of this group only the best is known"
+        return f"{best}; make pairs of the file of full rankings, or use spo_bon or sdpo_bon"
+    if need == "pair" and n != 2:
+        convert = f"python tinystories_data.py pairs --data={path} --out=pairs.jsonl"
+        return f"--loss={loss} compares pairs, the group has {n} responses; make some: {convert}"
+    if need == "ranking" and group.order != "ranking":
+        full = f"--loss={loss} needs a full ranking, and of this group only the best is known"
+        return f"{full}; spo_bon, sdpo_bon and best_sft are for such data"
+    if need == "best" and group.order == "text" and n > 1:
+        return f'--loss={loss} needs the best response named ("best" or "ranking")'
+    return ""

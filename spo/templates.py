@@ -45,8 +45,42 @@ def read_template(tokenizer_path: str) -> tuple[str | None, dict[str, str]]:
     return source, {name: token for name, token in tokens.items() if isinstance(token, str)}
 
 
-class TemplateError(ValueError):
-    """Messages that a template refuses, in words; the reader adds file and line."""
+class Malformed(ValueError):
+    """What is wrong with a record, or why a template refuses it; the reader adds file and line."""
+
+
+class Llama2Format:
+    """Llama 2's format, for a model whose folder brings no template: `[INST] question [/INST]`."""
+
+    asks_for_the_date = False
+    name = path = "Llama 2's chat format"
+
+    def pair(self, prompt: list[dict], answer: list[dict]) -> tuple[str, str]:
+        """Return (prompt, response): what is asked, with the turns before it, and the answer."""
+        return self._render(prompt), f" {answer[0]['content'].strip()}"
+
+    def whole(self, messages: list[dict]) -> str:
+        return self._render(messages)
+
+    def _render(self, messages: list[dict]) -> str:
+        system = ""
+        if messages[0]["role"] == "system":
+            system, messages = f"<<SYS>>\n{messages[0]['content']}\n<</SYS>>\n\n", messages[1:]
+        roles = [message["role"] for message in messages]
+        turns = ["user", "assistant"] * len(roles)
+        if not roles or roles != turns[: len(roles)]:
+            said = f"a conversation of {', '.join(roles) or 'a system message alone'}"
+            raise Malformed(f"{said}: {self.path} has (system,) user, assistant, user ...")
+        text = ""
+        between = f" {OPEN}</s>{CLOSE}{OPEN}<s>{CLOSE} "
+        for place, message in enumerate(messages):
+            content = message["content"].strip()
+            if message["role"] == "user":
+                text += f"{between if place else ''}[INST] {system}{content} [/INST]"
+                system = ""
+            else:
+                text += f" {content}"
+        return text
 
 
 class NoTemplate:
@@ -59,7 +93,10 @@ class NoTemplate:
 
     def pair(self, prompt: list[dict], answer: list[dict]) -> tuple[str, str]:
         none = "no chat template (tokenizer_config.json or chat_template.jinja)"
-        raise TemplateError(f"{none} beside {self.path}: give texts, or the chat model's folder")
+        raise Malformed(f"{none} beside {self.path}: give texts, or the chat model's folder")
+
+    def whole(self, messages: list[dict]) -> str:
+        return self.pair(messages, [])[0]
 
 
 class ChatTemplate:
@@ -74,6 +111,7 @@ class ChatTemplate:
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         self.path, self.tokens = path, tokens
+        self.name = f"the chat template beside {path}"
         names = sorted(special, key=len, reverse=True)
         self.special = re.compile("|".join(map(re.escape, names))) if names else None
         self.asks_for_the_date = "strftime_now" in source
@@ -99,7 +137,7 @@ class ChatTemplate:
                 messages=safe, add_generation_prompt=answer_next, **self.tokens
             )
         except Exception as error:  # a template is a program, and may fail in any way
-            raise TemplateError(f"the chat template of {self.path} refuses it: {error}") from None
+            raise Malformed(f"the chat template of {self.path} refuses it: {error}") from None
         if self.special is not None:
             text = self.special.sub(lambda match: f"{OPEN}{match[0]}{CLOSE}", text)
         return text.replace(BROKEN, "")
@@ -107,7 +145,7 @@ class ChatTemplate:
     def _broken(self, content: str) -> str:
         """Put a mark into special tokens that a message spells, so that they stay letters."""
         if any(mark in content for mark in (OPEN, CLOSE, BROKEN)):
-            raise TemplateError("a message holds U+E000, U+E001 or U+E002, which are used as marks")
+            raise Malformed("a message holds U+E000, U+E001 or U+E002, which are used as marks")
         if self.special is None:
             return content
         return self.special.sub(lambda match: match[0][:1] + BROKEN + match[0][1:], content)
@@ -117,10 +155,11 @@ class ChatTemplate:
         before = self.render(prompt, answer_next=True)
         whole = self.render([*prompt, *answer], answer_next=False)
         if not whole.startswith(before):
-            raise TemplateError(
-                f"the chat template of {self.path} changes the prompt with the answer"
-            )
+            raise Malformed(f"the chat template of {self.path} changes the prompt with the answer")
         return before, whole[len(before) :]
+
+    def whole(self, messages: list[dict]) -> str:
+        return self.render(messages, answer_next=False)
 
 
 def refuse(reason: str):

@@ -4,6 +4,7 @@ import base64
 import functools
 import math
 import os
+import re
 import struct
 
 from sentencepiece import SentencePieceProcessor
@@ -32,9 +33,12 @@ class Llama3:
         r" ?[^\s\p{L}\p{N}]+[\r\n]*|"
         r"\s*[\r\n]+|\s+(?!\S)|\s+"
     )
-    RESERVED = (
-        256  # special tokens after the pieces: begin_of_text is the first, end_of_text the second
-    )
+    RESERVED = 256  # special tokens after the pieces
+    # The file does not name them, Meta's code does; 8 and 10 only from Llama 3.1 on.
+    NAMED = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id"}
+    NAMED |= {8: "eom_id", 9: "eot_id", 10: "python_tag"}
+    # tiktoken fails on long runs of one kind; Meta cuts them so, and its ids are these.
+    LONGEST_TEXT, LONGEST_RUN = 400_000, 25_000
 
     def __init__(self, path: str):
         from tiktoken import Encoding
@@ -45,13 +49,29 @@ class Llama3:
                 for piece, rank in map(bytes.split, f)
             }
         self.first = len(ranks)
-        special = {f"<|special_{i}|>": self.first + i for i in range(self.RESERVED)}
+        names = [f"<|special_{i}|>" for i in range(self.RESERVED)]
+        for i, name in self.NAMED.items():
+            names[i] = f"<|{name}|>"
+        special = {name: self.first + i for i, name in enumerate(names)}
+        self.special = {names[i]: self.first + i for i in self.NAMED}
         self.encoding = Encoding(
             "llama3", pat_str=self.PATTERN, mergeable_ranks=ranks, special_tokens=special
         )
 
     def encode(self, text: str) -> list[int]:
-        return self.encoding.encode(text, disallowed_special=())
+        parts = [text]
+        if len(text) > self.LONGEST_RUN:
+            starts = range(0, len(text), self.LONGEST_TEXT)
+            parts = [text[start : start + self.LONGEST_TEXT] for start in starts]
+            parts = [run for part in parts for run in self._runs(part)]
+        return [i for part in parts for i in self.encoding.encode(part, disallowed_special=())]
+
+    def _runs(self, text: str) -> list[str]:
+        """Cut a text inside every run of white space, or of other characters, that is too long."""
+        cuts = [0]
+        for run in re.finditer(r"\s+|\S+", text):
+            cuts += range(run.start() + self.LONGEST_RUN, run.end(), self.LONGEST_RUN)
+        return [text[start:end] for start, end in zip(cuts, [*cuts[1:], None], strict=True)]
 
     def decode(self, ids: list[int]) -> str:
         return self.encoding.decode([i for i in ids if i < self.first])
@@ -121,10 +141,8 @@ class Tokenizer:
     @functools.cached_property
     def special(self) -> dict[str, int]:
         """{special token: id}: those that a chat template may write."""
-        if self.kind == "json":
+        if self.kind != "sentencepiece":
             return self.model.special
-        if self.kind == "tiktoken":  # its file does not name them
-            return {}
         ids = filter(self.model.is_control, range(self.vocab_size))
         return {self.model.id_to_piece(i): i for i in ids}
 
@@ -154,6 +172,8 @@ class Tokenizer:
         """Encode special token, text, special token, text ..."""
         ids: list[int] = []
         for token, text in zip(parts[::2], parts[1::2], strict=True):
+            if token not in self.special:
+                raise ValueError(f"{self.path}: {token!r} is none of its special tokens")
             ids.append(self.special[token])
             ids += self._encode_inside(text)
         return ids
@@ -172,8 +192,9 @@ class Tokenizer:
         newline, which is a byte of its own and joins nothing, it does not. Behind an empty prompt
         the text begins.
         """
-        if not prompt:
-            return self.encode(text)
+        if not prompt:  # a whole conversation may bring the BOS that is there already
+            ids = self.encode(text)
+            return ids[1:] if self.adds_bos and ids[:1] == [self.bos_id] else ids
         first, *rest = MARKED.split(text)
         return self._encode_inside(first) + self._encode_marked(rest)
 

@@ -181,15 +181,15 @@ def test_trls_files_are_read_as_they_are(tmp_path):
                 "chosen": [say("user", "a"), say("assistant", "b")],
                 "rejected": [say("user", "c"), say("assistant", "b")],
             },
-            "are different before",
+            "are different in their first message",
         ),
         (
             {
-                "prompt": [say("user", "1"), say("assistant", "2"), say("user", "3")],
+                "prompt": [say("user", "1"), say("user", "2"), say("user", "3")],
                 "chosen": [say("assistant", "a")],
                 "rejected": [say("assistant", "b")],
             },
-            "only one turn is read",
+            "a conversation of user, user, user: Llama 2's chat format has (system,) user, assis",
         ),
         (
             {
@@ -197,12 +197,12 @@ def test_trls_files_are_read_as_they_are(tmp_path):
                 "chosen": [say("assistant", "a")],
                 "rejected": [say("assistant", "b")],
             },
-            'no "content"',
+            "the content of message 1 of prompt is missing",
         ),
-        ({"prompt": [], "chosen": [], "rejected": []}, "messages and texts are mixed"),
+        ({"prompt": [], "chosen": [], "rejected": []}, "rejected is empty"),
     ],
 )
-def test_conversations_that_are_not_one_turn_are_refused_by_line(tmp_path, record, message):
+def test_conversations_that_nobody_can_read_are_refused_by_line(tmp_path, record, message):
     with pytest.raises(ValueError, match="d.jsonl line 1: ") as error:
         read_groups(write(tmp_path / "d.jsonl", record))
     assert message in str(error.value)

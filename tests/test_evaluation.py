@@ -361,9 +361,9 @@ def test_sample_compares_two_models_side_by_side(workshop, tokenizer, capsys):
     printed = capsys.readouterr().out
     titles = [line.split() for line in printed.splitlines() if "start.pt" in line]
     assert titles == [["start.pt", "other.pt"]] * 2
-    alone = sample.stories_of(
-        sample.SampleConfig(tokenizer=tokenizer.path, max_new_tokens=12), "other.pt", [""]
-    )
+    config = sample.SampleConfig(tokenizer=tokenizer.path, max_new_tokens=12)
+    loaded = sample.load(config, "other.pt", "cpu")
+    alone = sample.stories_of(config, "other.pt", *loaded, [""])
     first = alone[0]["text"].split()[0]
     assert first in printed
     for flag in ("--out=x.jsonl", "--prompts=x.jsonl"):

@@ -154,4 +154,4 @@ def test_a_byte_order_mark_and_columns_of_nulls_are_read(workshop, tmp_path, cap
         data.main(["check", f"--data={path}"])
     printed = capsys.readouterr().out
     assert "2 of 2 responses, known of their order: ranking" in printed
-    assert "2 of 1 responses, known of their order: text" in printed
+    assert "2 of 1 response, known of their order: text" in printed

@@ -173,7 +173,7 @@ def test_what_no_model_can_be_asked_is_refused(tmp_path, common):
     prompts = tmp_path / "p.jsonl"
     prompts.write_text('{"prompt": "\\ud800"}\n')
     for flag, message in (
-        (f"--prompts={prompts}", 'p.jsonl line 1: no "prompt"'),
+        (f"--prompts={prompts}", r"p.jsonl line 1: its prompt holds .ud800, half of"),
         ("--temperature=nan", "--temperature=nan: must be finite, 0 or more"),
     ):
         with pytest.raises(ValueError, match=message):

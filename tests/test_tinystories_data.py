@@ -47,9 +47,9 @@ def test_every_format_is_read_best_first(tmp_path):
         ("[1]", "not a JSON object"),
         ({"prompt": 3, "text": "a"}, "prompt is not a text"),
         ({"responses": []}, "needs"),
-        ({"chosen": "a"}, "a response is missing"),
+        ({"chosen": "a"}, 'has "chosen" and no "rejected"'),
         ({"responses": ["a", 2]}, "not a text"),
-        ('{"text": "half \\ud800 a pair"}', "not a text"),
+        ('{"text": "half \\ud800 a pair"}', "text holds \\ud800, half of a surrogate pair"),
         ({"responses": ["a", "b"], "ranking": [1, 1]}, "no permutation of 0..1"),
         ({"responses": ["a", "b"], "ranking": [True, False]}, "no permutation"),
         ({"responses": ["a", "b"], "ranking": [1, 2]}, "no permutation"),
@@ -197,14 +197,17 @@ def test_groups_never_mix_prompts():
         ["x0", "x1"],
         ["y0", "y1"],
         ["z0", "z1"],
-    ] and not left_out
+    ] and left_out == {"fewer than 2 to one prompt": 3}
     assert tile_evenly(["x", "y"], 6) == ["x", "x", "x", "y", "y", "y"]
 
 
 def test_groups_that_no_judge_could_rank_are_left_out_and_counted():
     stories = [{"prompt": "", "text": t} for t in ("a", "b", "a", "a", "a", " ")]
     groups, left_out = data.group_stories(stories, 2)
-    assert groups == [stories[:2]] and left_out == {"identical stories": 1, "an empty story": 1}
+    assert groups == [stories[:2]] and left_out == {
+        "in a group with identical stories": 2,
+        "in a group with an empty story": 2,
+    }
 
 
 def test_from_generate_to_check(tmp_path, tokenizer, capsys):
