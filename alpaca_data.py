@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from spo.config import Commands, flag, main_program
 from spo.download import fetch
-from spo.files import check_output, is_unicode, read_json, write_jsonl
+from spo.files import BadRecords, check_output, place, read_json, text_fault, write_jsonl
 
 WITH_INPUT = """\
 Below is an instruction that describes a task, paired with an input that provides further context. Write a response that \
@@ -52,19 +52,26 @@ def prompt_of(instruction: str, given: str) -> str:
     return before + instruction + after.replace("{input}", given, 1)
 
 
-def read_json_list(path: str, texts: tuple[str, ...]) -> list[dict]:
-    """Return the records of a JSON file, each with these texts.
+def read_json_list(
+    path: str, texts: tuple[str, ...], bad: BadRecords | None = None
+) -> list[tuple[str, dict]]:
+    """Return the (place, record)s of a JSON file, each with these texts.
 
-    ValueError naming file and record.
+    bad  gets other records, instead of a ValueError naming file and record
     """
-    records = read_json(path)
-    if not isinstance(records, list) or not records:
+    bad = bad or BadRecords()
+    content = read_json(path)
+    if not isinstance(content, list) or not content:
         raise ValueError(f"{path}: not a list of records, as AlpacaFarm publishes them")
-    for index, record in enumerate(records):
-        for name in texts:
-            text = record.get(name) if isinstance(record, dict) else None
-            if not isinstance(text, str) or not is_unicode(text):
-                raise ValueError(f'{path} record {index}: no "{name}"')
+    records: list[tuple[str, dict]] = []
+    for number, record in enumerate(content, start=1):
+        where = place(path, number)
+        found = record if isinstance(record, dict) else {}
+        faults = [f'"{name}" {fault}' for name in texts if (fault := text_fault(found.get(name)))]
+        if faults:
+            bad.add(f"{where}: {faults[0]}", first=not records)
+        else:
+            records.append((where, record))
     return records
 
 
@@ -73,34 +80,38 @@ def given_in(record: dict) -> str:
     return record["input"] if isinstance(record.get("input"), str) else ""
 
 
-def sft_records(path: str) -> list[dict]:
-    records = read_json_list(path, ("instruction", "output"))
+def sft_records(path: str, bad: BadRecords | None = None) -> list[dict]:
     return [
         {"prompt": prompt_of(r["instruction"], given_in(r)), "responses": [r["output"]]}
-        for r in records
+        for _, r in read_json_list(path, ("instruction", "output"), bad)
     ]
 
 
-def preference_records(path: str) -> tuple[list[dict], Counter]:
+def preference_records(path: str, bad: BadRecords | None = None) -> tuple[list[dict], Counter]:
     """Pairs, and why others are left out, as {reason: count}.
 
-    Preference 1 or 2 names the output that was preferred.
+    Preference 1 or 2 names the output that was preferred, and a number between them, as AlpacaEval
+    2 weighs them, the nearer one. 0 and 1.5 are ties; null is an annotator's failure.
     """
-    pairs, left_out = [], Counter()
-    for index, r in enumerate(read_json_list(path, ("instruction", "output_1", "output_2"))):
+    bad = bad or BadRecords()
+    pairs: list[dict] = []
+    left_out: Counter = Counter()
+    for where, r in read_json_list(path, ("instruction", "output_1", "output_2"), bad):
         outputs, preference = (r["output_1"], r["output_2"]), r.get("preference")
-        if type(preference) not in (int, float) or not 0 <= preference <= 2:
-            raise ValueError(
-                f'{path} record {index}: "preference" is {preference!r}, expected 1 or 2'
-            )
-        if preference not in (1, 2):
+        is_number = type(preference) in (int, float)
+        if preference is None and "preference" in r:
+            left_out["preference null"] += 1
+        elif not is_number or not (preference == 0 or 1 <= preference <= 2):
+            wrong = f'"preference" is {preference!r}, expected 1 to 2'
+            bad.add(f"{where}: {wrong}", first=not pairs)
+        elif preference in (0, 1.5):
             left_out["no side preferred"] += 1
         elif outputs[0].strip() == outputs[1].strip():
             left_out["identical outputs"] += 1
         elif not all(map(str.strip, outputs)):
             left_out["an empty output"] += 1
         else:
-            chosen = int(preference) - 1
+            chosen = int(preference > 1.5)
             pairs.append(
                 {
                     "prompt": prompt_of(r["instruction"], given_in(r)),
@@ -111,18 +122,17 @@ def preference_records(path: str) -> tuple[list[dict], Counter]:
     return pairs, left_out
 
 
-def instruction_records(path: str) -> list[dict]:
+def instruction_records(path: str, bad: BadRecords | None = None) -> list[dict]:
     """Prompts that remember their instruction (and dataset), which alpaca_eval wants back with the
     outputs.
     """
-    records = read_json_list(path, ("instruction",))
     return [
         {
             "prompt": prompt_of(r["instruction"], given_in(r)),
             "instruction": r["instruction"],
             "dataset": str(r.get("dataset", "")),
         }
-        for r in records
+        for _, r in read_json_list(path, ("instruction",), bad)
     ]
 
 
@@ -140,8 +150,8 @@ class DownloadConfig:
 
 @commands.add
 def download(config: DownloadConfig) -> None:
-    for name, place in FILES.items():
-        url = f"{config.hub_url.rstrip('/')}/datasets/{place}"
+    for name, address in FILES.items():
+        url = f"{config.hub_url.rstrip('/')}/datasets/{address}"
         fetch(url, os.path.join(config.data_dir, name), config.sha256)
 
 
@@ -149,31 +159,44 @@ def download(config: DownloadConfig) -> None:
 class ConvertConfig:
     data: str = flag("", "the published JSON", required=True)
     out: str = flag("", "the JSONL to write", required=True)
+    skip_bad: bool = flag(False, "leave out and name records that cannot be read")
 
 
 @commands.add
 def sft(config: ConvertConfig) -> None:
-    check_output("--out", config.out, config.data)
-    write(config, sft_records(config.data))
+    bad = start(config)
+    write(config, sft_records(config.data, bad), bad)
 
 
 @commands.add
 def preferences(config: ConvertConfig) -> None:
-    check_output("--out", config.out, config.data)
-    records, left_out = preference_records(config.data)
-    write(config, records, left_out)
+    bad = start(config)
+    records, left_out = preference_records(config.data, bad)
+    write(config, records, bad, left_out)
 
 
 @commands.add
 def instructions(config: ConvertConfig) -> None:
+    bad = start(config)
+    write(config, instruction_records(config.data, bad), bad)
+
+
+def start(config: ConvertConfig) -> BadRecords:
     check_output("--out", config.out, config.data)
-    write(config, instruction_records(config.data))
+    return BadRecords(config.skip_bad)
 
 
-def write(config: ConvertConfig, records: list[dict], left_out: Counter | None = None) -> None:
+def write(
+    config: ConvertConfig, records: list[dict], bad: BadRecords, left_out: Counter | None = None
+) -> None:
+    """ValueError, with nothing written, if no record is left."""
+    reasons = "".join(f", {count} left out: {reason}" for reason, count in (left_out or {}).items())
+    if bad.report:
+        print(bad.report)
+    if not records:
+        bad.refuse_nothing_left(config.data, f"records that can be used{reasons}")
     write_jsonl(config.out, records)
-    reasons = [f", {count} left out: {reason}" for reason, count in (left_out or {}).items()]
-    print(f"{config.out}: {len(records)} records{''.join(reasons)}")
+    print(f"{config.out}: {len(records)} records{reasons}")
 
 
 main = commands.run

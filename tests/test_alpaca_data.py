@@ -60,6 +60,7 @@ def test_preferences_become_pairs_with_only_the_response_scored(tmp_path, tokeni
             record(1.5),
             record(1, "a", "a "),
             record(2, "", "b"),
+            record(None),
         ],
     )
     out = tmp_path / "pairs.jsonl"
@@ -69,6 +70,7 @@ def test_preferences_become_pairs_with_only_the_response_scored(tmp_path, tokeni
         "2 records" in printed
         and "2 left out: no side preferred" in printed
         and "1 left out: an empty output" in printed
+        and "1 left out: preference null" in printed
     )
     pairs = read(out)
     assert [(p["chosen"], p["rejected"]) for p in pairs] == [
@@ -105,16 +107,20 @@ def test_sft_and_instructions(tmp_path):
 @pytest.mark.parametrize(
     "content,message",
     [
+        (
+            '[{"instruction": "a", "output_1": "b", "output_2": "c", "preference": 0}]',
+            "holds no rec",
+        ),
         ("[]", "not a list of records"),
         ("{", "not JSON"),
-        ('[{"instruction": "a"}]', 'record 0: no "output_1"'),
+        ('[{"instruction": "a"}]', 'record 1: "output_1" is missing'),
         (
             '[{"instruction": "a", "output_1": "b", "output_2": "c", "preference": "1"}]',
-            "record 0: \"preference\" is '1'",
+            "record 1: \"preference\" is '1'",
         ),
         (
             '[{"instruction": "\\ud800", "output_1": "b", "output_2": "c", "preference": 1}]',
-            'record 0: no "instruction"',
+            'record 1: "instruction" holds',
         ),
     ],
 )
@@ -249,3 +255,26 @@ def test_answers_are_written_as_alpaca_eval_reads_them(tmp_path, tokenizer, monk
     ):
         with pytest.raises(ValueError):
             sample.main([*common[:2], *wrong])
+
+
+def test_weighted_preferences_and_bad_records_among_many(tmp_path, capsys):
+    """AlpacaEval 2 writes 1 to 2; --skip_bad names what cannot be read."""
+    common = {"instruction": "Pick.", "output_1": "First.", "output_2": "Second."}
+    records = [common | {"preference": value} for value in (1.0000041, 1.4999, 1.5001, 1.99998)]
+    bad = [common | {"preference": 0.5}, "no record", {"instruction": 3}]
+    path, out = dump(tmp_path / "p.json", [*records, *bad]), tmp_path / "pairs.jsonl"
+    command = ["preferences", f"--data={path}", f"--out={out}"]
+    with pytest.raises(
+        ValueError, match='record 6: "instruction" is missing; --skip_bad leaves such'
+    ):
+        alpaca_data.main(command)
+    assert not out.exists()
+    alpaca_data.main([*command, "--skip_bad"])
+    assert [r["chosen"] for r in read(out)] == ["First."] * 2 + ["Second."] * 2
+    printed = capsys.readouterr().out
+    assert "3 left out by --skip_bad" in printed and 'record 6: "instruction" is missing' in printed
+
+
+def test_alpaca_eval_takes_one_answer(tmp_path):
+    with pytest.raises(ValueError, match="--num_samples=2: alpaca_eval takes one answer"):
+        sample.main(["--prompts=p.jsonl", f"--out={tmp_path / 'a.json'}", "--num_samples=2"])
