@@ -13,7 +13,6 @@ import abc
 import difflib
 import hashlib
 import json
-import math
 import re
 import secrets
 import string
@@ -21,11 +20,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from spo import offline_judge
-from spo.chat import Chat, ChatFlags, as_done
+from spo.chat import Chat, Stopped, as_done
+from spo.chat_flags import OPENAI, ChatFlags
 from spo.config import flag, main_program, non_default, parse, refuse_if
 from spo.diversity import Diversity
+from spo.prices import token_counter
 from spo.progress import progress, show_beside
 from spo.records import read_stories
+from spo.unusable import MOST, advice, name_invalid, why_unusable
 from spo.win_rate import MAX_INVALID, WinRate, win_rate
 
 # --- what a language model is asked, and what it concludes ---------------------------------------
@@ -215,6 +217,10 @@ def position_bias(results: list[BothOrders], n: int) -> str:
 # --- judges --------------------------------------------------------------------------------------
 
 
+# What no server refuses for its content or its length.
+HARMLESS = ["A cat sat on a mat and slept.", "A small dog ran through the green park."]
+
+
 @dataclass
 class JudgeFlags(ChatFlags):
     judge: str = flag(
@@ -241,10 +247,10 @@ class Judge(abc.ABC):
     name    for the table
     score   of a text, a number; None: this judge only ranks
     status  for a progress bar: what it has cost, what it waits for
-    note    what has to be said at the end
+    note    what has to be said at the end;  advice: what may help where rankings were invalid
     """
 
-    name = status = note = ""
+    name = status = note = advice = ""
     score: Callable[[str], float] | None = None
 
     @abc.abstractmethod
@@ -260,6 +266,10 @@ class Judge(abc.ABC):
     def estimate(self, groups: list[list[str]]) -> str:
         """Say what judging these groups in both orders would ask and cost; ask nothing."""
 
+    def why_invalid(self, stories: list[str]) -> str:
+        """Say why a group has no valid rankings."""
+        return ""
+
     def compare(self, policy: list[str], baseline: list[str], label: str | None = None) -> WinRate:
         """Return the win-rate of policy story i against baseline story i.
 
@@ -269,7 +279,9 @@ class Judge(abc.ABC):
             counts = f"{len(policy)} stories against {len(baseline)}"
             raise ValueError(f"{counts}: they are compared one to one")
         pairs = [list(pair) for pair in zip(policy, baseline, strict=True)]
-        return win_rate_of(pairs, rank_in_both_orders(self, pairs, label))
+        results = rank_in_both_orders(self, pairs, label)
+        name_invalid(pairs, results, self.why_invalid)
+        return win_rate_of(pairs, results)
 
 
 def win_rate_of(pairs: list[list[str]], results: list[BothOrders]) -> WinRate:
@@ -286,6 +298,7 @@ class OfflineJudge(Judge):
     def rank_all(
         self, groups: list[list[str]], on_wait: Callable
     ) -> Iterator[tuple[int, list[int] | None]]:
+        self.note = offline_judge.remark([story for stories in groups for story in stories])
         return ((index, offline_judge.rank(stories)) for index, stories in enumerate(groups))
 
     def estimate(self, groups: list[list[str]]) -> str:
@@ -299,10 +312,13 @@ class ApiJudge(Judge):
         self.flags = flags
         self.template = read_template(flags.prompt)
         self.prompt_hash = digest(self.template, CONCLUSION)
-        temperature = f"temperature {flags.judge_temperature:g}"
-        self.name = f"{flags.judge}, prompt {self.prompt_hash}, {temperature}"
-        self.chat = Chat(flags.judge, flags)
+        self.chat = Chat(flags.judge, flags, fill(self.template, HARMLESS, make_fence(HARMLESS)))
+        shown = flags.judge_temperature
+        self.temperature = "none" if shown is None else f"{shown:g}"
+        self.name = f"{flags.judge}, prompt {self.prompt_hash}, temperature {self.temperature}"
         self.asked_again: set[str] = set()  # keys whose first reply was unusable
+        self.invalid: dict[str, str] = {}  # key -> why
+        self.usable = self.unusable = 0  # replies, the journal's among the usable ones
 
     @property
     def status(self) -> str:
@@ -310,46 +326,70 @@ class ApiJudge(Judge):
 
     @property
     def note(self) -> str:
-        """Cost, second attempts, requests that were lost on the way."""
+        """Cost, second attempts, requests that were lost on the way; what was invalid, and why."""
         journal = self.chat.journal
         uncertain = sum(journal.open_asks.values())
         asked = f"{len(self.asked_again)} asked again, {self.chat.lost} requests lost"
         of_which = f"of which ${uncertain:.4f} uncertain (asked, no answer came)"
-        return f"{asked}; {journal.path}: ${journal.spent:.4f}, {of_which}"
+        skipped = f"; {journal.skipped} damaged lines skipped" if journal.skipped else ""
+        if self.chat.untold and self.chat.price(1, 1):
+            skipped += f"; {self.chat.untold} replies without usage, booked at their most"
+        spent = f"{asked}; {journal.path}: ${journal.spent:.4f}, {of_which}{skipped}"
+        return f"{spent}\ninvalid: {self.advice}" if self.invalid else spent
+
+    @property
+    def advice(self) -> str:
+        """Say why questions are invalid, how many of how many, and what may help."""
+        reasons = list(self.invalid.values())
+        return advice(reasons, self.usable, self.flags, self.flags.judge_attempts)
 
     def key(self, stories: list[str]) -> str:
         """Return what a reply is kept under: judge, prompt and stories, in the order shown."""
-        judge = f"{self.flags.judge} {self.flags.judge_temperature:g}"
+        extra = f" {digest(self.flags.judge_extra)}" if self.flags.judge_extra else ""
+        judge = f"{self.flags.judge} {self.temperature}{extra}"
         return f"{judge} {self.prompt_hash} {digest(*stories)}"
 
     def known(self, key: str, n: int) -> tuple[list[int] | None, int]:
         """Return the journal's ranking of n stories (or None), and how many replies were unusable.
 
-        A reply that was cut at a lower limit than today's does not count.
+        A reply that was cut at a lower limit than today's does not count. A refusal counts as the
+        two attempts that it would get.
         """
         unusable = 0
         for reply in self.chat.journal.replies.get(key, []):
-            reason = reply["finish_reason"]
-            if reason not in ("length", "content_filter"):
-                ranking = parse_conclusion(reply["text"], n, reply["fence"])
-                if ranking is not None:
-                    return ranking, unusable
+            why = why_unusable(reply)
+            ranking = None if why else parse_conclusion(reply["text"], n, reply["fence"])
+            if ranking is not None:
+                self.invalid.pop(key, None)
+                return ranking, unusable
             limit = reply.get("max_tokens", 0)
-            could_be_longer = reason == "length" and limit < self.flags.judge_max_tokens
-            unusable += not could_be_longer
+            could_be_longer = why.startswith("cut") and limit < self.flags.judge_max_tokens
+            unusable += 0 if could_be_longer else 2 if why.startswith("refused") else 1
+            self.invalid[key] = why or "without a conclusion"
         return None, unusable
 
     def rank(self, stories: list[str]) -> list[int] | None:
         """Return the model's ranking; None if judge_attempts replies in all were unusable."""
         key = self.key(stories)
         ranking, unusable = self.known(key, len(stories))
+        tries = unusable
         while ranking is None and unusable < self.flags.judge_attempts:
             fence = make_fence(stories)
             self.chat.complete(key, fill(self.template, stories, fence), fence=fence)
             ranking, unusable = self.known(key, len(stories))
-        if unusable:
+            self.unusable += ranking is None
+            tries += 1
+            if self.unusable >= MOST and not self.usable:
+                raise Stopped(f"{self.unusable} replies, and none was usable; {self.advice}")
+        if tries > 1:
             self.asked_again.add(key)
+        self.usable += ranking is not None
         return ranking
+
+    def why_invalid(self, stories: list[str]) -> str:
+        """Say why the judge has no ranking of a group in one of its orders; "" if it has both."""
+        keys = [self.key(order) for order in (stories, stories[::-1])]
+        return next((self.invalid[key] for key in keys if key in self.invalid), "")
 
     def rank_all(
         self, groups: list[list[str]], on_wait: Callable
@@ -410,6 +450,8 @@ def make_judge(flags: JudgeFlags, dry_run: bool = False) -> Judge:
         typo = difflib.get_close_matches(flags.judge, ["offline"], cutoff=0.8)
         refuse_if(typo, f"--judge={flags.judge}: did you mean offline?")
         judge = ApiJudge(flags)
+        if not flags.base_url and judge.chat.base_url != OPENAI:
+            print(f"OPENAI_BASE_URL: the judge is at {judge.chat.base_url}")
         if not dry_run:
             judge.chat.require_key()
         return judge
@@ -422,26 +464,6 @@ def make_judge(flags: JudgeFlags, dry_run: bool = False) -> Judge:
 def digest(*texts: str) -> str:
     """Return 16 hexadecimal digits of SHA-256."""
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
-
-
-def token_counter(model: str) -> tuple[Callable[[str], int], str]:
-    """Return how to count a prompt's tokens, and the words for it: tiktoken, or bytes/4."""
-    try:
-        import tiktoken
-
-        try:
-            encoding = tiktoken.encoding_for_model(model)
-        except KeyError:
-            encoding = tiktoken.get_encoding("o200k_base")
-        return (
-            lambda text: len(encoding.encode(text, disallowed_special=())),
-            f"by {encoding.name}",
-        )
-    except Exception:  # no tiktoken, no network, a proxy's page in place of the table
-        return (
-            lambda text: math.ceil(len(text.encode("utf-8", "replace")) / 4),
-            "bytes/4, because tiktoken's table could not be loaded",
-        )
 
 
 # --- the command ---------------------------------------------------------------------------------
@@ -481,6 +503,7 @@ def main(argv: list[str]) -> None:
         print(judge.estimate(pairs))
         return
     results = rank_in_both_orders(judge, pairs, "judging")
+    name_invalid(pairs, results, judge.why_invalid)
     result = win_rate_of(pairs, results)
     for column, name in enumerate((config.policy, config.baseline)):
         stories = [pair[column] for pair in pairs]
@@ -494,8 +517,7 @@ def main(argv: list[str]) -> None:
     if judge.note:
         print(judge.note)
     if not result.trusted:
-        again = f"--judge_attempts={config.judge_attempts + 2} asks those again"
-        raise ValueError(f"{result}, more than {MAX_INVALID:.0%}; {again}")
+        raise ValueError(f"{result}, more than {MAX_INVALID:.0%}; {judge.advice}")
     print(f"win-rate of {config.policy}: {result} [95% interval]")
     print(f"length-controlled: {result.length_controlled:.1%}")
 

@@ -285,9 +285,7 @@ def read_batch(
 def known_tensors(
     objective: Objective, batch: Batch, logps: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    tensors = {"policy_logps": logps, "lengths": batch.lengths}
-    if batch.desirable is not None:
-        tensors["desirable"] = batch.desirable
+    tensors = {"policy_logps": logps, "lengths": batch.lengths, "desirable": batch.desirable}
     if "reference_logps" in objective.reads:
         tensors["reference_logps"] = batch.reference_logps.to(logps.dtype)
     return tensors

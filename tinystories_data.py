@@ -45,6 +45,7 @@ from spo.download import fetch, unpack
 from spo.pretokenize import make_token_files, make_vocab
 from spo.records import parse_group, read_prompts, read_stories
 from spo.tokenizer import Tokenizer, load_tokenizer
+from spo.unusable import name_invalid
 
 TEXT = "TinyStories_all_data"  # the archive of the hub, and the folder of its shards
 MAX_UNPACKED = 20 * 10**9  # bytes; the archive's shards are about a third of that
@@ -569,6 +570,7 @@ def rank(config: RankConfig) -> None:
         print(judge.estimate(texts_of(groups)))
         return
     results = rank_groups(judge, groups, "ranking")
+    name_invalid(texts_of(groups), results, judge.why_invalid)
     records = agreed_records(groups, results)
     invalid = sum(not result.valid for result in results)
     disagreed = len(groups) - len(records) - invalid
@@ -579,8 +581,6 @@ def rank(config: RankConfig) -> None:
     print(position_bias(results, n))
     if judge.note:
         print(judge.note)
-    if invalid:
-        print(f"--judge_attempts={config.judge_attempts + 2} asks for the invalid ones again")
     if not records:
         raise ValueError(f"{config.out}: not written, no group was ranked alike in both orders")
     files.write_jsonl(config.out, records)

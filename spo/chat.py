@@ -8,16 +8,16 @@ prompt, and returns a reply. What goes wrong is one of four things:
     lost      no answer in time, a broken connection, half an answer, any other 5xx: it is sent
               again, too. But the work may have been done and billed ("uncertain"), so what it can
               have cost counts as spent.
-    stopped   any other status (401, 403, 400 ...), an exhausted quota: no further request, and one
-              line that says why.
+    stopped   401, 402, 404 and the like, an exhausted quota: no further request, and one line that
+              says why, in the server's words.
     unusable  an answer that does not say what was asked for: journaled like any other. Its asker
-              decides.
+              decides. So is a refusal that is about this one request: 400, 403, 413, 422, or a
+              failure that comes again and again, while another request is answered.
 """
 
 import base64
 import contextlib
 import email.utils
-import json
 import os
 import queue
 import random
@@ -26,53 +26,28 @@ import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 
 import requests
-import urllib3
 
-from spo.config import check_bounds, flag
+from spo.answer import (
+    Answer,
+    HalfAnswer,
+    hint_for,
+    never_sent,
+    proxy_before,
+    read_answer,
+    shorten,
+)
+from spo.chat_flags import OPENAI, ChatFlags, base_url_of, check_flags, extra_fields
 from spo.journal import Journal
 
-OPENAI = "https://api.openai.com/v1"
+ABOUT_THE_REQUEST = (400, 403, 413, 422)  # or about all of them: that is tried out
+TRIES_IN_VAIN = 5  # until it is tried out whether a failure is this request's
+TRIES_OF_THE_HARMLESS = 3
+LONGEST_HOLD = 3600.0  # seconds
 OVERHEAD_TOKENS = 64  # what a chat template adds to a prompt, at most
 SECONDS_IN_FLIGHT = 5.0  # for requests that are on their way when another ends the run
 LARGEST_BODY = 2**24  # bytes of an answer, unpacked
-
-
-@dataclass
-class ChatFlags:
-    base_url: str = flag(OPENAI, "the API, up to and with /v1", free=True, heading="judge's API")
-    journal: str = flag(
-        "journal.jsonl",
-        "every reply of the API judge, so that none is asked for, or paid, twice",
-        free=True,
-    )
-    workers: int = flag(8, "requests to the API judge at a time", least=1, most=1000, free=True)
-    judge_timeout: float = flag(120.0, "seconds for one request", above=0, most=86400, free=True)
-    judge_retries: int = flag(
-        10,
-        "how often a request is sent again when the network or the server fails",
-        least=0,
-        most=10**9,
-        free=True,
-    )
-    judge_temperature: float = flag(0.0, "the API judge's sampling temperature", least=0, most=1e9)
-    judge_max_tokens: int = flag(2048, "the longest reply, in tokens", least=1, most=10**7)
-    judge_token_field: str = flag(
-        "max_tokens",
-        "what the API calls that limit",
-        choices=["max_tokens", "max_completion_tokens"],
-    )
-    usd_per_million_in: float = flag(0.0, "price of a million prompt tokens", least=0, most=1e9)
-    usd_per_million_out: float = flag(0.0, "price of a million reply tokens", least=0, most=1e9)
-    max_usd: float | None = flag(
-        None,
-        "stop before the request that could pass this, counting what the journal holds",
-        least=0,
-        most=1e9,
-        free=True,
-    )
 
 
 class Stopped(ValueError):
@@ -85,35 +60,23 @@ class BudgetSpent(Stopped):
     """The next request could pass --max_usd."""
 
 
-def check_flags(flags: ChatFlags) -> None:
-    """ValueError, naming the flag, for what cannot work."""
-    check_bounds(flags)
-    if flags.max_usd is not None and not (flags.usd_per_million_in and flags.usd_per_million_out):
-        prices = "--usd_per_million_in and --usd_per_million_out, the prices of this model"
-        raise ValueError(f"--max_usd: needs {prices}")
-    try:
-        url = urllib.parse.urlsplit(flags.base_url)
-        is_http = url.scheme in ("http", "https") and bool(url.hostname)
-        good = is_http and not (url.port == 0 or url.query or url.fragment)
-    except ValueError:  # a port that is none
-        good = False
-    if not good or "@" in flags.base_url:
-        such = f"something like {OPENAI} or http://localhost:8000/v1"
-        raise ValueError(f"--base_url: expected {such}, without password or query")
-
-
 class Chat:
     """One model behind one endpoint. Threads may call `complete` at the same time."""
 
-    def __init__(self, model: str, flags: ChatFlags):
+    def __init__(self, model: str, flags: ChatFlags, harmless: str = ""):
         """ValueError for flags that cannot work, or a journal that cannot be used.
+
+        harmless  a prompt that nobody refuses for its content or its length: is it answered, a
+                  refusal was about the request that got it
 
         The key is read from OPENAI_API_KEY here, goes into one header, and is cut out of whatever
         the server says.
         """
         check_flags(flags)
         self.model, self.flags = model, flags
-        self.url = flags.base_url.rstrip("/") + "/chat/completions"
+        self.base_url, self.extra = base_url_of(flags), extra_fields(flags)
+        self.url = self.base_url.rstrip("/") + "/chat/completions"
+        self.harmless = harmless
         self.key = os.environ.get("OPENAI_API_KEY", "").strip()
         if not all("!" <= c <= "~" for c in self.key):
             raise ValueError("OPENAI_API_KEY: holds a space or another character that no key has")
@@ -121,13 +84,15 @@ class Chat:
         self.settled = threading.Condition()  # notified when a request has ended
         self.stop = threading.Event()  # set: what is on its way may end, and nothing is sent again
         self.in_flight, self.lost, self.hold_until, self.failure = 0, 0, 0.0, ""
+        self.answered = self.untold = 0  # replies, in this process; those without a usage
+        self.trying = threading.Lock()  # whether a refusal was about one request
         self.threads = threading.local()
 
     def require_key(self) -> None:
         """ValueError where the endpoint is OpenAI's and there is no key; another server may need
         none.
         """
-        if not self.key and self.flags.base_url == OPENAI:
+        if not self.key and self.base_url == OPENAI:
             raise ValueError(
                 "OPENAI_API_KEY is not set. Export it, or name a server that needs none "
                 "(--base_url=http://localhost:8000/v1), or use --judge=offline"
@@ -145,51 +110,94 @@ class Chat:
 
     def complete(self, key: str, prompt: str, **extra) -> dict:
         """The reply to a prompt, journaled under the key: {"text", "finish_reason", "model",
-        "usage"} and `extra`.
+        "usage", "max_tokens", "sent"} and `extra`. Of a refusal that is about this request alone
+        the finish_reason is "refused", and "said" has the server's words.
 
         Raises Stopped (BudgetSpent among them) for what asking again cannot help, ConnectionError
         when judge_retries failures came one after the other.
         """
-        failure = ""
-        for attempt in range(self.flags.judge_retries + 1):
-            self.pause(attempt)
-            number = self.reserve(key, self.bound(prompt))
-            try:
-                status, headers, body = self.post(prompt)
-                if status == 200:
-                    reply = self.read_reply(body)
-                    usd = self.cost(reply["usage"], self.bound(prompt))
-                    reply["max_tokens"] = self.flags.judge_max_tokens
-                    line = {"id": number, "key": key, "usd": usd, "reply": reply | extra}
-                    self.journal.append(line)
-                    failure = ""
-                    return line["reply"]
-                if status < 500 or status == 503:
-                    self.journal.append({"id": number, "refused": status})
-                else:
-                    self.lost += 1
-                self.stop_if_hopeless(status, body)
-                failure = f"it answered {status}"
-                self.hold(headers.get("Retry-After", ""))
-            except (requests.RequestException, TruncatedReply) as error:
-                failure = type(error).__name__
-                if never_sent(error):
-                    self.journal.append({"id": number, "refused": 0})
-                    self.stop_if_misconfigured(error)
-                else:
-                    self.lost += (
-                        1  # its line "asked" stays open: the work may have been done, and billed
-                    )
-            finally:
-                self.failure = failure
-                with self.settled:
-                    self.in_flight -= 1
-                    self.settled.notify_all()
+        answered, tries = self.answered, self.flags.judge_retries + 1
+        for attempt in range(1, tries + 1):
+            answer = self.attempt(key, prompt, attempt - 1, extra)
+            if answer.reply is not None:
+                return answer.reply
+            self.stop_if_hopeless(answer)
+            refused = answer.status in ABOUT_THE_REQUEST
+            in_vain = answer.is_lost and attempt in (TRIES_IN_VAIN, tries)
+            if (refused or in_vain) and self.others_are_answered(answered, prompt):
+                return self.note_refusal(key, prompt, answer, extra)
+            if refused:
+                raise Stopped(self.in_words(answer))
         raise ConnectionError(
-            f"{self.flags.base_url}: {self.flags.judge_retries + 1} failures one after the other, "
-            "the last: "
-            f"{failure}; what was answered is in {self.journal.path}, run the same command again"
+            f"{self.where}: {tries} failures one after the other, the last: {answer}; "
+            f"what was answered is in {self.journal.path}, run the same command again"
         )
+
+    def attempt(self, key: str, prompt: str, number: int, extra: dict) -> Answer:
+        """Send a request once; return what came of it. A reply is in the journal then."""
+        self.pause(number)
+        bound = self.bound(prompt)
+        number, answer = self.reserve(key, bound), Answer(0)
+        try:
+            status, headers, body = self.post(prompt)
+            answer = read_answer(status, body)
+            answer.words = shorten(self.redact(answer.words))
+            if answer.reply is not None:
+                usd = self.cost(answer.reply["usage"], bound)
+                self.untold += answer.reply["usage"] is None
+                limits = {"max_tokens": self.flags.judge_max_tokens, "sent": len(prompt)}
+                answer.reply = self.redacted(answer.reply) | limits | extra
+                self.journal.append({"id": number, "key": key, "usd": usd, "reply": answer.reply})
+                self.answered += 1
+            else:
+                self.close_or_lose(number, answer)
+                self.hold(headers.get("Retry-After", ""), answer)
+        except HalfAnswer as error:
+            answer = Answer(0, words=f"half an answer: {shorten(self.redact(str(error)))}")
+            self.close_or_lose(number, answer)
+        except requests.RequestException as error:
+            answer = Answer(0, words=type(error).__name__, free=never_sent(error))
+            self.close_or_lose(number, answer)
+            if answer.free:
+                self.stop_if_misconfigured(error)
+        finally:
+            self.failure = "" if answer.reply else str(answer)
+            with self.settled:
+                self.in_flight -= 1
+                self.settled.notify_all()
+        return answer
+
+    def close_or_lose(self, number: int, answer: Answer) -> None:
+        """Journal that a request cost nothing; or leave it open: it may have been billed."""
+        if answer.free:
+            self.journal.append({"id": number, "refused": answer.status})
+        else:
+            self.lost += 1
+
+    def others_are_answered(self, before: int, prompt: str) -> bool:
+        """Tell whether a refusal is about one request: are others answered since, or now?
+
+        before  how many were answered when the request was begun
+        Where none was, a harmless prompt is sent, once for all who ask at the same time.
+        """
+        if not self.harmless:
+            return False
+        with self.trying:
+            for number in range(TRIES_OF_THE_HARMLESS):
+                if self.answered > before or self.stop.is_set():
+                    break
+                answer = self.attempt("harmless", self.harmless, number, {"fence": ""})
+                if answer.status in ABOUT_THE_REQUEST:
+                    break
+            return self.answered > before
+
+    def note_refusal(self, key: str, prompt: str, answer: Answer, extra: dict) -> dict:
+        """Journal, as an unusable reply, that a request is refused."""
+        reply = {"text": None, "finish_reason": "refused", "said": str(answer)}
+        reply |= {"model": self.model, "usage": None, "sent": len(prompt)} | extra
+        number = self.journal.ask(key, 0.0)
+        self.journal.append({"id": number, "key": key, "usd": 0.0, "reply": reply})
+        return reply
 
     def reserve(self, key: str, usd: float) -> int:
         """Journals that a request is on its way.
@@ -219,12 +227,13 @@ class Chat:
         message = {
             "model": self.model,
             "messages": [{"role": "user", "content": prompt}],
-            "temperature": self.flags.judge_temperature,
             self.flags.judge_token_field: self.flags.judge_max_tokens,
         }
+        if self.flags.judge_temperature is not None:
+            message["temperature"] = self.flags.judge_temperature
         with self.threads.session.post(
             self.url,
-            json=message,
+            json=message | self.extra,
             timeout=(min(10.0, seconds), seconds),
             stream=True,
             allow_redirects=False,
@@ -238,7 +247,7 @@ class Chat:
                 for chunk in response.iter_content(2**16):
                     body += chunk
                     if len(body) > LARGEST_BODY:
-                        raise TruncatedReply
+                        raise HalfAnswer(f"more than {LARGEST_BODY:,} bytes")
             finally:
                 deadline.cancel()
             return response.status_code, response.headers, body.decode("utf-8", "replace")
@@ -259,27 +268,9 @@ class Chat:
             text = text.replace(secret, "[key]")
         return text
 
-    def read_reply(self, body: str) -> dict:
-        """A whole JSON answer -> a reply, without text if that is not where it should be; else
-        TruncatedReply.
-        """
-        try:
-            answer = json.loads(body)
-            choices = answer["choices"]
-        except (ValueError, LookupError, TypeError, RecursionError):
-            raise TruncatedReply from None
-        text = reason = None
-        with contextlib.suppress(LookupError, TypeError, AttributeError):
-            choice = choices[0]
-            reason, text = choice.get("finish_reason"), choice["message"].get("content")
-            if isinstance(text, list):  # the parts of a message
-                text = "".join(part["text"] for part in text if "text" in part)
-        return {
-            "text": self.redact(text) if isinstance(text, str) else None,
-            "finish_reason": self.redact(str(reason)),
-            "model": self.redact(str(answer.get("model"))),
-            "usage": token_counts(answer.get("usage")),
-        }
+    def redacted(self, reply: dict) -> dict:
+        """A reply without the key, however JSON had spelled it."""
+        return {k: self.redact(v) if isinstance(v, str) else v for k, v in reply.items()}
 
     def cost(self, usage: dict[str, int] | None, bound: float) -> float:
         """US dollars by the server's count of tokens; the bound where it tells none."""
@@ -287,40 +278,38 @@ class Chat:
             return bound
         return self.price(usage["prompt_tokens"], usage["completion_tokens"])
 
-    def stop_if_hopeless(self, status: int, body: str) -> None:
-        """Stopped for an answer that asking again does not change."""
-        where = f"{self.flags.base_url}: answered {status}"
-        if status in (401, 403):
-            raise Stopped(
-                f"{where}: the key in OPENAI_API_KEY is missing, wrong, "
-                f"or not allowed to use {self.model}"
-            )
-        if status == 402 or (status == 429 and "insufficient_quota" in body):
-            raise Stopped(
-                f"{where}: the account's quota is used up; "
-                "add credit and run the same command again"
-            )
-        if status in (408, 409, 429) or status >= 500:
-            return
-        with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
-            body = str(json.loads(body)["error"]["message"])
-        said = " ".join(self.redact(body).split())[:200]
-        hint = (
-            "is --base_url right, and --judge a model that it serves?"
-            if status in (301, 302, 307, 308, 404, 405)
-            else "it does not accept this request"
-        )
-        raise Stopped(f"{where}: {hint}; it says: {said or 'nothing'}")
+    @property
+    def where(self) -> str:
+        return f"{self.base_url}{proxy_before(self.url)}"
+
+    def in_words(self, answer: Answer) -> str:
+        """What a server has answered that ends the run: the status, what to look at, its words."""
+        hint = "it does not accept this request"
+        if answer.status in (401, 403):
+            hint = "the key in OPENAI_API_KEY is missing, wrong, or not allowed to use "
+            hint += f"{self.model}, or this request is not"
+        elif answer.is_quota:
+            hint = "the account's quota is used up; add credit and run the same command again"
+        elif answer.status in (301, 302, 307, 308, 404, 405):
+            hint = "is --base_url right, and --judge a model that it serves?"
+        if not self.base_url.rstrip("/").endswith("/v1"):
+            hint += " (most are at .../v1)"
+        said = f"it says: {answer.words or 'nothing'}{hint_for(answer.words)}"
+        return f"{self.where}: answered {answer.status}: {hint}; {said}"
+
+    def stop_if_hopeless(self, answer: Answer) -> None:
+        """Stopped for an answer that no request gets another than."""
+        again = answer.status in (0, 408, 409, 429, *ABOUT_THE_REQUEST) or answer.status >= 500
+        if answer.is_quota or not again:
+            raise Stopped(self.in_words(answer))
 
     def stop_if_misconfigured(self, error: Exception) -> None:
         """Stopped for a connection that cannot be made with these flags."""
         said = str(error)
         if isinstance(error, requests.exceptions.SSLError):
-            raise Stopped(
-                f"{self.flags.base_url}: no secure connection: {self.redact(said)[-160:]}"
-            )
+            raise Stopped(f"{self.where}: no secure connection: {self.redact(said)[-160:]}")
         if not isinstance(error, requests.ConnectionError):
-            raise Stopped(f"{self.flags.base_url}: cannot be asked: {self.redact(said)[:160]}")
+            raise Stopped(f"{self.where}: cannot be asked: {self.redact(said)[:160]}")
 
     def pause(self, attempt: int) -> None:
         """Exponential back-off with jitter, and whatever the server asked everyone to wait.
@@ -336,8 +325,11 @@ class Chat:
         if self.stop.is_set():
             raise Stopped("the run has been stopped")
 
-    def hold(self, retry_after: str) -> None:
-        """Retry-After, in seconds or as a date: no thread sends anything before."""
+    def hold(self, retry_after: str, answer: Answer) -> None:
+        """Retry-After, in seconds or as a date: no thread sends anything before.
+
+        Stopped if that is more than an hour.
+        """
         seconds = 0.0
         with contextlib.suppress(ValueError, TypeError, OverflowError):
             if re.fullmatch(r"[\d.]+", retry_after.strip()):
@@ -345,7 +337,11 @@ class Chat:
             else:
                 date = email.utils.parsedate_to_datetime(retry_after)
                 seconds = date.timestamp() - time.time()
-        self.hold_until = max(self.hold_until, time.monotonic() + min(seconds, 3600.0))
+        if seconds > LONGEST_HOLD:
+            wait = f"{seconds // 3600:.0f} h {seconds % 3600 / 60:.0f} min"
+            then = f"run the same command again then: what was answered is in {self.journal.path}"
+            raise Stopped(f"{self.where}: {answer}; it asks to wait {wait}; {then}")
+        self.hold_until = max(self.hold_until, time.monotonic() + seconds)
 
     @property
     def status(self) -> str:
@@ -355,36 +351,6 @@ class Chat:
         if waiting > 1:
             trouble = f", waiting {waiting:.0f} s (rate limit)"
         return f"${self.journal.spent:.2f}{trouble}"
-
-
-class TruncatedReply(Exception):
-    """An answer with status 200 that is not the whole JSON of a completion."""
-
-
-def never_sent(error: Exception) -> bool:
-    """Was there no connection at all, so that nothing can have been billed?"""
-    kinds = requests.exceptions
-    if isinstance(error, kinds.SSLError):
-        return "CERTIFICATE_VERIFY_FAILED" in str(error) or "WRONG_VERSION_NUMBER" in str(error)
-    reason = getattr(error.args[0], "reason", None) if error.args else None
-    return isinstance(reason, urllib3.exceptions.NewConnectionError) or isinstance(
-        error,
-        (
-            kinds.ConnectTimeout,
-            kinds.ProxyError,
-            kinds.InvalidURL,
-            kinds.InvalidSchema,
-            kinds.InvalidJSONError,
-        ),
-    )
-
-
-def token_counts(usage) -> dict[str, int] | None:
-    """What a server says that a request took, if it is believable."""
-    names = ("prompt_tokens", "completion_tokens")
-    counts = [usage.get(name) if isinstance(usage, dict) else None for name in names]
-    believable = all(type(count) is int and 0 <= count < 10**9 for count in counts)
-    return dict(zip(names, counts, strict=True)) if believable else None
 
 
 def shut(response: requests.Response) -> None:

@@ -118,6 +118,16 @@ def boolean(text: str) -> bool:
     return values[text.lower()]
 
 
+def or_none(kind: type) -> Callable:
+    """Return the reader of a `kind | None`: the word "none" is None."""
+
+    def read(text: str):
+        return None if text.lower() == "none" else kind(text)
+
+    read.__name__ = kind.__name__  # for argparse's message
+    return read
+
+
 def underscored(word: str) -> str:
     """--dry-run=a-b -> --dry_run=a-b; a word that is no flag is not changed."""
     name, equals, value = word.partition("=")
@@ -177,10 +187,12 @@ def parse(config_class, argv: list[str], prog: str, description: str = ""):
 def _add_argument(parser: argparse._ActionsContainer, field: dataclasses.Field, kind) -> None:
     declared: Flag = field.metadata["flag"]
     text = declared.help.replace("%", "%%")
-    if isinstance(kind, types.UnionType):  # `float | None`: a float, or None where it is not given
+    read = kind
+    if isinstance(kind, types.UnionType):  # `float | None`: a float; None for `none`, or not given
         kind = next(t for t in kind.__args__ if t is not type(None))
+        read = or_none(kind)
     if declared.positional:
-        parser.add_argument(field.name, type=kind, help=text)
+        parser.add_argument(field.name, type=read, help=text)
         return
     if declared.choices:
         text += f"; one of {', '.join(str(choice) for choice in declared.choices if choice != '')}"
@@ -189,7 +201,7 @@ def _add_argument(parser: argparse._ActionsContainer, field: dataclasses.Field, 
     alone = True if kind is bool else declared.alone
     parser.add_argument(
         f"--{field.name}",
-        type=boolean if kind is bool else kind,
+        type=boolean if kind is bool else read,
         default=field.default,
         choices=declared.choices,
         metavar=kind.__name__.upper(),

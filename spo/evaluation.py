@@ -215,6 +215,8 @@ class Evaluation:
         records = self._records(samples, prompts, step, purpose)
         texts = self._texts(records)
         scores = list(map(offline_judge.score, texts))
+        if step == 0 and self.judge.score and (remark := offline_judge.remark(texts)):
+            print0(remark)
         judged, reason = parallel.on_rank_0(lambda: self._compare(texts, story_set))
         return Verdict(
             judged,

@@ -17,7 +17,8 @@ class Journal:
         429}
 
     An "asked" without a second line was lost, in a kill perhaps: it may be billed, so its bound
-    counts as spent.
+    counts as spent. A line that is damaged, or whose values are of another type, is skipped and
+    counted; the first one tells whether the file is a journal.
     """
 
     def __init__(self, path: str):
@@ -28,18 +29,21 @@ class Journal:
         self.path, self.lock = path, threading.Lock()
         self.replies: dict[str, list[dict]] = {}  # key -> its replies, in order
         self.open_asks: dict[int, float] = {}  # id -> bound, of what has no second line
-        self.paid, self.next_id = 0.0, 0
+        self.paid, self.next_id, self.skipped = 0.0, 0, 0
         if os.path.dirname(path):
             os.makedirs(os.path.dirname(path), exist_ok=True)
         self.file = lock(path, f"--journal={path}")
         self.file.seek(0)
         content = self.file.read()
         whole = content.rfind(b"\n") + 1
-        for number, line in enumerate(content[:whole].splitlines(), start=1):
+        lines = content[:whole].split(b"\n")[:-1]
+        for number, line in enumerate(lines, start=1):
             try:
                 self.note(json.loads(line))
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
-                self.refuse(number)
+                if number == 1:  # another file altogether
+                    self.refuse(number)
+                self.skipped += 1  # a damaged line, of many that were paid for
         if whole < len(
             content
         ):  # a kill while the last line was written; or another file altogether
@@ -58,14 +62,14 @@ class Journal:
         number, usd = int(line["id"]), float(line.get("usd", 0))
         if not 0 <= usd < math.inf:
             raise ValueError("usd is no price")
+        if "reply" in line:
+            check_reply(line["reply"])
         self.next_id = max(self.next_id, number + 1)
         if "asked" in line:
             self.open_asks[number] = usd
             return
         self.open_asks.pop(number, None)
         if "reply" in line:
-            for name in ("text", "finish_reason", "fence"):
-                line["reply"][name]  # a KeyError if it is not there
             self.paid += usd
             self.replies.setdefault(str(line["key"]), []).append(line["reply"])
 
@@ -87,3 +91,12 @@ class Journal:
         """US dollars: what the replies cost, and the bounds of what is on its way or was lost."""
         with self.lock:
             return self.paid + sum(self.open_asks.values())
+
+
+def check_reply(reply: dict) -> None:
+    """KeyError or TypeError for a reply that lacks something, or has it in another type."""
+    kinds = {"text": str | None, "finish_reason": str | None, "fence": str}
+    more = {"max_tokens": int, "sent": int, "usage": dict | None, "said": str}
+    for name, kind in (kinds | {name: more[name] for name in more if name in reply}).items():
+        if not isinstance(reply[name], kind):
+            raise TypeError(name)

@@ -263,6 +263,27 @@ def features(text: str) -> dict[str, float]:
 
 
 @functools.lru_cache(maxsize=4096)  # every story is judged twice, once in each order
+def is_english(text: str) -> bool:
+    """Tell whether a text may be English: its letters are ASCII, and one word in seven is common.
+
+    In English stories every other word is; very short texts pass.
+    """
+    letters = [c for c in text if c.isalpha()]
+    if sum(c.isascii() for c in letters) * 2 < len(letters):
+        return False
+    words = re.findall(r"[a-z']+", text.lower())
+    return len(words) < 8 or sum(word in FUNCTION for word in words) * 7 >= len(words)
+
+
+def remark(texts: list[str]) -> str:
+    """Say how many of the texts are not English, which alone is judged here; "" if hardly any."""
+    others = sum(not is_english(text) for text in texts)
+    if others * 20 < len(texts):
+        return ""
+    nothing = "the offline judge reads nothing else, and its scores say nothing of them"
+    return f"{others} of {len(texts)} texts are not English: {nothing}"
+
+
 def score(text: str) -> float:
     """How well a story suits older readers, 0 to 10, by a fixed formula; nothing in it is
     unbounded.

@@ -221,7 +221,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.send(200, "<html>Please log in</html>")
         broken = fault in LOST
         content, reason = server.reply("" if broken else fault, stories, fence)
-        usage = server.usage or {"prompt_tokens": 100 * len(stories), "completion_tokens": 200}
+        tokens = max(100 * len(stories), len(request["messages"][0]["content"]) // 6)
+        usage = server.usage or {"prompt_tokens": tokens, "completion_tokens": 200}
         answer = json.dumps(
             {
                 "model": f"{request['model']}-2026-01-01",

@@ -427,10 +427,12 @@ def test_the_command_with_the_api_judge(monkeypatch, tmp_path, capsys):
         ]
         with pytest.raises(
             ValueError,
-            match="no win-rate: 1 of 3 invalid, more than 1%; --judge_attempts=4 asks those again",
+            match="1 of 3 invalid, more than 1%; 1 of 6 empty .*conclusion .--judge_attempts=4",
         ):
             judge.main(command)
-        printed = capsys.readouterr().out
+        captured = capsys.readouterr()
+        printed = captured.out
+        assert re.search('invalid: group 1, ".*": (empty|without a conclusion)\n', captured.err)
         assert (
             "judge: fake, prompt " in printed
             and "asked 3, scored 2, ties 0, invalid 1; the story shown first" in printed
