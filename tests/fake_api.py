@@ -111,7 +111,9 @@ class FakeApi(LocalServer):
             Counter(),
             Counter(),
         )
+        self.refuses = lambda stories: ""  # "400" and so on: of these stories, always
         self.headers: list[str] = []
+        self.bodies: list[dict] = []
         self.usage = None  # instead of what a request took
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
 
@@ -158,6 +160,8 @@ class FakeApi(LocalServer):
             "too few": (thoughts + conclusion(ranking[:-1], fence), "stop"),
             "no conclusion": (thoughts + "The best is A, the worst is B.", "stop"),
             "other fence": (thoughts + conclusion(ranking[::-1], "0" * 8), "stop"),
+            "provider": ("", "error"),
+            "thinking": (None, "length"),
             "choice of two": (thoughts + right.replace("1st: ", "1st: A or "), "stop"),
         }[fault]
 
@@ -192,8 +196,18 @@ class Handler(BaseHTTPRequestHandler):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         stories, fence = stories_of(request["messages"][0]["content"])
         server.headers.append(str(self.headers))
+        server.bodies.append(request)
         authorization = self.headers.get("Authorization", "")
         fault = server.fault_for(digest(*stories))
+        if refusal := server.refuses(stories):
+            error = {"error": {"message": "this input was flagged", "code": "content_filter"}}
+            return self.send(int(refusal), json.dumps(error))
+        if fault.startswith("error "):  # under status 200, of a code: "error 429"
+            error = {"message": "the upstream provider says no", "code": int(fault.split()[1])}
+            return self.send(200, json.dumps({"error": error}))
+        if fault == "day":
+            error = {"error": {"message": "too many tokens per day"}}
+            return self.send(429, json.dumps(error), {"Retry-After": "86280"})
         if fault == "reset before":
             return self.reset()
         if fault == "stall":
