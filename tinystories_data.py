@@ -69,8 +69,8 @@ def group_stories(stories: list[dict], group_size: int) -> tuple[list[list[dict]
             # Two equal stories have no order, and a judge would have to make one up.
             if len(members) < group_size:
                 left_out[f"fewer than {group_size} to one prompt"] += len(members)
-            elif any(not text.strip() for text in texts):
-                left_out["in a group with an empty story"] += group_size
+            elif any(not text.strip() or "\ufffd" in text for text in texts):
+                left_out["in a group with an empty story, or bytes that are no text"] += group_size
             elif len(set(texts)) < group_size:
                 left_out["in a group with identical stories"] += group_size
             else:

@@ -791,7 +791,9 @@ def test_the_demo_builds_itself_goes_on_after_a_kill_and_is_then_reused(
 ):
     """In small: the same stages, stopped between reference and groups."""
     with monkeypatch.context() as killed:
-        killed.setattr(data, "sample", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        killed.setattr(
+            data.sampling, "sample", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         with pytest.raises(KeyboardInterrupt):
             spo_train.main(SMALL_DEMO)
     assert sorted(os.listdir("data/demo")) == [
