@@ -69,8 +69,8 @@ def group_stories(stories: list[dict], group_size: int) -> tuple[list[list[dict]
             # Two equal stories have no order, and a judge would have to make one up.
             if len(members) < group_size:
                 left_out[f"fewer than {group_size} to one prompt"] += len(members)
-            elif any(not text.strip() or "\ufffd" in text for text in texts):
-                left_out["in a group with an empty story, or bytes that are no text"] += group_size
+            elif any(not text.strip() for text in texts):
+                left_out["in a group with an empty story"] += group_size
             elif len(set(texts)) < group_size:
                 left_out["in a group with identical stories"] += group_size
             else:
@@ -565,6 +565,8 @@ def rank(config: RankConfig) -> None:
         print(bad.report)
     for reason, count in left_out.items():
         print(f"{config.stories}: {count} stories left out, {reason}")
+    if broken := sum("\ufffd" in story["text"] for story in stories):
+        print(f"{broken} stories hold U+FFFD: bytes that were no character are trained as that")
     judge = make_judge(config, config.dry_run)
     if config.dry_run:
         print(judge.estimate(texts_of(groups)))
