@@ -65,7 +65,7 @@ def flags(workshop, tokenizer, tmp_path):
 # --- several processes ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("loss", ["spo_rank", "kto"])
+@pytest.mark.parametrize("loss", ["spo_rank", pytest.param("kto", marks=pytest.mark.slow)])
 def test_two_processes_equal_one(flags, loss):
     """SPO with its samples, weights and KL; KTO with its batch statistic: the first steps to
     rounding.
@@ -111,7 +111,7 @@ def test_activation_checkpointing_changes_nothing(workshop):
     assert all(torch.equal(weight, weights[name]) for name, weight in weights_of("out").items())
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_bfloat16_is_close_to_float32_and_its_kl_begins_at_0(flags, processes):
     """Policy and reference compute alike; weights and optimizer stay float32, so that a run goes on
     from its state.
