@@ -67,7 +67,8 @@ def read_json_list(
     for number, record in enumerate(content, start=1):
         where = place(path, number)
         found = record if isinstance(record, dict) else {}
-        faults = [f'"{name}" {fault}' for name in texts if (fault := text_fault(found.get(name)))]
+        names = [*texts, *(["input"] if found.get("input") is not None else [])]
+        faults = [f'"{name}" {fault}' for name in names if (fault := text_fault(found.get(name)))]
         if faults:
             bad.add(f"{where}: {faults[0]}", first=not records)
         else:
@@ -76,8 +77,8 @@ def read_json_list(
 
 
 def given_in(record: dict) -> str:
-    """The "input" of a record; none and "" are the same."""
-    return record["input"] if isinstance(record.get("input"), str) else ""
+    """The "input" of a record; none, null and "" are the same."""
+    return record.get("input") or ""
 
 
 def sft_records(path: str, bad: BadRecords | None = None) -> list[dict]:
@@ -130,7 +131,7 @@ def instruction_records(path: str, bad: BadRecords | None = None) -> list[dict]:
         {
             "prompt": prompt_of(r["instruction"], given_in(r)),
             "instruction": r["instruction"],
-            "dataset": str(r.get("dataset", "")),
+            "dataset": str(r.get("dataset") or ""),
         }
         for _, r in read_json_list(path, ("instruction",), bad)
     ]

@@ -298,7 +298,7 @@ class OfflineJudge(Judge):
     def rank_all(
         self, groups: list[list[str]], on_wait: Callable
     ) -> Iterator[tuple[int, list[int] | None]]:
-        self.note = offline_judge.remark([story for stories in groups for story in stories])
+        self.note = offline_judge.remark(list({story for group in groups for story in group}))
         return ((index, offline_judge.rank(stories)) for index, stories in enumerate(groups))
 
     def estimate(self, groups: list[list[str]]) -> str:

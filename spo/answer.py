@@ -59,12 +59,16 @@ class HalfAnswer(Exception):
 
 def read_answer(status: int, body: str) -> Answer:
     """Read a status and a body. HalfAnswer for a 200 that says nothing that can be read."""
+    if status // 100 == 2 and status != 200:
+        raise HalfAnswer(f"status {status}")
     if status != 200:
         free = status < 500 or status == 503
         return Answer(status, words=words_of(body), free=free)
     try:
         answer = json.loads(body)
-        whole = isinstance(answer, dict) and ("choices" in answer or answer.get("error"))
+        whole = isinstance(answer, dict) and (
+            isinstance(answer.get("choices"), list) or answer.get("error")
+        )
     except (ValueError, RecursionError):
         whole = False
     if not whole:
@@ -79,8 +83,11 @@ def read_answer(status: int, body: str) -> Answer:
         text = choice["message"].get("content")
         if isinstance(text, list):  # the parts of a message
             text = "".join(part["text"] for part in text if "text" in part)
-        if choice["message"].get("reasoning_content"):
+        message = choice["message"]
+        if message.get("reasoning_content") or message.get("reasoning"):
             more = {"reasoned": True}
+        if isinstance(message.get("refusal"), str) and not text:
+            reason, more = "refused", {"said": words_of(message["refusal"])}
     if error or reason == "error":  # the provider's fault, and not the model's reply
         said = words_of(json.dumps({"error": error})) if error else "the provider failed"
         return Answer(code_of(error, 502), words=said, free=True)
@@ -93,7 +100,7 @@ def code_of(error, default: int = 400) -> int:
     """Return the status that an error object names."""
     for name in ("code", "status"):
         code = error.get(name) if isinstance(error, dict) else None
-        if str(code).isdigit() and 400 <= int(code) < 600:
+        if str(code).isdecimal() and 400 <= int(code) < 600:
             return int(code)
         if isinstance(code, str) and ("rate_limit" in code or code == "insufficient_quota"):
             return 429
@@ -104,7 +111,7 @@ def words_of(body: str) -> str:
     """Return what a body says, in a line: an error's message and its code, or a page's text."""
     with contextlib.suppress(ValueError, RecursionError):
         content = json.loads(body)
-        error = content.get("error", content) if isinstance(content, dict) else content
+        error = content.get("error") or content if isinstance(content, dict) else content
         if isinstance(error, dict):
             said = error.get("message") or error.get("detail") or json.dumps(error)
             code = error.get("code")

@@ -18,6 +18,7 @@ prompt, and returns a reply. What goes wrong is one of four things:
 import base64
 import contextlib
 import email.utils
+import math
 import os
 import queue
 import random
@@ -84,8 +85,9 @@ class Chat:
         self.settled = threading.Condition()  # notified when a request has ended
         self.stop = threading.Event()  # set: what is on its way may end, and nothing is sent again
         self.in_flight, self.lost, self.hold_until, self.failure = 0, 0, 0.0, ""
-        self.answered = self.untold = 0  # replies, in this process; those without a usage
+        self.answered = self.untold = 0  # replies in this process; those without a usage
         self.trying = threading.Lock()  # whether a refusal was about one request
+        self.harmless_sent = -math.inf  # when the last harmless one that was answered was sent
         self.threads = threading.local()
 
     def require_key(self) -> None:
@@ -116,15 +118,17 @@ class Chat:
         Raises Stopped (BudgetSpent among them) for what asking again cannot help, ConnectionError
         when judge_retries failures came one after the other.
         """
-        answered, tries = self.answered, self.flags.judge_retries + 1
+        tries, answered = self.flags.judge_retries + 1, self.answered
         for attempt in range(1, tries + 1):
             answer = self.attempt(key, prompt, attempt - 1, extra)
             if answer.reply is not None:
                 return answer.reply
             self.stop_if_hopeless(answer)
             refused = answer.status in ABOUT_THE_REQUEST
-            in_vain = answer.is_lost and attempt in (TRIES_IN_VAIN, tries)
-            if (refused or in_vain) and self.others_are_answered(answered, prompt):
+            # A rate limit or an overload is the server's, unless others get through.
+            in_vain = attempt in (TRIES_IN_VAIN, tries) if answer.is_lost else attempt == tries
+            in_vain = in_vain and (answer.is_lost or self.answered > answered)
+            if (refused or in_vain) and self.others_are_answered():
                 return self.note_refusal(key, prompt, answer, extra)
             if refused:
                 raise Stopped(self.in_words(answer))
@@ -153,10 +157,14 @@ class Chat:
                 self.close_or_lose(number, answer)
                 self.hold(headers.get("Retry-After", ""), answer)
         except HalfAnswer as error:
-            answer = Answer(0, words=f"half an answer: {shorten(self.redact(str(error)))}")
+            said = shorten(self.redact(str(error))) or "nothing"
+            answer = Answer(0, words=f"half an answer: {said}")
             self.close_or_lose(number, answer)
         except requests.RequestException as error:
             answer = Answer(0, words=type(error).__name__, free=never_sent(error))
+            if isinstance(error, requests.ReadTimeout):
+                waited = f"no answer in {self.flags.judge_timeout:g} s"
+                answer.words = f"{waited}: fewer --workers or a longer --judge_timeout may help"
             self.close_or_lose(number, answer)
             if answer.free:
                 self.stop_if_misconfigured(error)
@@ -174,22 +182,26 @@ class Chat:
         else:
             self.lost += 1
 
-    def others_are_answered(self, before: int, prompt: str) -> bool:
-        """Tell whether a refusal is about one request: are others answered since, or now?
+    def others_are_answered(self) -> bool:
+        """Tell whether a refusal is about one request: is a harmless one answered after it?
 
-        before  how many were answered when the request was begun
-        Where none was, a harmless prompt is sent, once for all who ask at the same time.
+        One is sent for all who ask at the same time. What was answered before says nothing: the
+        server may have turned to refusing everything.
         """
         if not self.harmless:
             return False
+        refused = time.monotonic()
         with self.trying:
             for number in range(TRIES_OF_THE_HARMLESS):
-                if self.answered > before or self.stop.is_set():
+                if self.harmless_sent > refused or self.stop.is_set():
                     break
+                sent = time.monotonic()
                 answer = self.attempt("harmless", self.harmless, number, {"fence": ""})
-                if answer.status in ABOUT_THE_REQUEST:
+                if answer.reply is not None:
+                    self.harmless_sent = sent
+                elif answer.status in ABOUT_THE_REQUEST:
                     break
-            return self.answered > before
+            return self.harmless_sent > refused
 
     def note_refusal(self, key: str, prompt: str, answer: Answer, extra: dict) -> dict:
         """Journal, as an unusable reply, that a request is refused."""

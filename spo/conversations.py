@@ -32,7 +32,8 @@ def read_messages(value, name: str) -> list[dict]:
         where = f"message {number} of {name}"
         need(isinstance(message, dict), f"{where} is no object")
         message = {KEYS.get(k, k): v for k, v in message.items() if v is not None}
-        need(not message.get("tool_calls"), f"{where} calls tools, which is not read")
+        calls = message.get("tool_calls") or message.get("function_call")
+        need(not calls, f"{where} calls tools, which is not read")
         content = message.get("content")
         if isinstance(content, list):
             texts = [part.get("text") if isinstance(part, dict) else None for part in content]
@@ -74,6 +75,7 @@ def chat_texts(prompt, sides: list, names: list[str], template: Template) -> tup
     else:
         cut = common_length(chats)
         shared, chats = chats[0][:cut], [chat[cut:] for chat in chats]
+        need(prompt != [], "prompt is an empty list")
         asked = [message["content"].strip() for message in shared]
         repeats = prompt is None or (isinstance(prompt, str) and prompt.strip() in asked)
         alone = "prompt is a text, and none of the messages that the responses begin with"

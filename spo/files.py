@@ -252,11 +252,12 @@ def read_jsonl(path: str, bad: BadRecords | None = None) -> list[tuple[int, dict
     """
     bad = bad or BadRecords()
     if not os.path.isfile(path):
-        raise ValueError(f"{path}: no such file")
+        raise ValueError(f"{path}: {'is a folder' if os.path.isdir(path) else 'no such file'}")
     records = []
     with open(path, "rb") as f:
         if f.read(64).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
-            return list(enumerate(read_json(path), start=1))
+            with contextlib.suppress(ValueError):  # else it is lines, the first of them a list
+                return list(enumerate(read_json(path), start=1))
         f.seek(0)
         for number, line in enumerate(f, start=1):
             if line.strip():

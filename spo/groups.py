@@ -19,7 +19,7 @@ from model import Transformer
 from spo import parallel
 from spo.files import BadRecords, check_sha256
 from spo.records import RankedGroup, read_groups, remarks, require
-from spo.templates import FIXED_DATE, OPEN
+from spo.templates import FIXED_DATE, MARKED, OPEN
 from spo.tokenizer import Tokenizer
 
 # Micro-batches are a multiple of this wide: oneDNN keeps code and memory for every shape that it
@@ -122,8 +122,11 @@ def encode_groups(
         for text, finished in zip(group.responses, group.finished, strict=True):
             ids = tokenizer.encode_after(group.prompt, text)
             whole = not group.prompt and OPEN in text  # a conversation, and not one answer
-            if finished and not (whole and is_ended(ids, eos_ids, tokenizer)):
-                ids = [*ids, eos_ids[0]] if whole else ended(ids, eos_ids)
+            if not whole:
+                ids = ended(ids, eos_ids)
+                ids = ids if finished else ids[:-1]
+            elif finished and not is_ended(ids, eos_ids, tokenizer):
+                ids = [*ids, eos_ids[0]]
             responses.append(ids)
         if not prompt and len(responses) == 1:  # without BOS nothing predicts the first token
             prompt, responses = responses[0][:1], [responses[0][1:]]
@@ -153,7 +156,7 @@ def is_ended(ids: list[int], eos_ids: Sequence[int], tokenizer: Tokenizer) -> bo
 
 def reason_to_drop(group: RankedGroup, encoded: EncodedGroup, max_seq_len: int) -> str:
     """Say why a group cannot be trained on; "" if it can."""
-    if any(not text.strip() for text in group.responses):
+    if any(not MARKED.sub("", text).strip() for text in group.responses):
         return "an empty response"
     distinct = min(len(set(group.responses)), len(set(map(tuple, encoded.responses))))
     if distinct < len(group.responses):  # texts may differ in spaces that a tokenizer drops

@@ -262,7 +262,6 @@ def features(text: str) -> dict[str, float]:
     }
 
 
-@functools.lru_cache(maxsize=4096)  # every story is judged twice, once in each order
 def is_english(text: str) -> bool:
     """Tell whether a text may be English: its letters are ASCII, and one word in seven is common.
 
@@ -284,6 +283,7 @@ def remark(texts: list[str]) -> str:
     return f"{others} of {len(texts)} texts are not English: {nothing}"
 
 
+@functools.lru_cache(maxsize=4096)  # every story is judged twice, once in each order
 def score(text: str) -> float:
     """How well a story suits older readers, 0 to 10, by a fixed formula; nothing in it is
     unbounded.

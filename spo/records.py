@@ -16,7 +16,9 @@ one) marks those that ended by themselves; by default all did. The others were c
 and get no terminator.
 """
 
+import json
 import os
+from collections import Counter
 from dataclasses import dataclass, field
 
 from spo.conversations import Template, chat_texts, common_length, is_chat, need, read_messages
@@ -61,6 +63,8 @@ WANTED = '"responses", "chosen" and "rejected", "prompt" and "completion", "mess
 # What may have to be read before a response, under other names than ours.
 ASKED = ("instruction", "input", "inputs", "question", "query", "system", "system_prompt")
 ASKED += ("context", "history", "tools", "image", "images", "chat_template_kwargs")
+ASKED += ("messages", "conversations")
+EMPTY = ("", "[]", "{}", "null", [], {})
 
 
 def parse_group(record, where: str, line: int, template: Template | None = None) -> RankedGroup:
@@ -82,13 +86,18 @@ def _parse(record, line: int, template: Template) -> RankedGroup:
     form = next((key for key in FORMS if key in record), None)
     found = ", ".join(map(str, list(record)[:8])) or "nothing"
     need(form is not None, f"needs {WANTED}; it has {found}")
+    if form in ("messages", "conversations") and "label" in record:  # the last is the completion
+        messages = read_messages(record[form], form)
+        rest = {key: value for key, value in record.items() if key not in (form, "prompt")}
+        record, form = rest | {"prompt": messages[:-1], "completion": messages[-1:]}, "completion"
     names, sides, order = _sides(record, form)
     finished = _finished(record, form, len(sides))
     prompt, cut = record.get("prompt"), False
     chat = form in ("messages", "conversations") or is_chat(prompt) or any(map(is_chat, sides))
     if form in ("messages", "conversations"):
         messages = read_messages(sides[0], form)
-        repeats = prompt is None or any(prompt == message["content"] for message in messages)
+        contents = [message["content"].strip() for message in messages]
+        repeats = prompt is None or (isinstance(prompt, str) and prompt.strip() in contents)
         need(repeats, f"prompt is none of the {form}")
         prompt, sides = "", [template.whole(messages)]
     elif chat:
@@ -103,7 +112,9 @@ def _parse(record, line: int, template: Template) -> RankedGroup:
             end = common_length(sides)
             prompt, sides = sides[0][:end], [text[end:] for text in sides]
     if form != "text":  # TRL's "text" is all of it
-        _refuse_what_was_asked_elsewhere(record, unmark(prompt + "".join(sides)))
+        whole = prompt or (sides[0] if order == "text" else "")
+        rest = {key: record[key] for key in ASKED if key in record and key != form}
+        _refuse_what_was_asked_elsewhere(rest, unmark(whole), unmark(prompt + "".join(sides)))
     unused = tuple(record.keys() - {"prompt", "finished", form, *FORMS[form]})
     return RankedGroup(prompt, tuple(sides), tuple(finished), order, line, cut, unused, chat)
 
@@ -133,7 +144,8 @@ def _sides(record: dict, form: str) -> tuple[list[str], list, str]:
     if form == "completion":
         need("prompt" in record, 'a "completion" needs its "prompt"')
         label = record.get("label")
-        need(label in (None, True, False), f'"label" is {label!r}, expected true or false')
+        is_label = label is None or isinstance(label, bool | int | float) and label in (0, 1)
+        need(is_label, f'"label" is {json.dumps(label)[:40]}, expected true or false')
         order = "text" if label is None else "desirable" if label else "undesirable"
         return [form], [record[form]], order
     return [form], [record[form]], "text"
@@ -158,23 +170,32 @@ def _order(record: dict, n: int) -> tuple[str, list[int]]:
     if ranking is not None:
         indices = isinstance(ranking, list) and all(type(i) is int for i in ranking)
         right = indices and sorted(ranking) == list(range(n))
-        need(right, f'"ranking" {ranking} is no permutation of 0..{n - 1}')
+        need(right, f'"ranking" {json.dumps(ranking)[:80]} is no permutation of 0..{n - 1}')
         return "ranking", ranking
     if best is not None:
-        need(type(best) is int and 0 <= best < n, f'"best" {best} is not an index below {n}')
+        is_index = type(best) in (int, float) and best in range(n)  # pandas writes 1.0
+        need(is_index, f'"best" {json.dumps(best)[:40]} is not an index below {n}')
+        best = int(best)
         rest = [i for i in range(n) if i != best]
         return "ranking" if n == 2 else "best", [best, *rest]
     return "text", list(range(n))
 
 
-def _refuse_what_was_asked_elsewhere(record: dict, whole: str) -> None:
-    """Malformed for a question or a system message that the whole text lacks: it would be lost."""
+def _refuse_what_was_asked_elsewhere(record: dict, prompt: str, whole: str) -> None:
+    """Malformed for a question or a system message that the prompt lacks: it would be lost.
+
+    whole  prompt and responses, for messages that repeat them
+    """
     for name in ASKED:
         value = record.get(name)
-        held = isinstance(value, str) and value.strip() in whole
-        other = isinstance(value, str | list | dict) and value and not held
+        held = value is None or value in EMPTY
+        if isinstance(value, str):
+            held = held or value.strip() in prompt
+        elif is_chat(value):
+            contents = [m.get("content", m.get("value")) for m in value if isinstance(m, dict)]
+            held = all(isinstance(c, str) and c.strip() in whole for c in contents)
         mend = "put there what is read before a response, or remove the key"
-        need(not other, f'"{name}" is not in the prompt: {mend}')
+        need(held, f'"{name}" is not in the prompt: {mend}')
 
 
 # --- files ---------------------------------------------------------------------------------------
@@ -216,6 +237,10 @@ def remarks(path: str, groups: list[RankedGroup]) -> list[str]:
         )
         example += f"{numbered(path, cut[0].line)} " + (f"to its end {end!r}" if end else "nothing")
         lines.append(f'{path}: {example} ("prompt": "" is none)')
+    second = Counter(key for group in groups for key in group.unused if key in FORMS)
+    if second:
+        named = ", ".join(f"{key} ({second[key]})" for key in second)
+        lines.append(f"{path}: not used, beside what is: {named}")
     if spaced := [group for group in groups if group.prompt.endswith(" ")]:
         where = f"{len(spaced)} of {len(groups)} prompts end in a space"
         lines.append(f"{path}: {where}; {NO_SPACE}")
@@ -232,6 +257,10 @@ def read_prompts(path: str) -> list[tuple[int, dict]]:
         prompt = record.get("prompt") if isinstance(record, dict) else None
         if fault := unreadable(prompt):
             raise ValueError(f"{place(path, line)}: its prompt {fault}")
+        try:
+            _refuse_what_was_asked_elsewhere(record, prompt, prompt)
+        except Malformed as error:
+            raise ValueError(f"{place(path, line)}: {error}") from None
     if not records:
         raise ValueError(f"{path}: holds no prompts")
     return records
@@ -274,11 +303,12 @@ def require(
     """
     bad = bad or BadRecords()
     good: list[RankedGroup] = []
+    ((size, _),) = Counter(len(group.responses) for group in groups).most_common(1)
     for group in groups:
         lacking = _lacking(group, need, path, loss)
-        n, size = len(group.responses), len((good or groups)[0].responses)
+        n = len(group.responses)
         if not lacking and n != size:
-            as_in = numbered(path, good[0].line)
+            as_in = numbered(path, next(g.line for g in groups if len(g.responses) == size))
             lacking = f"group has {n} responses, expected {size} as in {as_in}"
         if lacking:
             bad.add(f"{place(path, group.line)}: {lacking}", first=not good)
@@ -295,6 +325,8 @@ def _lacking(group: RankedGroup, need: str, path: str, loss: str) -> str:
     if group.order in ("desirable", "undesirable"):
         unpaired = "{prompt, completion, label} is unpaired data, for --loss=kto"
         return "" if loss == "kto" else f"{unpaired}, and not for {loss}"
+    if n == 1 and need != "text" and loss != "best_sft":
+        return f"--loss={loss} compares responses, and there is one"
     if need in ("pair", "ranking") and group.order == "text":
         rank = "`python tinystories_data.py rank` makes rankings of generated stories"
         return f"--loss={loss} needs preferences, and this is text; {rank}"

@@ -14,7 +14,7 @@ NAMED = 10  # invalid groups
 HELP = {  # how a reason begins -> what may help
     "cut": "--judge_max_tokens={four_times}",
     "empty": "a thinking model that was cut, or its server keeps the answer back",
-    "refused": "the server's words are in {journal}",
+    "refused": "see {journal}; --judge_attempts={more} asks for those again",
     "prompt cut": "the server's context is too short for these stories",
     "": "--judge_attempts={more} asks for those again",
 }

@@ -261,7 +261,7 @@ def test_weighted_preferences_and_bad_records_among_many(tmp_path, capsys):
     """AlpacaEval 2 writes 1 to 2; --skip_bad names what cannot be read."""
     common = {"instruction": "Pick.", "output_1": "First.", "output_2": "Second."}
     records = [common | {"preference": value} for value in (1.0000041, 1.4999, 1.5001, 1.99998)]
-    bad = [common | {"preference": 0.5}, "no record", {"instruction": 3}]
+    bad = [common | {"preference": 0.5}, "no record", common | {"preference": 1, "input": 5}]
     path, out = dump(tmp_path / "p.json", [*records, *bad]), tmp_path / "pairs.jsonl"
     command = ["preferences", f"--data={path}", f"--out={out}"]
     with pytest.raises(
@@ -273,6 +273,15 @@ def test_weighted_preferences_and_bad_records_among_many(tmp_path, capsys):
     assert [r["chosen"] for r in read(out)] == ["First."] * 2 + ["Second."] * 2
     printed = capsys.readouterr().out
     assert "3 left out by --skip_bad" in printed and 'record 6: "instruction" is missing' in printed
+
+
+def test_an_input_that_is_no_text_is_named_and_a_null_dataset_is_none(tmp_path):
+    path = dump(tmp_path / "s.json", [{"instruction": "Add.", "input": 5, "output": "6"}])
+    with pytest.raises(ValueError, match='record 1: "input" is not a text: 5'):
+        alpaca_data.main(["sft", f"--data={path}", f"--out={tmp_path / 's.jsonl'}"])
+    path = dump(tmp_path / "e.json", [{"instruction": "Add.", "input": None, "dataset": None}])
+    alpaca_data.main(["instructions", f"--data={path}", f"--out={tmp_path / 'e.jsonl'}"])
+    assert read(tmp_path / "e.jsonl")[0]["dataset"] == ""
 
 
 def test_alpaca_eval_takes_one_answer(tmp_path):

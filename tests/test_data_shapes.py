@@ -100,7 +100,6 @@ def test_one_chosen_and_a_list_of_rejected(tmp_path):
     assert read_one(tmp_path, record | {"rejected": [NO]}).order == "ranking"
     path = write(tmp_path / "d.jsonl", record)
     with pytest.raises(ValueError, match="only the best is known; make pairs .* or use spo_bon"):
-        data.read_prompts  # noqa: B018
         from spo.records import require
 
         require(read_groups(path), "pair", path, "dpo")
@@ -229,11 +228,51 @@ def test_a_question_in_another_column_is_refused_and_not_lost(tmp_path, column):
         ({"prompt": "a", "chosen": "b", "rejected": []}, "rejected is empty"),
         ({"text": "a \ue000b\ue001"}, r"text holds U\+E000"),
         ({"prompt": "a", "response": "b"}, "it has prompt, response"),
+        (
+            {"messages": [user("Who?")], "responses": ["a", "b"], "ranking": [0, 1]},
+            '"messages" is not in the prompt',
+        ),
+        ({"question": "a cat", "chosen": "a cat sat", "rejected": "no"}, '"question" is not in'),
+        ({"input": 42, "prompt": "", "chosen": "a", "rejected": "b"}, '"input" is not in'),
+        ({"prompt": [], "chosen": [user("a")], "rejected": [user("a")]}, "prompt is an empty list"),
     ],
 )
 def test_what_cannot_be_read_is_named(tmp_path, record, message):
     with pytest.raises(ValueError, match=f"one.jsonl line 1: .*{message}"):
         read_one(tmp_path, record)
+
+
+def test_a_labelled_conversation_is_unpaired(tmp_path):
+    messages = [user("a"), answer("b"), user("c"), answer("d")]
+    group = read_one(tmp_path, {"messages": messages, "label": False})
+    same = {"prompt": messages[:-1], "completion": messages[-1:], "label": False}
+    assert group == read_one(tmp_path, same) and group.order == "undesirable"
+
+
+def test_a_cut_answer_in_messages_gets_no_terminator_and_an_empty_one_is_dropped(tmp_path):
+    tokenizer = tokenizer_of(tmp_path / "m", CHATML)
+    template = tokenizer.chat_template()
+    record = {"prompt": [user("a")], "chosen": [answer("so")], "rejected": [answer("no")]}
+    group = read_one(tmp_path, record | {"finished": [True, False]}, template)
+    ((encoded,), _) = encode_groups([group], tokenizer, (0,), 96)
+    assert [ids.count(0) for ids in encoded.responses] == [1, 0]
+    assert tokenizer.decode(encoded.responses[1]) == "no"
+    group = read_one(tmp_path, record | {"chosen": [answer("")]}, template)
+    assert encode_groups([group], tokenizer, (0,), 96)[1] == {"an empty response": [1]}
+
+
+def test_the_size_of_most_groups_is_the_one_that_is_trained(tmp_path):
+    from spo.files import BadRecords
+    from spo.records import require
+
+    pair = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    path = write(tmp_path / "d.jsonl", {"text": "t"}, pair | {"rejected": ["b", "c"]}, pair, pair)
+    bad = BadRecords(True)
+    groups = require(read_groups(path), "best", path, "spo_bon", bad)
+    assert [group.line for group in groups] == [3, 4] and len(bad.reasons) == 2
+    one = write(tmp_path / "one.jsonl", {"responses": ["a"], "ranking": [0]})
+    with pytest.raises(ValueError, match="line 1: --loss=spo_bon compares responses, and there is"):
+        require(read_groups(one), "best", one, "spo_bon")
 
 
 def test_texts_of_the_same_ids_are_identical(tmp_path, tokenizer):

@@ -138,3 +138,8 @@ def test_real_stories_beat_their_shuffled_and_unpunctuated_selves(spo_data):
     stories = real_stories(spo_data)[:100]
     assert win_rate(stories, [salad(story) for story in stories]) > 0.98
     assert win_rate(stories, [run_on(story) for story in stories]) > 0.95
+
+
+def test_a_score_is_computed_once():
+    """Every story is judged twice."""
+    assert judge.score.cache_info().maxsize >= 4096

@@ -69,13 +69,25 @@ def test_what_every_request_gets_stops_with_the_servers_words(flags, status):  #
         assert sum(api.asked.values()) == 2 and not judge.chat.journal.replies
 
 
-def test_a_server_that_turns_to_refusing_everything_marks_nothing_invalid(flags):  # noqa: F811
-    with FakeApi(["", "", *["403"] * 50], score=score, patience=False) as api:
-        judge = ApiJudge(flags(api, workers=1))
+@pytest.mark.parametrize("workers", [1, 8])
+def test_a_server_that_turns_to_refusing_everything_marks_nothing_invalid(flags, workers):  # noqa: F811
+    """A used-up credit, say: the others may be answered while this is refused."""
+    groups = make_groups(12)
+    with FakeApi([""] * 5 + ["403"] * 90, score=score, patience=False) as api:
+        judge = ApiJudge(flags(api, workers=workers))
         with pytest.raises(Stopped, match="answered 403"):
-            rank_in_both_orders(judge, make_groups(4), None)
+            rank_in_both_orders(judge, groups, None)
         replies = [r for replies in judge.chat.journal.replies.values() for r in replies]
-        assert [reply["finish_reason"] for reply in replies] == ["stop", "stop"]
+        assert [reply["finish_reason"] for reply in replies] == ["stop"] * 5
+
+
+def test_a_request_that_is_always_overloaded_is_invalid_while_others_get_through(flags):  # noqa: F811
+    groups = make_groups(4)
+    groups[1] = flagged(groups[1])
+    with refusing(FakeApi(score=score), "FLAGGED", "503") as api:
+        judge = ApiJudge(flags(api, workers=4, judge_retries=4))
+        results = rank_in_both_orders(judge, groups, None)
+        assert [r.valid for r in results] == [True, False, True, True]
 
 
 def test_a_refused_story_in_a_training_run(workshop, tokenizer, tmp_path, capsys):
@@ -322,4 +334,4 @@ def test_texts_that_are_not_english_are_counted(tmp_path, capsys):
     stories = write(tmp_path / "s.jsonl", *[{"text": text} for text in (*chinese, german, english)])
     command = ["rank", f"--stories={stories}", "--group_size=2", f"--out={tmp_path / 'r.jsonl'}"]
     data.main(command)
-    assert "6 of 8 texts are not English: the offline judge reads" in capsys.readouterr().out
+    assert "3 of 4 texts are not English: the offline judge reads" in capsys.readouterr().out
