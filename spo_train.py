@@ -28,7 +28,7 @@ import torch
 
 from export import save_llama2c
 from judge import JudgeFlags, OfflineJudge, make_judge
-from losses import LOSSES, REGULARIZERS, Objective, call, preference_metrics, reads, settings_of
+from losses import LOSSES, REGULARIZERS, Objective, call, preference_metrics, settings_of
 from model import ModelArgs, Transformer
 from spo import checkpoint, fast, head, parallel, plan, pool
 from spo.config import counted, flag, main_program, non_default, parse, refuse_if
@@ -38,6 +38,7 @@ from spo.generate import PURPOSE_KL, sample
 from spo.groups import Batch, EncodedGroup, load_dataset, micro_batches, padding_share
 from spo.order import batch_indices, indices_of_run
 from spo.parallel import print0
+from spo.passes import passes_and_mean
 from spo.reference import PolicySamples, add_reference_logps
 from spo.run import RunFolder
 from spo.tokenizer import Tokenizer, load_tokenizer
@@ -234,17 +235,16 @@ def preference_gradient(
     """Add the gradient of the mean preference loss over all groups; return the metrics to log.
 
     Micro-batches bound the memory and never change the result: a loss that compares a group with
-    the mean of its batch (mu in Eq. 13, z0 in KTO) is given that mean, from a first pass without
-    gradient.
+    the mean of its batch (mu in Eq. 13, z0 in KTO) is given the mean of all.
     """
     policy.train()
     # Every process gets long and short groups, and cuts its own into micro-batches by length.
     batches = micro_batches(parallel.deal(groups), micro_batch_size, policy)
-    statistics = batch_statistics(objective, policy, batches, len(groups))
+    forward = functools.partial(read_batch, objective, policy, reference)
+    passes, mean = passes_and_mean(objective, forward, policy, batches, len(groups))
     means = parallel.GlobalMean(len(groups))
-    for batch in batches:
-        tensors = read_batch(objective, policy, reference, batch)  # (B, n) each
-        losses = objective.preference_loss(tensors | statistics)  # (B,)
+    for tensors in passes:  # (B, n) each
+        losses = objective.preference_loss(tensors | mean)  # (B,)
         means.add({"loss": losses} | call(preference_metrics, tensors))
         regularizer = objective.dataset_regularizer(tensors)  # (B,); None for SPO's own, below
         if regularizer is not None:
@@ -289,27 +289,6 @@ def known_tensors(
     if "reference_logps" in objective.reads:
         tensors["reference_logps"] = batch.reference_logps.to(logps.dtype)
     return tensors
-
-
-@torch.no_grad()
-def batch_statistics(
-    objective: Objective, policy: Transformer, batches: list[Batch], count: int
-) -> dict[str, torch.Tensor]:
-    """Return {name: its mean over the global batch} of what the loss compares its groups with.
-
-    With a single micro-batch the loss takes the mean itself.
-    """
-    alone = len(batches) == 1 and parallel.world_size() == 1
-    if objective.statistic is None or alone:
-        return {}
-    name, function = objective.statistic
-    values = []
-    for batch in batches:
-        tensors = {"lengths": batch.lengths}  # known without a pass of the policy
-        if "policy_logps" in reads(function):
-            tensors = known_tensors(objective, batch, head.sequence_logps(policy, batch))
-        values.append(objective.statistic_of(tensors))
-    return {name: parallel.all_reduce_sum(torch.cat(values).sum(0)) / count}
 
 
 # --- samples of the policy -----------------------------------------------------------------------
@@ -483,7 +462,7 @@ def main(argv: list[str]) -> None:
     config = replace(config, device=device, dtype=dtype)
     with one_reason():  # of several processes, one says why they end
         config.check()
-        print0(fast.enable_fast_matmul(device))
+        print0(fast.enable_fast_matmul(device, dtype))
         if not config.data:
             config = build_demo(config, train)  # its reference model is trained by this very loop
         if config is not None:  # None: SIGTERM while the demo was built

@@ -452,7 +452,7 @@ def generate(config: GenerateConfig) -> None:
     fitting = sampling.prompts_that_fit(prompts, places, tokenizer, model)
     prompts = sampling.tile_evenly([prompts[i] for i in fitting], config.num_stories)
     part = PartialFile(config.out, settings_of_stories(config, tokenizer))
-    first = part.resume(config.batch_size)
+    first = part.resume(config.batch_size or sampling.stories_at_a_time(model.args, device))
     started = time.monotonic()
     encoded = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
     batches = sampling.sample_batches(

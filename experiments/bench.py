@@ -24,6 +24,7 @@ import copy
 import gc
 import importlib.util
 import json
+import math
 import os
 import random
 import statistics
@@ -64,13 +65,15 @@ TINY = {
     "compiled": False,
 }  # the arguments with --tiny
 
+MOST_FOR_A_RATE = 60.0  # seconds, for eight products
 WORKLOADS = ("W1", "W2", "W3", "W4", "generation", "7B", "head")
 
 
 @dataclass
 class BenchConfig:
     only: str = flag("", "one workload", choices=["", *WORKLOADS, "errors"])
-    rounds: int = flag(2, "how often every measurement is made")
+    rounds: int = flag(2, "how often every measurement is made, if there is time")
+    minutes: float = flag(15.0, "when it ends; what does not fit is left out, and named")
     measure: str = flag(
         "",
         "one measurement, or all of a workload, in this process: a line of JSON each",
@@ -212,11 +215,17 @@ def our_step(
     precision: str = "",
     compiled: bool = False,
     fit: bool = False,
+    library_head: bool = False,
     count: int = 6,
 ) -> dict:
-    """One optimizer step. fit: as many layers as there is memory for, in one micro-batch, and the
-    plan beside the peak.
+    """One optimizer step.
+
+    fit           as many layers as there is memory for, in one micro-batch, and the plan beside
+                  the peak
+    library_head  log-probs by torch's linear_cross_entropy, in place of spo/head.py
     """
+    if library_head:
+        head.logps_from_hidden = library_logps
     device, dtype = parallel.start("", dtype)
     fast.enable_fast_matmul(device)
     if precision:
@@ -273,6 +282,14 @@ def our_step(
         planned = sum(planned_for_training(args, groups * n, dtype).values())
         result |= {"layers": args.n_layers, "planned_mb": planned / 1e6}
     return result
+
+
+def library_logps(hidden, classifier, tokens, mask):
+    """head.logps_from_hidden by torch.nn.functional.linear_cross_entropy, new in torch 2.13."""
+    scored = mask[:, 1:]
+    rows, targets = hidden[:, :-1][scored], tokens[:, 1:][scored]
+    nll = F.linear_cross_entropy(rows, classifier, targets, reduction="none")
+    return losses.sum_scored(-nll, scored)
 
 
 def our_generation(shape: str, dtype: str = "float32", rows: int = 32, count: int = 4) -> dict:
@@ -523,6 +540,11 @@ MEASUREMENTS = {
             {"shape": "15M", "loss": "dpo", "groups": 8, "n": 2, "dtype": "bfloat16"},
         ),
         ("spo, 16 pairs", our_step, {"shape": "15M", "loss": "dpo", "groups": 16, "n": 2}),
+        (
+            "spo, torch's linear_cross_entropy",
+            our_step,
+            {"shape": "15M", "loss": "dpo", "groups": 8, "n": 2, "library_head": True},
+        ),
         ("TRL, without oneDNN, reference at every step", trl_step, {"shape": "15M", "pairs": 8}),
         (
             "TRL, oneDNN, reference precomputed",
@@ -537,11 +559,6 @@ MEASUREMENTS = {
     ],
     "W2": [
         ("dpo_rank", our_step, {"shape": "260K", "loss": "dpo_rank", "groups": 32, "n": 4}),
-        (
-            "dpo_rank, --compile",
-            our_step,
-            {"shape": "260K", "loss": "dpo_rank", "groups": 32, "n": 4, "compiled": True},
-        ),
         (
             "spo_rank without its online KL",
             our_step,
@@ -617,7 +634,7 @@ def chosen(only: str) -> list[tuple[str, str]]:
     """(workload, what) of all that can run here."""
     needs = {trl_step: "trl", their_generation: "transformers"}
     workloads = [only] if only else ["W1", "W2", "W3"] + ["W4"] * torch.cuda.is_available()
-    return [("matmul", what) for what, *_ in RATES] + [
+    return [
         (workload, what)
         for workload in workloads
         for what, function, _ in MEASUREMENTS[workload]
@@ -653,13 +670,75 @@ def measure(name: str, tiny: bool) -> None:
             torch.cuda.empty_cache()
 
 
-def measured(workload: str, what: str) -> dict:
-    """In a process of its own."""
+def measured(workload: str, what: str, seconds: float) -> dict | None:
+    """In a process of its own; None if it takes longer than so many seconds."""
     command = [sys.executable, os.path.abspath(__file__), f"--measure={workload}/{what}"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return None
     if done.returncode:
         raise ValueError(f"{workload} {what}: {done.stderr.strip().splitlines()[-1]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def machine() -> str:
+    """Return the processor's instruction sets, as torch and the system name them, and its cores."""
+    known = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "sve", "asimd")
+    flags: set[str] = set()
+    if os.path.isfile("/proc/cpuinfo"):
+        with open("/proc/cpuinfo", encoding="utf-8") as f:
+            flags = {
+                word for line in f if line.startswith(("flags", "Feat")) for word in line.split()
+            }
+    sets = ", ".join(name for name in known if name in flags) or "unknown"
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{len(os.sched_getaffinity(0))} cores, {sets}; torch computes with {capability}"
+
+
+def run_all(config: BenchConfig) -> dict[tuple[str, str], list[dict]]:
+    """Measure what fits into the time, the sides in turn; {(workload, what): results}."""
+    deadline = time.monotonic() + 60 * config.minutes
+    print(machine(), flush=True)
+    results: dict[tuple[str, str], list[dict]] = {}
+    took: dict[tuple[str, str], float] = {}
+
+    def attempt(case: tuple[str, str], seconds: float) -> None:
+        started = time.monotonic()
+        result = measured(*case, min(seconds, deadline - started))
+        took[case] = time.monotonic() - started if result else math.inf
+        if result is None:
+            print(f"left out: {'/'.join(case)}, longer than its {seconds:.0f} s", flush=True)
+            return
+        results.setdefault(case, []).append(result)
+        print(json.dumps({"workload": case[0], "what": case[1]} | result), flush=True)
+
+    for what, *_ in RATES:
+        attempt(("matmul", what), MOST_FOR_A_RATE)
+    cases = chosen(config.only)
+    slower = bfloat16_is_slower(results)
+    if slower:
+        print(f"left out: all in bfloat16, whose products take {slower} here", flush=True)
+        cases = [case for case in cases if "bfloat16" not in case[1]]
+    for turn in range(config.rounds):
+        for number, case in enumerate(cases):
+            left = deadline - time.monotonic()
+            # In the first round a case may take four times its share of what is left.
+            needed, share = (took[case], left) if turn else (1, 4 * left / (len(cases) - number))
+            if needed > left:
+                print(f"left out of round {turn + 1}: {'/'.join(case)}", flush=True)
+            else:
+                attempt(case, share)
+    return results
+
+
+def bfloat16_is_slower(results: dict) -> str:
+    """Return by how much products in bfloat16 are slower than in float32; "" if they are not."""
+    whats = [("matmul", what) for what, *_ in RATES]
+    if not all(what in results for what in whats):
+        return "too long to be measured"
+    single, half = (min(results[what][0]["seconds"]) for what in whats)
+    return f"{half / single:.0f} times as long" if half > 1.2 * single else ""
 
 
 def main(argv: list[str]) -> None:
@@ -682,11 +761,7 @@ def main(argv: list[str]) -> None:
             for line in gradient_errors(shape, loss):
                 print(json.dumps(line), flush=True)
         return
-    all_of = {case: [] for case in chosen(config.only)}
-    for _ in range(config.rounds):  # the sides take turns
-        for case, results in all_of.items():
-            results.append(measured(*case))
-            print(json.dumps({"workload": case[0], "what": case[1]} | results[-1]), flush=True)
+    all_of = run_all(config)
     rows, rates, first, steps_of = [], {}, {}, {}
     for (workload, what), results in all_of.items():
         seconds = statistics.median(s for result in results for s in result["seconds"])

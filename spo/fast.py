@@ -5,6 +5,8 @@ rounding.
 """
 
 import contextlib
+import functools
+import time
 from collections.abc import Iterator
 
 import torch
@@ -12,30 +14,33 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import Attention, KVCache, ModelArgs, Transformer, rotate
-from spo import parallel
+from spo import fast_block, parallel
 
-QUERIES_PER_BLOCK = 96  # attention on a CPU
-MOST_TOKENS_FOR_BLOCKS = 512  # longer texts have no memory for their scores
 LENGTHS_PER_GRAPH = 64  # a CUDA graph reads the cache up to a multiple of this
+LEAST_HEAD_DIM_IN_ROWS = 32  # of the keys that a single query reads on a CPU
 LEAST_DIM_FOR_ONEDNN = 256  # when decoding: oneDNN is slow at small products
 
 
 def use(model: Transformer) -> Transformer:
-    """Let a model on a CPU compute attention as two products; return the model.
+    """Let a model on a CPU compute its layers as spo/fast_block.py does; return the model.
 
     One on a GPU stays as it is.
     """
     for layer in model.layers:
         on_cpu = model.device.type == "cpu"
         layer.attention.attend = attend_on_cpu if on_cpu else Attention.attend
+        if on_cpu and "forward" not in vars(layer):  # one that is compiled keeps its own
+            layer.forward = functools.partial(fast_block.forward, layer)
     return model
 
 
 # --- float32 products ----------------------------------------------------------------------------
 
 
-def enable_fast_matmul(device: str) -> str:
+def enable_fast_matmul(device: str, dtype: str = "float32") -> str:
     """Choose the fast way to multiply float32 matrices; return a line that says which it is.
+
+    dtype  what the layers compute in: where bfloat16 is slower, the line says by how much
 
     On a GPU it is TF32, which rounds the factors to three digits. On a CPU it is oneDNN, up to
     twice as fast as the default, if a test product shows that it does not round to bfloat16 on this
@@ -45,6 +50,7 @@ def enable_fast_matmul(device: str) -> str:
     on = f"running on {device}"
     if device == "cpu":
         on += f" with {torch.get_num_threads()} threads"
+        on += bfloat16_warning() if dtype == "bfloat16" else ""
     if device.startswith("cuda"):
         error = matmul_error("high", device)
         torch.set_float32_matmul_precision("high")
@@ -56,6 +62,24 @@ def enable_fast_matmul(device: str) -> str:
         torch.set_float32_matmul_precision("medium")
         return f"{on}; float32 products by oneDNN, relative error {error:.1e}"
     return f"{on}; float32 products, not by oneDNN: its error of {error:.1e} is too large"
+
+
+def bfloat16_warning() -> str:
+    """Say how many times as long as in float32 a product takes here in bfloat16; "" if not longer.
+
+    On a CPU without instructions for it that can be 45 times.
+    """
+    seconds = []
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.ones(256, 256, dtype=dtype)
+        times = []
+        for _ in range(3):
+            started = time.perf_counter()
+            x @ x
+            times.append(time.perf_counter() - started)
+        seconds.append(min(times))
+    ratio = seconds[1] / seconds[0]
+    return f"; bfloat16 takes {ratio:.0f} times as long as float32 here" if ratio > 1.5 else ""
 
 
 def matmul_error(precision: str, device: str) -> float:
@@ -84,45 +108,18 @@ def matmul_precision(precision: str) -> Iterator[None]:
 
 
 def attend_on_cpu(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Equal `Attention.attend`, in half of its time on a CPU.
+    """Equal `Attention.attend`, faster for a single query: that of a decoding step.
 
     q (N, heads, T or 1, head_dim); k, v (N, KV, T, head_dim), shared by the heads of a group
     without a copy. Returns as q.
     """
-    n_kv_heads, T = k.shape[1], k.shape[2]
-    heads_by_key = (n_kv_heads, -1)
-    if q.shape[2] == 1:
-        # A single query attends to all keys, so no mask is needed, and the heads that share a key
-        # can be batched as queries.
-        queries = (
-            q.to(k.dtype).squeeze(2).unflatten(1, heads_by_key)
-        )  # (N, KV, heads per KV, head_dim)
-        y = F.scaled_dot_product_attention(queries, k, v)
-        return y.flatten(1, 2).unsqueeze(2).to(q.dtype)
-    assert q.shape[2] == T, "several tokens at once only from position 0: the mask is square"
-    if T > MOST_TOKENS_FOR_BLOCKS:
-        gqa = q.shape[1] != n_kv_heads
-        y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, is_causal=True, enable_gqa=gqa)
-        return y.to(q.dtype)
-    return _attend_by_blocks(q, k, v).unflatten(0, (-1, n_kv_heads)).flatten(1, 2).to(q.dtype)
-
-
-def _attend_by_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Multiply a block of queries with the keys up to its last -> (N KV, heads per KV, T, hd)."""
-    n_kv_heads, T = k.shape[1], k.shape[2]
-    wide = torch.promote_types(q.dtype, torch.float32)
-    q = q.to(wide).unflatten(1, (n_kv_heads, -1)).flatten(0, 1) * q.shape[-1] ** -0.5
-    k = k.to(wide).flatten(0, 1)  # (N KV, T, head_dim)
-    v = v.to(wide).flatten(0, 1)
-    future = torch.full((T, T), -torch.inf, dtype=wide).triu(1)
-    blocks = []
-    for first in range(0, T, QUERIES_PER_BLOCK):
-        last = min(first + QUERIES_PER_BLOCK, T)
-        scores = q[:, :, first:last].flatten(1, 2) @ k[:, :last].transpose(1, 2)
-        scores = scores.unflatten(1, (-1, last - first)).add_(future[first:last, :last])
-        y = scores.softmax(-1).flatten(1, 2) @ v[:, :last]
-        blocks.append(y.unflatten(1, (-1, last - first)))
-    return torch.cat(blocks, 2)
+    if q.shape[2] > 1:
+        return Attention.attend(q.to(k.dtype), k, v).to(q.dtype)
+    # It attends to all keys, so no mask is needed, and the heads that share a key can be batched
+    # as queries.
+    queries = q.to(k.dtype).squeeze(2).unflatten(1, (k.shape[1], -1))  # (N, KV, heads per KV, hd)
+    y = F.scaled_dot_product_attention(queries, k, v)
+    return y.flatten(1, 2).unsqueeze(2).to(q.dtype)
 
 
 # --- generation ----------------------------------------------------------------------------------
@@ -259,14 +256,19 @@ def static_step(
 
 
 class CpuCache(KVCache):
-    """A KVCache whose keys are stored transposed, which is faster for a single query on a CPU."""
+    """A KVCache that stores the keys of narrow heads transposed: faster for a single query."""
 
     def __init__(self, args: ModelArgs, batch: int, length: int, dtype: torch.dtype):
         super().__init__(args, batch, length, "cpu", dtype)
-        shape = self.keys.shape
-        self.keys = self.keys.view(*shape[:3], args.head_dim, length).transpose(3, 4)
+        self.transposed = args.head_dim < LEAST_HEAD_DIM_IN_ROWS
+        if self.transposed:
+            shape = self.keys.shape
+            self.keys = self.keys.view(*shape[:3], args.head_dim, length).transpose(3, 4)
 
     def keep(self, rows: Tensor) -> None:
+        if not self.transposed:
+            super().keep(rows)
+            return
         self.keys = self.keys.transpose(3, 4)[:, rows].transpose(3, 4)
         self.values = self.values[:, rows]
 
@@ -314,18 +316,24 @@ class FusedLayer:
         attention, ffn = layer.attention, layer.feed_forward
         scale = args.head_dim**-0.5
         wqkv = torch.cat((attention.wq.weight * scale, attention.wk.weight, attention.wv.weight))
-        self.wqkv = wqkv.t().contiguous()
-        self.w13 = torch.cat((ffn.w1.weight, ffn.w3.weight)).t().contiguous()
+        w13 = torch.cat((ffn.w1.weight, ffn.w3.weight))
+        self.fold = wqkv.dtype != torch.bfloat16  # the gains; rounded numbers keep their order
+        if self.fold:
+            wqkv, w13 = wqkv * layer.attention_norm.weight, w13 * layer.ffn_norm.weight
+        self.wqkv, self.w13 = wqkv.t().contiguous(), w13.t().contiguous()
         self.wo = attention.wo.weight.t().contiguous()
         self.w2 = ffn.w2.weight.t().contiguous()
         self.attention_norm = layer.attention_norm
         self.ffn_norm = layer.ffn_norm
 
+    def normed(self, x: Tensor, norm: torch.nn.RMSNorm) -> Tensor:
+        return x * fast_block.inverse_rms(x, norm.eps) if self.fold else norm(x)
+
     def forward(self, index: int, x: Tensor, rotation: Tensor, cache: KVCache) -> Tensor:
         """x (N, D) -> (N, D). rotation (head_dim / 2,) complex: the angle of this position."""
         N, KV = len(x), self.args.n_kv_heads
         heads_per_key = self.args.n_heads // KV
-        qkv = (self.attention_norm(x) @ self.wqkv).to(cache.keys.dtype)
+        qkv = (self.normed(x, self.attention_norm) @ self.wqkv).to(cache.keys.dtype)
         qkv = qkv.view(N, -1, self.args.head_dim // 2, 2)
         qk = torch.view_as_real(torch.view_as_complex(qkv[:, :-KV]) * rotation).flatten(2)
         q, k = qk.split((heads_per_key * KV, KV), 1)
@@ -336,5 +344,5 @@ class FusedLayer:
             scores = torch.bmm(queries, keys.flatten(0, 1).transpose(1, 2))
             y = torch.bmm(scores.softmax(-1), values.flatten(0, 1)).view(N, -1).to(x.dtype)
         x = torch.addmm(x, y, self.wo)
-        gate, up = (self.ffn_norm(x) @ self.w13).chunk(2, 1)
+        gate, up = (self.normed(x, self.ffn_norm) @ self.w13).chunk(2, 1)
         return torch.addmm(x, F.silu(gate).mul_(up), self.w2)

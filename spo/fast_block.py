@@ -24,7 +24,8 @@ def forward(
 ) -> Tensor:
     """x (N, T, D) -> (N, T, D); the rest as in TransformerBlock.forward."""
     N, T, D = x.shape
-    if cache is not None or T > MOST_TOKENS or x.dtype not in (torch.float32, torch.float64):
+    wide = x.dtype in (torch.float32, torch.float64) and x.device.type == "cpu"
+    if cache is not None or T > MOST_TOKENS or not wide:
         return TransformerBlock.forward(layer, x, cos, sin, cache)
     attention, ffn = layer.attention, layer.feed_forward
     scale = (D // attention.n_heads) ** -0.5
@@ -40,12 +41,17 @@ def forward(
     return rows.view(N, T, D)
 
 
+def inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """x (R, D) -> (R, 1)"""
+    return torch.linalg.vecdot(x, x).div_(x.shape[1]).add_(eps).rsqrt_().unsqueeze(1)
+
+
 class Normed(torch.autograd.Function):
     """x (R, D) -> x / rms(x): an RMSNorm without its gain."""
 
     @staticmethod
     def forward(ctx, x: Tensor, eps: float) -> Tensor:
-        inverse = torch.linalg.vecdot(x, x).div_(x.shape[1]).add_(eps).rsqrt_().unsqueeze(1)
+        inverse = inverse_rms(x, eps)
         normed = x * inverse
         ctx.save_for_backward(normed, inverse)
         return normed

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import Transformer
+from model import ModelArgs, Transformer
 from spo import fast, parallel
 from spo.checkpoint import WeightsFlags
 from spo.config import flag
@@ -18,7 +18,8 @@ from spo.records import NO_SPACE
 from spo.templates import unmark
 from spo.tokenizer import Tokenizer
 
-STORIES_AT_A_TIME = 128
+FEWEST_AT_A_TIME, MOST_AT_A_TIME = 128, 1024  # stories
+CACHE_AT_A_TIME = 2**28  # bytes of keys and values on a CPU, if that is more stories
 MOST_NAMED = 10  # prompts that are left out
 STEPS_BETWEEN_LOOKS = 8  # at which rows have ended: a GPU has to wait for the answer
 WORDS_PER_BLOCK = 128  # of the vocabulary, when a word is drawn
@@ -40,7 +41,9 @@ class SamplingFlags(WeightsFlags):
 
     tokenizer: str = flag("", "sentencepiece model; default: tokenizer.model beside the checkpoint")
     prompts: str = flag("", "a JSONL file with a prompt in each line")
-    batch_size: int = flag(STORIES_AT_A_TIME, "stories sampled at once", least=1)
+    batch_size: int | None = flag(
+        None, "stories sampled at once; default: 128, more of a small model", least=1
+    )
     max_new_tokens: int = flag(256, "longest story, in tokens", least=1)
     temperature: float = flag(1.0, "softmax temperature; 0 takes the likeliest token", least=0)
     top_k: int | None = flag(None, "sample among the k likeliest tokens only", least=1)
@@ -252,6 +255,14 @@ def make_rows(
 # --- stories of a model --------------------------------------------------------------------------
 
 
+def stories_at_a_time(args: ModelArgs, device_type: str) -> int:
+    """Return how many stories of 256 tokens are sampled at once: many of a small model."""
+    if device_type != "cpu":
+        return FEWEST_AT_A_TIME
+    bytes_a_story = 256 * 2 * 4 * args.n_layers * args.n_kv_heads * args.head_dim
+    return max(FEWEST_AT_A_TIME, min(MOST_AT_A_TIME, CACHE_AT_A_TIME // bytes_a_story))
+
+
 def sample_batches(
     model: Transformer,
     prompts: list[list[int]],
@@ -274,8 +285,9 @@ def sample_batches(
     hidden = label is None
     bar = progress(len(prompts), label or "", "stories", initial=first, disable=hidden, leave=False)
     with bar:
-        for start in range(first, len(prompts), flags.batch_size):
-            batch = prompts[start : start + flags.batch_size]
+        size = flags.batch_size or stories_at_a_time(model.args, model.device.type)
+        for start in range(first, len(prompts), size):
+            batch = prompts[start : start + size]
             responses = generate(
                 model,
                 batch,

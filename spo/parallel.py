@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from model import Transformer, rope_tables
+from model import Transformer, TransformerBlock, rope_tables
 
 # A process that does not answer is waited for this long; SPO_TIMEOUT_MINUTES changes it. What the
 # first one does alone (hashing, judging, writing) may take as long as it likes.
@@ -389,6 +389,8 @@ def clip_gradient(model: Transformer, limit: float) -> float:
 
 def can_compile(device: str) -> bool:
     """Tell whether torch.compile works here. If it does not, print why: training can go without."""
+    if device == "cpu":
+        print0("--compile: on a CPU the layers are faster without it")
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
     except Exception as error:  # no C++ compiler, no Triton, too new a Python
@@ -401,8 +403,9 @@ def can_compile(device: str) -> bool:
 def compile_layers(model: Transformer) -> None:
     """Compile the layers for whole sequences of any length. Generation goes without."""
     for layer in model.layers:
-        compiled = torch.compile(layer.forward, dynamic=True)
-        layer.forward = functools.partial(_compiled_without_cache, compiled, layer.forward)
+        plain = functools.partial(TransformerBlock.forward, layer)
+        compiled = torch.compile(plain, dynamic=True)
+        layer.forward = functools.partial(_compiled_without_cache, compiled, plain)
 
 
 def _compiled_without_cache(compiled, plain, x, cos, sin, cache):

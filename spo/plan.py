@@ -13,11 +13,13 @@ from dataclasses import dataclass
 import torch
 
 from model import ModelArgs, Transformer
-from spo.fast import MOST_TOKENS_FOR_BLOCKS, QUERIES_PER_BLOCK
-from spo.generate import STORIES_AT_A_TIME
-from spo.groups import EncodedGroup, padded_width, split_groups
+from spo import parallel
+from spo.fast_block import MOST_TOKENS, QUERIES_PER_BLOCK
+from spo.generate import stories_at_a_time
+from spo.groups import Batch, EncodedGroup, padded_width, split_groups
 
 GIB = 2**30
+MOST_KEPT = 2 * GIB  # bytes of the graphs of a step's micro-batches that are held at once
 GROUPS_LOOKED_AT = 1000  # for the longest of a dataset
 ALWAYS = ("weights", "AdamW's moments", "reference", "reference's states of the samples")
 PHASES = {
@@ -86,7 +88,7 @@ def saved_by_layer(args: ModelArgs, sequences: int, length: int, width: int, on_
     """Return the bytes that autograd keeps of one layer, at `width` bytes a number.
 
     They are the inputs of the matrices, and what attention, SwiGLU and RMSNorm need besides. The
-    norms upcast 16-bit numbers, and so does attention on a CPU, which keeps its probabilities, too.
+    norms upcast 16-bit numbers. On a CPU attention keeps its probabilities, in float32.
     """
     kv_dim = args.n_kv_heads * args.head_dim
     upcast = 4 if width == 2 else 0
@@ -94,13 +96,33 @@ def saved_by_layer(args: ModelArgs, sequences: int, length: int, width: int, on_
     qkv = args.dim + 2 * kv_dim
     attention = qkv * width + 2 * args.dim * width + args.n_heads * 4
     swiglu = 4 * args.hidden_dim * width
-    scores = 0
-    if on_cpu and length <= MOST_TOKENS_FOR_BLOCKS:
-        attention += qkv * upcast
+    scores = folded = 0
+    if on_cpu and length <= MOST_TOKENS and width > 2:  # spo/fast_block.py
+        norms = 2 * (args.dim + 1) * width
+        attention = (qkv + args.dim) * width
+        swiglu = 3 * args.hidden_dim * width
         for first in range(0, length, QUERIES_PER_BLOCK):
             last = min(first + QUERIES_PER_BLOCK, length)
-            scores += 4 * args.n_heads * (last - first) * last
-    return sequences * (length * (norms + attention + swiglu) + scores)
+            scores += width * args.n_heads * (last - first) * last
+        folded = 2 * width * args.dim * (qkv + 2 * args.hidden_dim)  # the matrices side by side
+    return sequences * (length * (norms + attention + swiglu) + scores) + folded
+
+
+def can_keep(model: Transformer, batches: list[Batch]) -> bool:
+    """Tell whether the graphs of all batches may be held at once: those of one process, if small.
+
+    Sharded layers are gathered for each pass and its backward, one after the other.
+    """
+    if parallel.world_size() > 1:
+        return False
+    args, on_cpu = model.args, model.device.type == "cpu"
+    bytes_kept = 0
+    for batch in batches:
+        rows, length = batch.tokens.shape
+        saved = saved_by_layer(args, rows, length, model.tok_embeddings.weight.itemsize, on_cpu)
+        bytes_kept += saved * args.n_layers + 4 * int(batch.mask.sum()) * args.vocab_size
+    there, _ = available(model.device.type, 1)
+    return bytes_kept <= min(MOST_KEPT, there / 4)
 
 
 def memory(args: ModelArgs, tied: bool, load: Load) -> dict[str, int]:
@@ -116,7 +138,8 @@ def memory(args: ModelArgs, tied: bool, load: Load) -> dict[str, int]:
     on_cpu = load.device == "cpu"
     tokens = load.sequences * load.longest
     samples = math.ceil(load.online / load.processes)
-    stories = min(STORIES_AT_A_TIME, math.ceil(load.eval_stories / load.processes))
+    at_a_time = stories_at_a_time(args, load.device)
+    stories = min(at_a_time, math.ceil(load.eval_stories / load.processes))
     activations = saved_by_layer(args, load.sequences, load.longest, width, on_cpu)
     if load.activation_checkpointing:  # one layer's, and the inputs of all
         activations += tokens * args.dim * width * args.n_layers
@@ -172,5 +195,7 @@ def available(device: str, processes: int) -> tuple[int, str]:
     if device.startswith("cuda"):
         properties = torch.cuda.get_device_properties(device)
         return properties.total_memory, properties.name
+    if not hasattr(os, "sysconf"):  # Windows
+        return 4 * GIB // processes, "this machine, of unknown memory"
     pages = os.sysconf("SC_PHYS_PAGES")
     return os.sysconf("SC_PAGE_SIZE") * pages // processes, "this machine"

@@ -10,9 +10,10 @@ import pytest
 import torch
 from helpers import ROOT, plain_tiny, tiny
 
-from model import KVCache
-from spo import fast, parallel
-from spo.fast import QUERIES_PER_BLOCK, attend_on_cpu
+from model import KVCache, TransformerBlock
+from spo import fast, fast_block, parallel
+from spo.fast import attend_on_cpu
+from spo.fast_block import QUERIES_PER_BLOCK
 from spo.generate import generate
 
 
@@ -58,32 +59,45 @@ def test_a_gpu_computes_in_bfloat16_if_it_can(monkeypatch):
 # --- attention and generation on a CPU ---------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-14), (torch.float32, 3e-6)])
 @pytest.mark.parametrize(
-    "length", [1 + QUERIES_PER_BLOCK // 2, QUERIES_PER_BLOCK, 2 * QUERIES_PER_BLOCK + 5]
+    "length", [1, QUERIES_PER_BLOCK // 2, QUERIES_PER_BLOCK, 2 * QUERIES_PER_BLOCK + 5]
 )
 @pytest.mark.parametrize("kv", [1, 2, 4])
-def test_attention_by_blocks_equals_the_formula(length, kv):
+def test_a_block_equals_the_models_and_so_does_its_gradient(kv, length, dtype, tolerance):
+    model = plain_tiny(n_kv_heads=kv, max_seq_len=256).to(dtype)
+    layer, generator = model.layers[0], torch.Generator().manual_seed(0)
+    for norm in (layer.attention_norm, layer.ffn_norm):
+        norm.weight.data.uniform_(0.5, 1.5, generator=generator)
+    x, upstream = (torch.randn(3, length, 32, dtype=dtype, generator=generator) for _ in "xy")
+    x.requires_grad_()
+    results = []
+    for forward in (TransformerBlock.forward, fast_block.forward):
+        y = forward(layer, x, model.freqs_cos[:length], model.freqs_sin[:length], None)
+        gradients = torch.autograd.grad(y, [x, *layer.parameters()], upstream)
+        results.append([y, *gradients])
+    for expected, found in zip(*results, strict=True):
+        assert (found - expected).norm() <= tolerance * expected.norm()
+
+
+def test_the_blocks_gradients_are_those_of_finite_differences():
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (
-        torch.randn(
-            3, heads, length, 6, generator=generator, dtype=torch.float64, requires_grad=True
-        )
-        for heads in (4, kv, kv)
-    )
-    keys, values = (x.repeat_interleave(4 // kv, 1) for x in (k, v))
-    scores = (q @ keys.transpose(2, 3) / 6**0.5).masked_fill(
-        torch.ones(length, length, dtype=torch.bool).triu(1), -torch.inf
-    )
-    expected, weights = (
-        scores.softmax(-1) @ values,
-        torch.randn(3, 4, length, 6, generator=generator, dtype=torch.float64),
-    )
+    qkv = torch.randn(2, 5, 32, dtype=torch.double, generator=generator, requires_grad=True)
+    rows = torch.randn(4, 6, dtype=torch.double, generator=generator, requires_grad=True)
+    rotation = torch.polar(torch.ones(5, 2), torch.randn(5, 2, generator=generator)).cdouble()
+    check = torch.autograd.gradcheck
+    assert check(lambda x: fast_block.Attend.apply(x, rotation, 4, 2), qkv)
+    assert check(lambda x: fast_block.Normed.apply(x, 1e-5), rows)
+    assert check(fast_block.SwiGlu.apply, rows)
+
+
+def test_a_single_query_attends_to_all_keys():
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(3, 4, 1, 6, generator=generator, dtype=torch.float64)
+    k, v = (torch.randn(3, 2, 9, 6, generator=generator, dtype=torch.float64) for _ in "kv")
+    keys, values = (x.repeat_interleave(2, 1) for x in (k, v))
+    expected = (q @ keys.transpose(2, 3) / 6**0.5).softmax(-1) @ values
     torch.testing.assert_close(attend_on_cpu(q, k, v), expected)
-    ours = torch.autograd.grad((attend_on_cpu(q, k, v) * weights).sum(), (q, k, v))
-    theirs = torch.autograd.grad((expected * weights).sum(), (q, k, v))
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b)
-    torch.testing.assert_close(attend_on_cpu(q[:, :, -1:], k, v), expected[:, :, -1:])
 
 
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])

@@ -15,6 +15,7 @@ import pytest
 import torch
 from helpers import (
     ROOT,
+    assert_same_runs,
     gradients_of,
     log_of,
     numpy_logits,
@@ -31,7 +32,7 @@ import spo_train
 import tinystories_data as data
 from judge import OfflineJudge
 from losses import LOSSES, REGULARIZERS, Objective, sequence_logps, settings_of, token_kl
-from spo import checkpoint, head, offline_judge
+from spo import checkpoint, head, offline_judge, plan
 from spo import generate as generation
 from spo.checkpoint import load, save_pt
 from spo.config import main_program
@@ -590,6 +591,19 @@ def check_compiled(workshop, losses, *more):
             for name in expected.keys() - {"accuracy"}:  # whether a rounding error is positive
                 close = pytest.approx(expected[name], rel=2e-3, abs=1e-3)
                 assert found[name] == close, (loss, name)
+
+
+def test_mu_is_the_same_whether_graphs_are_kept_or_there_is_a_pass_more(workshop, monkeypatch):
+    """To the last bit: one forward pass, with and without a graph."""
+    flags = ["--micro_batch_size=2", "--eval_stories=0", "--max_iters=3"]
+    asked = []
+    real = plan.can_keep
+    for bytes_kept in (2**31, 0):
+        monkeypatch.setattr(plan, "MOST_KEPT", bytes_kept)
+        monkeypatch.setattr(plan, "can_keep", lambda *a: asked.append(real(*a)) or asked[-1])
+        workshop("spo_rank", *flags, f"--out_dir={bytes_kept}")
+    assert asked == [True] * 3 + [False] * 3
+    assert_same_runs("2147483648", "0")
 
 
 def test_compiled_layers_train_alike(workshop):
