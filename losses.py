@@ -3,6 +3,8 @@
     SPO     Sharifnassab et al. 2024, "Soft Preference Optimization: Aligning Language Models to
             Expert Distributions", arXiv 2405.00747
     DPO     Rafailov et al. 2023, "Direct Preference Optimization"; its Appendix A.3 for rankings
+    cDPO    Mitchell 2023, "A note on DPO with noisy preferences and relationship to IPO"
+    rDPO    Chowdhury et al. 2024, "Provably Robust DPO", arXiv 2403.00409: here dpo_robust
     IPO     Azar et al. 2023, "A General Theoretical Paradigm to Understand Learning from Human
             Preferences"
     KTO     Ethayarajh et al. 2024, "KTO: Model Alignment as Prospect Theoretic Optimization"
@@ -382,6 +384,59 @@ def dpo(policy_logps: Tensor, reference_logps: Tensor, *, beta: float = 0.1) -> 
     """
     check(policy_logps, {"reference_logps": reference_logps}, most=2)
     return F.softplus(-beta * chosen_over_rejected(policy_logps - reference_logps))
+
+
+@objective(data="pair", start=lambda: math.log(2))
+def cdpo(
+    policy_logps: Tensor,
+    reference_logps: Tensor,
+    *,
+    beta: float = 0.1,
+    label_smoothing: float = 0.1,
+) -> Tensor:
+    """Conservative DPO: each label is wrong with probability e = label_smoothing.
+
+        L = (1 - e) softplus(-beta h) + e softplus(beta h),   h as in dpo
+
+    Its minimum is where sigmoid(beta h) = 1 - e: the margin is bounded.
+
+    policy_logps, reference_logps  (B, 2), column 0 chosen
+    label_smoothing  0 to 1/2, 1/2 excluded
+    at step 0        log 2
+    """
+    as_labelled, flipped = _both_labels(policy_logps, reference_logps, beta, label_smoothing)
+    return (1 - label_smoothing) * as_labelled + label_smoothing * flipped
+
+
+@objective(data="pair", start=lambda: math.log(2))
+def dpo_robust(
+    policy_logps: Tensor,
+    reference_logps: Tensor,
+    *,
+    beta: float = 0.1,
+    label_smoothing: float = 0.1,
+) -> Tensor:
+    """Robust DPO: if labels are flipped with probability e, the mean of L is DPO's on true labels.
+
+        L = ((1 - e) softplus(-beta h) - e softplus(beta h)) / (1 - 2 e),   h as in dpo
+
+    policy_logps, reference_logps  (B, 2), column 0 chosen
+    label_smoothing  e, 0 to 1/2, 1/2 excluded
+    at step 0        log 2
+    """
+    as_labelled, flipped = _both_labels(policy_logps, reference_logps, beta, label_smoothing)
+    difference = (1 - label_smoothing) * as_labelled - label_smoothing * flipped
+    return difference / (1 - 2 * label_smoothing)
+
+
+def _both_labels(
+    policy_logps: Tensor, reference_logps: Tensor, beta: float, label_smoothing: float
+) -> tuple[Tensor, Tensor]:
+    """Return dpo's loss of each pair as it is labelled, and with its label flipped."""
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing is {label_smoothing}, must be 0 or more and below 0.5")
+    flipped = policy_logps.flip(1), reference_logps.flip(1)
+    return dpo(policy_logps, reference_logps, beta=beta), dpo(*flipped, beta=beta)
 
 
 @objective(data="pair", start=lambda tau: 1 / (4 * tau**2))

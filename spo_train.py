@@ -67,6 +67,9 @@ class TrainConfig(JudgeFlags):
     tau: float | None = flag(None, "ipo: the margin to reach is 1/(2 tau)", above=0)
     lambda_d: float | None = flag(None, "kto: weight of the chosen response", least=0)
     lambda_u: float | None = flag(None, "kto: weight of the rejected response", least=0)
+    label_smoothing: float | None = flag(
+        None, "cdpo, dpo_robust: how many labels are wrong", least=0, below=0.5
+    )
     norm: str | None = flag(None, "ipo: log-ratios, summed or per token", choices=["sum", "mean"])
     nll: str | None = flag(None, "cpo: likelihood, summed or per token", choices=["sum", "mean"])
     data: str = flag("", "groups; default: the demo's", path=True, also="dataset", heading="data")

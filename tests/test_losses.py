@@ -2,6 +2,7 @@
 paper.
 """
 
+import functools
 import inspect
 import itertools
 import math
@@ -114,6 +115,30 @@ SLOW = {  # name -> (n, settings, slow reference)
         {"beta": 0.05},
         lambda l, q, n: slow_pairs(l, q, n, lambda w, x, rw, rl, a, b: softplus(-0.05 * (rw - rl))),
     ),
+    "cdpo": (
+        2,
+        {"beta": 0.05, "label_smoothing": 0.2},
+        lambda l, q, n: slow_pairs(
+            l,
+            q,
+            n,
+            lambda w, x, rw, rl, a, b: (
+                0.8 * softplus(-0.05 * (rw - rl)) + 0.2 * softplus(0.05 * (rw - rl))
+            ),
+        ),
+    ),
+    "dpo_robust": (
+        2,
+        {"beta": 0.05, "label_smoothing": 0.2},
+        lambda l, q, n: slow_pairs(
+            l,
+            q,
+            n,
+            lambda w, x, rw, rl, a, b: (
+                (0.8 * softplus(-0.05 * (rw - rl)) - 0.2 * softplus(0.05 * (rw - rl))) / 0.6
+            ),
+        ),
+    ),
     "ipo": (
         2,
         {"tau": 0.02},
@@ -181,8 +206,8 @@ def test_every_loss_has_a_slow_reference():
         set(SLOW)
         == set(LOSSES)
         == set(
-            """sft best_sft spo_basic spo spo_bon spo_rank dpo ipo kto cpo rdpo simpo
-        dpo_rank sdpo_bon sdpo_rank""".split()
+            """sft best_sft spo_basic spo spo_bon spo_rank dpo cdpo dpo_robust ipo kto cpo rdpo
+        simpo dpo_rank sdpo_bon sdpo_rank""".split()
         )
     )
     assert set(REGULARIZERS) == {"global_kl", "logp", "tokenwise", "importance", "none"}
@@ -325,6 +350,8 @@ def test_dpo_is_spo_basic_on_log_ratios():
     "name,settings,n,start",
     [
         ("dpo", {}, 2, math.log(2)),
+        ("cdpo", {}, 2, math.log(2)),
+        ("dpo_robust", {"label_smoothing": 0.4}, 2, math.log(2)),
         ("ipo", {"tau": 0.01}, 2, 2500.0),
         ("kto", {}, 2, 0.5),
         ("kto", {"lambda_d": 1.0, "lambda_u": 3.0}, 2, 1.0),
@@ -361,6 +388,8 @@ def test_baselines_by_hand():
     4).
 
     dpo   beta 0.5:               softplus(-1)                                 = 0.313262
+    cdpo  the same, e 1/4:        3/4 0.313262 + 1/4 softplus(1) 1.313262      = 0.563262
+    dpo_robust, e 1/4:            (3/4 0.313262 - 1/4 1.313262) / (1/2)        = -0.186738
     ipo   tau 0.25:               (2 - 2)^2                                    = 0;  per token: (1/5
           + 1/4 - 2)^2 = 2.4025
     kto   beta 1, z0 = 0:         (sigmoid(-1) + sigmoid(-1)) / 2              = 0.268941
@@ -378,6 +407,8 @@ def test_baselines_by_hand():
     lengths = torch.tensor([[5, 4]])
     cases = [
         ("dpo", {"beta": 0.5}, 0.31326168751822286),
+        ("cdpo", {"beta": 0.5, "label_smoothing": 0.25}, 0.5632616875182229),
+        ("dpo_robust", {"beta": 0.5, "label_smoothing": 0.25}, -0.18673831248177714),
         ("ipo", {"tau": 0.25}, 0.0),
         ("ipo", {"tau": 0.25, "norm": "mean"}, 2.4025),
         ("kto", {"beta": 1.0}, 0.2689414213699951),
@@ -426,6 +457,33 @@ def test_reading_a_ranking_by_places_instead_of_indices_shows_in_the_loss():
 
 
 # --- identities ----------------------------------------------------------------------------------
+
+
+def test_without_smoothing_the_robust_losses_are_dpo():
+    pair, reference = story_logps(5, 2), story_logps(5, 2, seed=1)
+    for name in ("cdpo", "dpo_robust"):
+        value = LOSSES[name](pair, reference, label_smoothing=0.0)
+        assert torch.equal(value, LOSSES["dpo"](pair, reference))
+        for wrong in (0.5, -0.1, 0.7):
+            with pytest.raises(
+                ValueError, match="label_smoothing is .*, must be 0 or more and bel"
+            ):
+                LOSSES[name](pair, reference, label_smoothing=wrong)
+
+
+def test_robust_dpo_on_flipped_labels_is_dpo_on_the_true_ones_in_the_mean():
+    """The identity of its paper: (1 - e) L(true) + e L(flipped) = dpo(true)."""
+    pair, reference = story_logps(50, 2), story_logps(50, 2, seed=1)
+    robust = functools.partial(LOSSES["dpo_robust"], label_smoothing=0.3)
+    mean = 0.7 * robust(pair, reference) + 0.3 * robust(pair.flip(1), reference.flip(1))
+    assert torch.allclose(mean, LOSSES["dpo"](pair, reference), rtol=1e-12)
+
+
+def test_conservative_dpo_has_its_minimum_where_the_model_is_as_sure_as_the_label():
+    h = torch.linspace(-60, 60, 24001, dtype=DOUBLE)
+    pair = torch.stack((h, torch.zeros_like(h)), 1)
+    value = LOSSES["cdpo"](pair, torch.zeros_like(pair), label_smoothing=0.2)
+    assert torch.sigmoid(0.1 * h[value.argmin()]) == pytest.approx(0.8, abs=1e-3)
 
 
 def test_ranked_baselines_collapse_to_dpo_for_pairs():
