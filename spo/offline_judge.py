@@ -9,15 +9,17 @@ import itertools
 import math
 import os
 import re
+from collections import Counter
 
 
-def read_words(section: str) -> set[str]:
+def read_words(section: str) -> frozenset[str]:
     """Return the words of a section of words.txt: [rich] or [common]."""
     path = os.path.join(os.path.dirname(__file__), "words.txt")
     with open(path, encoding="utf-8") as f:
         lines = [line for line in f.read().splitlines() if not line.startswith("#")]
     sections = "\n".join(lines).split("[")
-    return set(next(s for s in sections if s.startswith(f"{section}]")).split("]")[1].split())
+    words = next(s for s in sections if s.startswith(f"{section}]")).split("]")[1].split()
+    return frozenset(words)
 
 
 RICH_WORDS = read_words("rich")
@@ -134,7 +136,9 @@ def ramp(x: float, zero: float, one: float) -> float:
     return min(1.0, max(0.0, (x - zero) / (one - zero)))
 
 
-def stem(word: str, words: set[str] = RICH_WORDS) -> str | None:
+# Stories have few words, so what is found of one is kept.
+@functools.lru_cache(maxsize=2**16)
+def stem(word: str, words: frozenset[str] = RICH_WORDS) -> str | None:
     """The entry of `words` that this word is a form of, or None: whispered -> whisper, hurried ->
     hurry.
     """
@@ -162,16 +166,26 @@ def repeated_share(items: list) -> float:
     return 1 - len(set(items)) / len(items) if items else 0.0
 
 
+@functools.lru_cache(maxsize=2**18)
+def is_misplaced(a: str, b: str) -> bool:
+    """Tell whether one word behind another breaks NEVER_FOLLOWS, or repeats it."""
+    repeats = a == b and a not in MAY_REPEAT
+    return repeats or any(a in left and b in right for left, right in NEVER_FOLLOWS)
+
+
+@functools.lru_cache(maxsize=2**16)
+def is_misspelt(word: str) -> bool:
+    """Tell whether a word is too long, or has letters in a row that no English word has."""
+    odd = re.search(r"(.)\1\1|[^aeiouy']{6}", word)
+    return len(word) > 15 or not re.search("[aeiouy]", word) or bool(odd)
+
+
 def misplaced_share(clauses: list[list[str]], sentences: list[list[str]]) -> float:
     """Word pairs that break NEVER_FOLLOWS, immediate repetitions, and sentences ending in
     NEVER_LAST, per pair.
     """
     pairs = [pair for clause in clauses for pair in itertools.pairwise(clause)]
-    faults = sum(
-        (a == b and a not in MAY_REPEAT)
-        or any(a in left and b in right for left, right in NEVER_FOLLOWS)
-        for a, b in pairs
-    )
+    faults = sum(is_misplaced(a, b) for a, b in pairs)
     faults += 2 * sum(s[-1] in NEVER_LAST for s in sentences)
     return faults / max(1, len(pairs))
 
@@ -219,16 +233,11 @@ def features(text: str) -> dict[str, float]:
     joints = (
         sum(a in FUNCTION and b in FUNCTION for a, b in itertools.pairwise(words)) / n
     )  # "in the", "she was"
-    commonest = max(words.count(w) for w in set(words)) / n
+    commonest = max(Counter(words).values()) / n
     faults = (
         len(MALFORMED.findall(text))
         + sum(w.lower() in FUNCTION for w in STRAY_CAPITAL.findall(text))
-        + sum(
-            len(w) > 15
-            or not re.search("[aeiouy]", w)
-            or bool(re.search(r"(.)\1\1|[^aeiouy']{6}", w))
-            for w in words
-        )
+        + sum(map(is_misspelt, words))
     )
     lower = re.findall(r"(?<![A-Za-z'])[a-z]+(?:'[a-z]+)*", text)  # capitalised words may be names
     unknown = sum(
