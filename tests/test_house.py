@@ -65,7 +65,8 @@ def test_spo_imports_of_the_root_only_model_and_losses():
         ("model.py", set()),
         ("spo/files.py", set()),
         ("spo/config.py", set()),
-        ("spo/fast.py", {"model", "spo.parallel"}),
+        ("spo/fast.py", {"model", "spo.fast_block", "spo.parallel"}),
+        ("spo/fast_block.py", {"model"}),
         ("spo/parallel.py", {"model"}),
     ],
 )
