@@ -24,9 +24,9 @@ from spo.chat import Chat, Stopped, as_done
 from spo.chat_flags import OPENAI, ChatFlags
 from spo.config import flag, main_program, non_default, parse, refuse_if
 from spo.diversity import Diversity
-from spo.prices import token_counter
 from spo.progress import progress, show_beside
 from spo.records import read_stories
+from spo.token_count import token_counter
 from spo.unusable import MOST, advice, name_invalid, why_unusable
 from spo.win_rate import MAX_INVALID, WinRate, win_rate
 

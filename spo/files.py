@@ -288,13 +288,11 @@ def read_json_object(path: str) -> dict:
     return content
 
 
-def is_unicode(text: str) -> bool:
-    """Tell whether UTF-8 can hold a text: JSON can spell half a surrogate pair, which it cannot."""
-    return SURROGATE.search(text) is None
-
-
 def text_fault(text) -> str:
-    """Say why something is no text that can be read; "" if it is one."""
+    """Say why something is no text that can be read; "" if it is one.
+
+    JSON can spell half a surrogate pair, which UTF-8 cannot hold.
+    """
     if not isinstance(text, str):
         return "is missing" if text is None else f"is not a text: {json.dumps(text)[:40]}"
     half = SURROGATE.search(text)

@@ -232,11 +232,9 @@ def remarks(path: str, groups: list[RankedGroup]) -> list[str]:
     lines = []
     if cut := [group for group in groups if group.cut]:
         end = unmark(cut[0].prompt)[-60:]
-        example = (
-            f"{len(cut)} of {len(groups)} have no prompt: it is what their responses share, in "
-        )
-        example += f"{numbered(path, cut[0].line)} " + (f"to its end {end!r}" if end else "nothing")
-        lines.append(f'{path}: {example} ("prompt": "" is none)')
+        count = f"{len(cut)} of {len(groups)} have no prompt: it is what their responses share"
+        example = f"in {numbered(path, cut[0].line)} {f'to its end {end!r}' if end else 'nothing'}"
+        lines.append(f'{path}: {count}, {example} ("prompt": "" is none)')
     second = Counter(key for group in groups for key in group.unused if key in FORMS)
     if second:
         named = ", ".join(f"{key} ({second[key]})" for key in second)

@@ -24,7 +24,7 @@ def why_unusable(reply: dict) -> str:
     """Say why a reply cannot be read; "" if it can. Of a refusal: "refused: " and the words."""
     reason = reply["finish_reason"]
     if reason == "refused":
-        return f"refused: {reply['said']}"
+        return f"refused: {reply.get('said', 'no reason given')}"
     if reason == "content_filter":
         return "stopped by a content filter"
     if reason == "length":

@@ -1,5 +1,6 @@
 """A dataset's records in the shapes that people bring: read as TRL reads them, or refused."""
 
+import base64
 import json
 import subprocess
 import sys
@@ -13,9 +14,10 @@ import sample
 import spo_train
 import tinystories_data as data
 from losses import kto
+from spo.files import BadRecords
 from spo.generate import story_records
 from spo.groups import EncodedGroup, encode_groups
-from spo.records import read_groups, remarks
+from spo.records import read_groups, remarks, require
 from spo.templates import unmark
 from spo.tokenizer import Llama3, Tokenizer
 
@@ -100,8 +102,6 @@ def test_one_chosen_and_a_list_of_rejected(tmp_path):
     assert read_one(tmp_path, record | {"rejected": [NO]}).order == "ranking"
     path = write(tmp_path / "d.jsonl", record)
     with pytest.raises(ValueError, match="only the best is known; make pairs .* or use spo_bon"):
-        from spo.records import require
-
         require(read_groups(path), "pair", path, "dpo")
 
 
@@ -138,8 +138,6 @@ def test_a_whole_conversation_is_scored_from_its_first_token_to_its_last(tmp_pat
 
 
 def test_llama_3s_tiktoken_file_knows_the_tokens_that_its_template_writes(tmp_path):
-    import base64
-
     pieces = b"\n".join(base64.b64encode(bytes([i])) + b" %d" % i for i in range(256))
     (tmp_path / "tokenizer.model").write_bytes(pieces + b"\n")
     template = (
@@ -160,8 +158,6 @@ def test_llama_3s_tiktoken_file_knows_the_tokens_that_its_template_writes(tmp_pa
     "text", [" " * 60_000, "x" + " " * 60_000 + "x", "a" * 26_000, "ab " * 9000, "\n" * 25_001]
 )
 def test_long_runs_are_cut_as_metas_tokenizer_cuts_them(tmp_path, text):
-    import base64
-
     pieces = b"\n".join(base64.b64encode(bytes([i])) + b" %d" % i for i in range(256))
     (tmp_path / "tokenizer.model").write_bytes(pieces + b"\n")
     model = Llama3(str(tmp_path / "tokenizer.model"))
@@ -262,9 +258,6 @@ def test_a_cut_answer_in_messages_gets_no_terminator_and_an_empty_one_is_dropped
 
 
 def test_the_size_of_most_groups_is_the_one_that_is_trained(tmp_path):
-    from spo.files import BadRecords
-    from spo.records import require
-
     pair = {"prompt": "p", "chosen": "a", "rejected": "b"}
     path = write(tmp_path / "d.jsonl", {"text": "t"}, pair | {"rejected": ["b", "c"]}, pair, pair)
     bad = BadRecords(True)

@@ -16,6 +16,8 @@ from spo.answer import Answer, proxy_before, read_answer
 from spo.chat import Stopped
 from spo.config import parse
 from spo.journal import Journal
+from spo.offline_judge import is_english
+from spo.unusable import why_unusable
 
 
 def refusing(api: FakeApi, word: str, status: str) -> FakeApi:
@@ -149,6 +151,14 @@ def test_rank_names_the_group_and_keeps_the_others(tmp_path, monkeypatch, capsys
 )
 def test_errors_in_every_dress(status, body, expected):
     assert read_answer(status, body) == expected
+
+
+def test_a_model_that_refuses_in_its_own_words_or_in_none_is_unusable():
+    body = {"choices": [{"finish_reason": "stop", "message": {"refusal": "I will not."}}]}
+    assert why_unusable(read_answer(200, json.dumps(body)).reply) == "refused: I will not."
+    body = {"choices": [{"finish_reason": "refused", "message": {"content": None}}]}
+    reply = read_answer(200, json.dumps(body)).reply
+    assert why_unusable(reply) == "refused: no reason given"
 
 
 def test_an_error_under_status_200_is_that_error_and_costs_nothing(flags):  # noqa: F811
@@ -323,8 +333,6 @@ def test_lines_of_another_type_are_skipped_and_counted(tmp_path):
 
 
 def test_texts_that_are_not_english_are_counted(tmp_path, capsys):
-    from spo.offline_judge import is_english
-
     chinese = ["小猫看见了月亮。" * 8, "汤姆吃了苹果。" * 8]
     german = "Es war einmal ein kleines Kind, das ging mit seinem Hund in den tiefen Wald."
     english = "Once upon a time there was a little girl who had a red ball and a big dog."
