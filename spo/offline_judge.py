@@ -292,7 +292,7 @@ def remark(texts: list[str]) -> str:
     return f"{others} of {len(texts)} texts are not English: {nothing}"
 
 
-@functools.lru_cache(maxsize=4096)  # every story is judged twice, once in each order
+@functools.lru_cache(maxsize=2**14)  # a pool is scored at every evaluation
 def score(text: str) -> float:
     """How well a story suits older readers, 0 to 10, by a fixed formula; nothing in it is
     unbounded.

@@ -74,7 +74,7 @@ def features(text: str) -> dict[str, float]:
     }
 
 
-@functools.lru_cache(maxsize=8192)
+@functools.lru_cache(maxsize=2**14)  # a pool is scored at every evaluation
 def score(text: str) -> float:
     """Return 0 to 10: 10 * (0.35 mind + 0.25 cohesion + 0.2 rhythm + 0.2 speech) * three factors.
 

@@ -1,0 +1,293 @@
+"""Train every objective on the same groups, with replicate seeds: the runs behind docs/findings.md.
+
+    python experiments/study.py --minutes=100
+
+A run takes 40 steps of 16 groups and is evaluated at steps 0, 1, 2, 3, 5, 8, 12, 18, 27 and 40. It
+becomes one line of experiments/study.jsonl: its settings and, of every evaluation, the scores of
+256 stories, the win-rate against a pool of 4,096, KL, entropy and diversity. A run that has its
+line is not run again, so that the same command continues a study that was stopped at any point.
+The questions are those of experiments/claims.md, in their order. For a seed, all objectives see
+the same groups in the same order, and their stories come from the same random streams.
+"""
+
+import concurrent.futures
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import matched_kl
+import study_run
+from study_run import Cosines, Run, as_dict
+
+import tinystories_data as stories
+from spo import files, parallel
+from spo.config import counted, flag, main_program, parse
+from tinystories_data import demo_checkpoint
+
+ROWS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "study.jsonl")
+LOSSES = ("spo_rank", "spo_bon", "spo", "dpo", "dpo_rank", "ipo", "kto", "simpo", "best_sft")
+RATES = (5e-5, 1e-4)  # learning rates that each objective is tried with
+CHOOSING_NATS = 2.0  # the better rate has the higher win-rate at this KL, on half of the stories
+NOISE_FLOOR_SEEDS = 8
+LONG = 160  # steps
+
+
+@dataclass
+class StudyConfig:
+    minutes: float = flag(100.0, "how long new runs may take, all together", above=0)
+    seeds: int = flag(3, "of every contrast", least=1)
+    only: str = flag("", "questions to run, such as E1,E4; default: all, in order")
+    jobs: int = flag(2, "runs at a time, each on its share of the cores", least=1)
+    init_from: str = flag("", "the reference; default: stories260K, else the demo's")
+    tokenizer: str = flag("", "its tokenizer; default: tokenizer.model beside it")
+    num_groups: int = flag(4096, "groups of four to train on", least=512)
+    pool: int = flag(4096, "stories of the reference to win against", least=64)
+    folder: str = flag(os.path.join("out", "study"), "where stories and groups are kept")
+    rows: str = flag(ROWS, "where a run becomes a line")
+
+
+# --- what is run ---------------------------------------------------------------------------------
+
+
+def questions(rows: Sequence[dict], seeds: int) -> dict[str, list[Run | Cosines]]:
+    """Return the jobs of every question, in the order in which they are run.
+
+    A learning rate is chosen by rows; where they are missing still, the question has no jobs yet.
+    """
+    jobs: dict[str, list[Run | Cosines]] = {}
+    jobs["E6 gradients"] = [Cosines(seed, max(RATES), LOSSES) for seed in range(seeds)]
+    jobs["learning rates"] = [Run(loss, 0, rate) for rate in RATES for loss in LOSSES]
+    rates = {loss: chosen_rate(rows, loss) for loss in LOSSES}
+    rates |= dict.fromkeys(("cdpo", "dpo_robust"), rates["dpo"])
+    rates["spo_basic"] = rates["spo"]
+
+    def runs(loss: str, **more) -> list[Run]:
+        rate = rates[loss]
+        return [] if rate is None else [Run(loss, seed, rate, **more) for seed in range(seeds)]
+
+    def by_seed(*lists: list[Run]) -> list[Run]:
+        return sorted((run for some in lists for run in some), key=lambda run: run.seed)
+
+    floor = rates["dpo_rank"]
+    jobs["E0 noise floor"] = [
+        Run("dpo_rank", seed, floor) for seed in range(NOISE_FLOOR_SEEDS) if floor
+    ]
+    jobs["E1 equal KL"] = by_seed(*map(runs, LOSSES))
+    alphas = ("alpha=0", "alpha=0.1", "alpha=1")
+    jobs["E4 softness"] = by_seed(
+        *(runs("spo_rank", settings=alpha) for alpha in alphas),
+        *(runs("spo", settings=alpha) for alpha in alphas),
+        *(runs("spo_rank", settings=s, regularizer="none") for s in ("alpha=0.001", *alphas[1:])),
+        *(runs("dpo", settings=beta) for beta in ("beta=0.01", "beta=1")),
+    )
+    truth = {"regularizer": "none", "labels": "bradley_terry", "to_the_end": True}
+    jobs["E4 Theorem 1"] = by_seed(
+        *(runs("spo_basic", settings=f"alpha={alpha}", **truth) for alpha in ("0.1", "1"))
+    )
+    noisy = ("spo_rank", "dpo_rank", "spo", "dpo", "ipo", "kto", "best_sft")
+    robust = [(loss, f"label_smoothing={e}") for loss in ("dpo_robust", "cdpo") for e in (0.2, 0.4)]
+    jobs["E2 label noise"] = by_seed(
+        *(runs(loss, noise=noise) for noise in (0.4, 0.2) for loss in noisy),
+        *(runs(loss, settings=s, noise=float(s.partition("=")[2])) for loss, s in robust),
+    )
+    rankings = ("spo_rank", "dpo_rank", "spo", "dpo")
+    jobs["E3 data size"] = by_seed(
+        runs("dpo", labels="adjacent"),
+        *(runs(loss, num_groups=n) for n in (64, 256) for loss in rankings),
+        *(runs(loss, num_groups=n, steps=n // 16) for n in (256, 2560) for loss in rankings),
+    )
+    jobs["E5 mu and samples"] = by_seed(
+        runs("spo_rank", settings="gamma=0"),
+        runs("spo_rank", settings="gamma=1"),
+        *(runs("spo_rank", kl_interval=interval) for interval in (1, 40)),
+        *(runs("spo_rank", kl_batch_size=size) for size in (8, 128)),
+    )
+    long = {"steps": LONG, "to_the_end": True}
+    jobs["E7 longer"] = by_seed(runs("spo_rank", **long), runs("dpo_rank", **long))
+    return jobs
+
+
+def chosen_rate(rows: Sequence[dict], loss: str) -> float | None:
+    """Return the learning rate whose run of seed 0 is better on the first half of its stories.
+
+    None while a run is missing. A run that does not reach the KL at which they are compared cannot
+    be chosen; if none does, it is the largest.
+    """
+    known = {key_of(row): row for row in rows}
+    pool = next((row["scores"] for row in rows if "pool" in row), None)
+    runs = [known.get(key(Run(loss, 0, rate))) for rate in RATES]
+    if pool is None or None in runs:
+        return None
+    rates = [matched_kl.win_rate_at(row, pool, CHOOSING_NATS, half=0) for row in runs]
+    found = [(value, rate) for value, rate in zip(rates, RATES, strict=True) if value is not None]
+    return max(found)[1] if found else max(RATES)
+
+
+def key(job: Run | Cosines) -> str:
+    return json.dumps(as_dict(job), sort_keys=True)
+
+
+def key_of(row: dict) -> str:
+    """Return the key of the job that a row is of."""
+    return json.dumps(row.get("run") or row.get("cosines") or row.get("pool"), sort_keys=True)
+
+
+# --- its rows ------------------------------------------------------------------------------------
+
+
+class Rows:
+    """study.jsonl: a line for each run that has ended, of one reference and one set of groups."""
+
+    def __init__(self, path: str, world: dict):
+        """Open or create the file.
+
+        world  the SHA-256 of all that the runs share. ValueError if the file is of another one, or
+               if another process writes it
+        """
+        self.path = path
+        self.handle = files.lock(path, f"--rows={path}")
+        self.handle.seek(0)
+        content = self.handle.read()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            print(f"{path}: its last line is cut, by a kill perhaps; that run is run again")
+            self.handle.truncate(whole)
+        self.rows = read_rows(path)
+        if not self.rows:
+            self.add({"world": world})
+        elif self.rows[0].get("world") != world:
+            other = "of another model or other groups; give another --rows"
+            raise ValueError(f"--rows={path}: its runs are {other}")
+
+    def add(self, row: dict) -> None:
+        data = (json.dumps(row) + "\n").encode()
+        with files.named_errors(self.path, len(data)):
+            files.append_to(self.handle, data)
+        self.rows.append(row)
+
+
+def read_rows(path: str) -> list[dict]:
+    """Return the lines of a study; ValueError, naming the line, for what is not one."""
+    rows = [row for _, row in files.read_jsonl(path)]
+    for number, row in enumerate(rows, start=1):
+        kinds = [kind for kind in ("world", "pool", "run", "cosines") if kind in row]
+        if len(kinds) != 1 or (kinds == ["world"]) != (number == 1):
+            raise ValueError(f"{path} line {number}: not a line of a study")
+    return rows
+
+
+# --- the study -----------------------------------------------------------------------------------
+
+
+def make_world(config: StudyConfig) -> tuple[str, str, str]:
+    """Make the groups and the pool that are missing; return model, tokenizer and folder."""
+    model, tokenizer = config.init_from, config.tokenizer
+    if not model:
+        given = os.environ.get("SPO_DATA", "")
+        published = os.path.join("data", "stories260K", "stories260K.bin")
+        candidates = [(os.path.join(given, "stories260K.bin"), os.path.join(given, "tok512.model"))]
+        candidates += [(published, ""), (demo_checkpoint(), "")]
+        found = [pair for pair in candidates if os.path.isfile(pair[0])]
+        if not found:
+            make = "`python tinystories_data.py download --model=stories260K` or the demo"
+            raise ValueError(f"--init_from: there is no model here yet; make one with {make}")
+        model, tokenizer = found[0]
+    os.makedirs(config.folder, exist_ok=True)
+    drawn = os.path.join(config.folder, "stories.jsonl")
+    ranked = os.path.join(config.folder, "ranked.jsonl")
+    pool = os.path.join(config.folder, "pool.jsonl")
+    for path, count, seed in ((drawn, 4 * config.num_groups, 0), (pool, config.pool, 1)):
+        if not os.path.isfile(path):
+            source = {"checkpoint": model, "tokenizer": tokenizer, "seed": seed}
+            stories.generate(stories.GenerateConfig(**source, num_stories=count, out=path))
+    if not os.path.isfile(ranked):
+        stories.rank(stories.RankConfig(stories=drawn, out=ranked, group_size=4))
+    return model, tokenizer, config.folder
+
+
+def digest_of(model: str, tokenizer: str, folder: str) -> dict:
+    names = {"model": model, "groups": os.path.join(folder, "ranked.jsonl")}
+    names["pool"] = os.path.join(folder, "pool.jsonl")
+    return {name: files.inputs_sha256(path) for name, path in names.items()}
+
+
+def seconds_of(job: Run | Cosines, times: dict[str, float]) -> float:
+    """Return how long a job should take, from how long its parts took."""
+    ranking, pair = times["spo_rank"], times["spo_basic"]
+    if isinstance(job, Cosines):
+        each = sum(pair if study_run.is_pairwise(loss) else ranking for loss in LOSSES)
+        return 8 * each + job.steps * ranking
+    is_pair = study_run.is_pairwise(job.loss)
+    step = (3 * pair if job.labels == "adjacent" else pair) if is_pair else ranking
+    if job.config().objective().online:
+        step += job.kl_batch_size / 32 * times["kl"]
+    return job.steps * step + len(job.checkpoints) * times["evaluation"]
+
+
+def study(config: StudyConfig, world: tuple[str, str, str], rows: Rows) -> None:
+    """Run what is missing, question by question, until the time is spent."""
+    started = time.monotonic()
+    threads = max(1, (os.cpu_count() or 1) // config.jobs)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # read by the workers as they start
+    context = multiprocessing.get_context("spawn")
+    begin = {"initializer": study_run.begin, "initargs": (threads, *world)}
+    with concurrent.futures.ProcessPoolExecutor(config.jobs, context, **begin) as pool:
+        if not any("pool" in row for row in rows.rows):
+            rows.add(pool.submit(study_run.pool_row).result())
+        measured = list(pool.map(study_run.measure, range(config.jobs)))  # side by side
+        times = {name: max(m[name] for m in measured) for name in measured[0]}
+        shown = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in times.items())
+        print(f"{config.jobs} at a time, {counted(threads, 'thread')} each: {shown}", flush=True)
+        wanted = list(filter(None, config.only.split(",")))
+        for name in questions(rows.rows, config.seeds):
+            if wanted and name.split()[0] not in wanted:
+                continue
+            jobs = questions(rows.rows, config.seeds)[name]  # anew: learning rates are known by now
+            done = set(map(key_of, rows.rows))
+            missing = [job for job in jobs if key(job) not in done]
+            left = 60 * config.minutes - (time.monotonic() - started)
+            fitting, needed = [], 0.0
+            for job in missing:
+                needed += seconds_of(job, times) / config.jobs
+                if needed <= left:
+                    fitting.append(job)
+            state = f"{len(jobs) - len(missing)} of {counted(len(jobs), 'run')} are there"
+            plan = f"{len(fitting)} now, {needed / 60:.0f} minutes for all"
+            print(f"{name}: {state}; {plan if missing else 'complete'}", flush=True)
+            for future in concurrent.futures.as_completed(
+                [pool.submit(study_run.work, job) for job in fitting]
+            ):
+                row = future.result()
+                rows.add(row)
+                print(f"    {described(row)}", flush=True)
+            if len(fitting) < len(missing):
+                out = counted(len(missing) - len(fitting), "run")
+                print(f"{name}: {out} left out, --minutes={config.minutes:g} are spent", flush=True)
+
+
+def described(row: dict) -> str:
+    job = row.get("run") or row["cosines"]
+    settings = " ".join(f"{k}={v}" for k, v in job.items() if k != "losses")
+    end = ""
+    if "run" in row:
+        last = row["checkpoints"][-1]
+        end = f": {last['win_rate']:.1%} at {last['kl']:.1f} nats"
+    return f"{settings}{end}, {row['seconds']:.0f} s {row.get('failure', '')}"
+
+
+def main(argv: list[str]) -> None:
+    config = parse(StudyConfig, argv, "study.py", "Every objective, with replicate seeds.")
+    parallel.start("cpu", "float32")
+    world = make_world(config)
+    rows = Rows(config.rows, digest_of(*world))
+    study(config, world, rows)
+    print(f"{config.rows}: {counted(len(rows.rows) - 2, 'run')}; `python experiments/findings.py`")
+
+
+if __name__ == "__main__":
+    main_program(main)
