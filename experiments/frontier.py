@@ -1,21 +1,21 @@
-"""Reward against KL: every objective on the same data, over its own sweep in the paper.
+"""Win-rate against KL: every objective over its own sweep in the paper, one run each.
 
     python experiments/frontier.py                       # the demo, about 30 minutes on 2 cores
     python experiments/frontier.py --init_from=stories260K.bin --tokenizer=tok512.model \\
-        --data=ranked.jsonl --out_dir=out/frontier260K --figure=experiments/frontier260K.png \\
-        --methods=spo_rank,dpo_rank
+        --data=ranked.jsonl --out_dir=out/frontier260K --methods=spo_rank,dpo_rank
 
-Each (objective, setting) is a run of spo_train.py that keeps every evaluation's weights. For a
-budget of KL to the reference, an objective enters the checkpoint, of all its runs and steps within
-the budget, with the highest win-rate on the selecting seeds; the table reports it on fresh seeds,
-with its 95% interval. A run that is there already is not run again, so that a stopped sweep
-continues. `loss+regularizer` is an objective, too (Table 4).
+Each (objective, setting) is a run of spo_train.py. Its evaluations give a curve of the win-rate
+against sqrt(KL), which is read off at the same nats for all (experiments/matched_kl.py). A run that
+is there already is not run again, so that the same command continues a stopped sweep.
+`loss+regularizer` is an objective, too (Table 4). One run each tells no two objectives apart:
+experiments/study.py has replicate seeds.
 """
 
 import dataclasses
+import glob
 import hashlib
 import itertools
-import json
+import math
 import os
 import subprocess
 import sys
@@ -26,15 +26,15 @@ from tqdm import tqdm
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
+import matched_kl
+
 import tinystories_data as data
-from judge import JudgeFlags, make_judge
+from judge import JudgeFlags
 from losses import LOSSES
-from spo import checkpoint
+from spo import plot
 from spo.config import flag, main_program, non_default, parse
-from spo.evaluation import Evaluation
-from spo.files import write_jsonl, write_text
-from spo.records import read_groups
-from spo.tokenizer import load_tokenizer
+from spo.files import atomic_path, read_json_object, write_jsonl, write_text
+from spo_train import SETTINGS
 
 # The paper's sweeps: AlpacaFarm's for the pairwise losses (beta of SPO is not printed there: that
 # of TinyStories), TinyStories' for the others (alpha 0.001).
@@ -63,9 +63,6 @@ TABLE_4 = {
     f"spo_basic+{name}": {"beta": [0.01, 0.1, 1]}
     for name in ("global_kl", "logp", "tokenwise", "importance")
 }
-# Win-rates that the paper prints, judged by GPT-4o on its own models: another scale than the
-# offline judge's, shown for the order of the rows. Only rows that were checked against it are here.
-PAPER = {"spo_basic+logp": 54.1}
 
 
 @dataclass
@@ -83,31 +80,30 @@ class FrontierConfig(JudgeFlags):
     max_iters: int = flag(50, "optimizer steps of each run")
     batch_size: int = flag(16, "groups per step")
     eval_interval: int = flag(10, "steps between the points of a curve")
-    eval_stories: int = flag(
-        128, "stories of the selecting set; the reporting one has twice as many"
-    )
+    eval_stories: int = flag(128, "stories at an evaluation")
     learning_rate: float = flag(1e-4, "of every run")
     max_new_tokens: int = flag(256, "longest story, in tokens")
     train_flags: str = flag("", "further flags for every run, separated by spaces")
-    budgets: str = flag(
-        "0.5,1,2,4,inf", "KL budgets of the tables, in nats; inf: the peak, as the paper reports"
-    )
-    out_dir: str = flag("out/frontier", "where the runs go")
-    figure: str = flag("experiments/frontier.png", "the figure")
+    runs: str = flag("", "only read these runs: a pattern of folders, such as 'out/table1/*'")
+    out_dir: str = flag("out/frontier", "where the runs, the table and the figure go")
     seed: int = flag(1337, "of the runs and of the stories")
 
 
 @dataclass
-class Point:
-    """One evaluation of one run, on the selecting seeds."""
+class Curve:
+    """The evaluations of one run, win-rates in percent."""
 
     method: str
     setting: str
-    step: int
-    win_rate: float
-    score: float
-    kl: float
-    path: str  # of its checkpoint
+    kls: list[float]
+    win_rates: list[float]
+
+    def row(self) -> dict:
+        """Return the win-rate at each KL, None where the run did not get so far, and the peak."""
+        read = {f"{x:g}": matched_kl.read(self.kls, self.win_rates, x) for x in matched_kl.BUDGETS}
+        peak = max(range(len(self.kls)), key=lambda i: self.win_rates[i])
+        names = {"method": self.method, "setting": self.setting}
+        return names | read | {"peak": self.win_rates[peak], "peak_kl": self.kls[peak]}
 
 
 def methods_of(config: FrontierConfig) -> dict[str, dict[str, list[float]]]:
@@ -123,15 +119,6 @@ def methods_of(config: FrontierConfig) -> dict[str, dict[str, list[float]]]:
     return {method: (SWEEPS | TABLE_4)[method] for method in named}
 
 
-def budgets_of(config: FrontierConfig) -> list[float]:
-    try:
-        return [float(budget) for budget in config.budgets.split(",")]
-    except ValueError:
-        raise ValueError(
-            f"--budgets={config.budgets}: expected numbers separated by commas, such as 1,4,inf"
-        ) from None
-
-
 def settings_of(sweep: dict[str, list[float]]) -> list[dict[str, float]]:
     return [dict(zip(sweep, chosen, strict=True)) for chosen in itertools.product(*sweep.values())]
 
@@ -141,11 +128,12 @@ def kind_of_data(method: str) -> str:
 
 
 def name_of(setting: dict) -> str:
-    return " ".join(f"{k}={v:g}" for k, v in setting.items()) or "-"
+    shown = ((k, f"{v:g}" if isinstance(v, float | int) else v) for k, v in setting.items())
+    return " ".join(f"{name}={value}" for name, value in shown) or "-"
 
 
-def files_for(config: FrontierConfig) -> tuple[str, str, str, dict[str, str]]:
-    """(reference, tokenizer, ranked groups, {kind of data: file})."""
+def files_for(config: FrontierConfig) -> tuple[str, str, dict[str, str]]:
+    """Return (reference, tokenizer, {kind of data: file})."""
     if not config.data:
         demo = [
             sys.executable,
@@ -159,7 +147,7 @@ def files_for(config: FrontierConfig) -> tuple[str, str, str, dict[str, str]]:
             raise ValueError("the demo could not be built: see above")
         files = {kind: os.path.join(data.DEMO_DIR, file) for kind, file in data.DEMO_FILES.items()}
         reference = data.demo_checkpoint()
-        return reference, "", files["ranking"], files | {"text": files["ranking"]}
+        return reference, "", files | {"text": files["ranking"]}
     if not config.init_from:
         raise ValueError("--data: needs --init_from, the model that the stories are from")
     files = {"ranking": config.data, "text": config.data}
@@ -167,18 +155,16 @@ def files_for(config: FrontierConfig) -> tuple[str, str, str, dict[str, str]]:
     records = data.ranked_records(config.data)
     write_jsonl(files["best"], map(data.to_best_of_n, records))
     write_jsonl(files["pair"], (data.to_pairs(record, "best_worst")[0] for record in records))
-    return config.init_from, config.tokenizer, config.data, files
+    return config.init_from, config.tokenizer, files
 
 
 def share_of(config: FrontierConfig, folder: str) -> FrontierConfig:
-    """The configuration with a journal in folder, since only one process writes one, and the
-    folder's part of max_usd.
-
-    All runs have the same part, and so has the table of the best.
+    """Return the configuration with a journal in folder, since only one process writes one, and
+    with a run's part of max_usd.
     """
     if config.judge == "offline":
         return config
-    parts = 1 + sum(len(settings_of(sweep)) for sweep in methods_of(config).values())
+    parts = sum(len(settings_of(sweep)) for sweep in methods_of(config).values())
     budget = None if config.max_usd is None else config.max_usd / parts
     return dataclasses.replace(
         config, journal=os.path.join(folder, "journal.jsonl"), max_usd=budget
@@ -213,8 +199,8 @@ def train_one(
         os.path.join(ROOT, "spo_train.py"),
         f"--loss={loss}",
         f"--out_dir={folder}",
-        "--keep_checkpoints",
         "--report=false",
+        "--curves=false",
         *([f"--regularizer={regularizer}"] if regularizer else []),
         f"--data={data_file}",
         *common,
@@ -242,8 +228,8 @@ def train_one(
 
 def run_all(
     config: FrontierConfig, reference: str, tokenizer: str, files: dict[str, str]
-) -> list[Point]:
-    """Every run that is not there yet; returns the points of all."""
+) -> list[Curve]:
+    """Train every run that is not there yet; return the curves of all."""
     runs = [
         (
             method,
@@ -269,149 +255,85 @@ def run_all(
 
     with ThreadPoolExecutor(config.jobs) as pool:
         list(tqdm(pool.map(train_entry, runs), total=len(runs), desc="runs", unit="run"))
-    points = []
-    for method, setting, folder in runs:
-        with open(os.path.join(folder, "log.jsonl"), encoding="utf-8") as f:
-            for entry in map(json.loads, f):
-                if "eval/win_rate" in entry:  # and not where the judge's budget was spent
-                    path = os.path.join(folder, f"step_{entry['step']:06d}.pt")
-                    points.append(
-                        Point(
-                            method,
-                            name_of(setting),
-                            entry["step"],
-                            entry["eval/win_rate"],
-                            entry["eval/score"],
-                            entry["eval/kl"],
-                            path,
-                        )
-                    )
-    return points
+    return [curve_of(method, setting, folder) for method, setting, folder in runs]
 
 
-def table(config: FrontierConfig, points: list[Point], evaluation: Evaluation) -> list[dict]:
-    """The best of each objective within each KL budget, on fresh seeds; printed, and returned as
-    records.
-    """
-    rows, verdicts = [], {}
-    for budget in budgets_of(config):
-        print(
-            f"\nKL to the reference of at most {budget:g} nats: "
-            "win-rate over the reference on fresh stories [95%]\n"
-        )
-        print(
-            f"{'objective':<22}{'win-rate':<34}{'score':<7}{'KL':<6}{'step':<6}"
-            f"{'setting':<30}paper's (GPT-4o)"
-        )
-        entered = []
-        for method in dict.fromkeys(point.method for point in points):
-            within = [p for p in points if p.method == method and p.kl <= budget and p.step > 0]
-            if within:
-                best = max(within, key=lambda p: (p.win_rate, p.score))
-                if best.path not in verdicts:
-                    verdicts[best.path] = evaluation.evaluate(
-                        checkpoint.load(best.path), best.step, "report"
-                    )
-                entered.append((best, verdicts[best.path]))
-        for best, verdict in sorted(entered, key=lambda pair: -pair[1].rate):
-            print(
-                f"{best.method:<22}{verdict.reason or str(verdict.win_rate):<34}"
-                f"{verdict.score:<7.2f}{verdict.kl:<6.2f}{best.step:<6}"
-                f"{best.setting:<30}{PAPER.get(best.method, '-')}"
-            )
-            rows.append(
-                {
-                    "budget": budget,
-                    "method": best.method,
-                    "setting": best.setting,
-                    "step": best.step,
-                }
-                | verdict.logged("report")
-            )
-    return rows
+def curve_of(method: str, setting: dict, folder: str) -> Curve:
+    """Return the evaluations of a run; ValueError if it has none."""
+    curve = Curve(method, name_of(setting), [], [])
+    for evaluation in plot.evaluations(folder):
+        curve.kls.append(evaluation["kl"])
+        curve.win_rates.append(100 * evaluation["win_rate"])
+    return curve
 
 
-def draw(path: str, points: list[Point]) -> None:
-    """Score and win-rate against KL. Thin: each run along its training. Thick: the best of an
-    objective up to a KL.
-    """
+def read_all(pattern: str) -> list[Curve]:
+    """Return the curves of the runs in the folders of a pattern, each named by its loss."""
+    curves = []
+    for path in sorted(glob.glob(os.path.join(pattern, "config.json"))):
+        folder, run = os.path.dirname(path), read_json_object(path)
+        if run["eval_stories"] > 0:  # the supervised model that they start from is not judged
+            given = {name: run[name] for name in SETTINGS if run[name] is not None}
+            curves.append(curve_of(run["loss"], given, folder))
+    if not curves:
+        raise ValueError(f"--runs={pattern}: there is no judged run of spo_train.py")
+    return curves
+
+
+def print_table(rows: list[dict]) -> None:
+    nats = [f"{budget:g}" for budget in matched_kl.BUDGETS]
+    print("\nwin-rate over the reference, %, at equal KL; -: the run did not get so far")
+    heads = "".join(f"{x + ' nats':<10}" for x in nats)
+    print(f"{'objective':<24}{'setting':<32}{heads}highest, at nats")
+    for row in rows:
+        shown = ("-" if row[x] is None else f"{row[x]:.1f}" for x in nats)
+        cells = "".join(f"{cell:<10}" for cell in shown)
+        peak = f"{row['peak']:.1f}, {row['peak_kl']:.1f}"
+        print(f"{row['method']:<24}{row['setting']:<32}{cells}{peak}")
+
+
+def draw(path: str, curves: list[Curve]) -> None:
+    """Draw the win-rate against sqrt(KL): a panel for each kind of data, a line for each run."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    best_of_n = "best of n, text"
-    titles = {
-        "pair": "pairs (best, worst)",
-        "best": best_of_n,
-        "text": best_of_n,
-        "ranking": "rankings",
-    }
-    shown = list(dict.fromkeys(titles[kind_of_data(point.method)] for point in points))
-    size = (4.6 * len(shown), 7.5)
-    figure, axes = plt.subplots(
-        2, len(shown), figsize=size, sharex=True, sharey="row", squeeze=False
-    )
-    for (row, measure), (column, title) in itertools.product(
-        enumerate(("score", "win_rate")), enumerate(shown)
-    ):
-        axis = axes[row][column]
-        methods = [
-            m for m in dict.fromkeys(p.method for p in points) if titles[kind_of_data(m)] == title
-        ]
-        for number, method in enumerate(methods):
-            mine = [p for p in points if p.method == method]
-            for setting in dict.fromkeys(p.setting for p in mine):
-                run_points = [
-                    (max(p.kl, 0.05), getattr(p, measure)) for p in mine if p.setting == setting
-                ]
-                axis.plot(
-                    *zip(*run_points, strict=False), color=f"C{number}", linewidth=0.6, alpha=0.4
-                )
-            envelope = []
-            for point in sorted(mine, key=lambda p: p.kl):
-                if not envelope or getattr(point, measure) > envelope[-1][1]:
-                    envelope.append((max(point.kl, 0.05), getattr(point, measure)))
-            style = (
-                {"marker": "o", "linewidth": 2}
-                if method.startswith("spo")
-                else {"marker": ".", "linestyle": "--"}
-            )
-            axis.plot(*zip(*envelope, strict=False), color=f"C{number}", label=method, **style)
-        axis.set(xscale="log", xlim=(0.045, None))
-        axis.set(title=title) if row == 0 else axis.set(xlabel="KL to the reference (nats)")
-        axis.legend(fontsize=8) if row == 0 else None
-    axes[0][0].set_ylabel("judge's score")
-    axes[1][0].set_ylabel("win-rate over the reference")
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    print(f"\n{path}: the figure")
+    titles = {"pair": "pairs", "best": "best of n", "text": "best of n", "ranking": "rankings"}
+    shown = list(dict.fromkeys(titles[kind_of_data(curve.method)] for curve in curves))
+    with plt.rc_context(plot.STYLE):
+        size = (4.6 * len(shown), 4)
+        figure, axes = plt.subplots(1, len(shown), figsize=size, sharey=True, squeeze=False)
+        for axis, title in zip(axes[0], shown, strict=True):
+            mine = [curve for curve in curves if titles[kind_of_data(curve.method)] == title]
+            methods = list(dict.fromkeys(curve.method for curve in mine))
+            for curve in mine:
+                color = f"C{methods.index(curve.method)}"
+                distances = [math.sqrt(max(0.0, kl)) for kl in curve.kls]
+                first = next(other for other in mine if other.method == curve.method) is curve
+                label = curve.method if first else None
+                axis.plot(distances, curve.win_rates, ".-", color=color, alpha=0.7, label=label)
+            axis.set(title=title, xlabel="square root of the KL, nats")
+            axis.legend(fontsize=8)
+        axes[0][0].set_ylabel("win-rate over the reference, %")
+        figure.tight_layout()
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary, dpi=100, format="png")
+        plt.close(figure)
 
 
 def main(argv: list[str]) -> None:
-    config = parse(
-        FrontierConfig, argv, "frontier.py", "Every objective: the judge's score against the KL."
-    )
-    methods_of(config), budgets_of(config)
-    folder = os.path.dirname(config.figure) or "."
-    if os.path.abspath(folder) != os.path.abspath(config.out_dir) and not os.path.isdir(folder):
-        raise ValueError(f"--figure={config.figure}: there is no folder {folder}")
+    about = "Every objective over its own sweep: the win-rate at equal KL."
+    config = parse(FrontierConfig, argv, "frontier.py", about)
+    methods_of(config)
     os.makedirs(config.out_dir, exist_ok=True)
-    reference, tokenizer, ranked, files = files_for(config)
-    points = run_all(config, reference, tokenizer, files)
-    model = checkpoint.load(reference)
-    evaluation = Evaluation(
-        model,
-        load_tokenizer(tokenizer, reference, model),
-        sorted({group.prompt for group in read_groups(ranked)}),
-        config.eval_stories,
-        judge=make_judge(share_of(config, config.out_dir)),
-        seed=config.seed,
-        max_new_tokens=config.max_new_tokens,
-    )
-    write_jsonl(os.path.join(config.out_dir, "table.jsonl"), table(config, points, evaluation))
-    write_jsonl(os.path.join(config.out_dir, "points.jsonl"), (vars(point) for point in points))
-    draw(config.figure, points)
+    curves = read_all(config.runs) if config.runs else run_all(config, *files_for(config))
+    rows = [curve.row() for curve in curves]
+    write_jsonl(os.path.join(config.out_dir, "table.jsonl"), rows)
+    print_table(rows)
+    figure = os.path.join(config.out_dir, "frontier.png")
+    draw(figure, curves)
+    print(f"\n{figure}: the figure")
 
 
 if __name__ == "__main__":

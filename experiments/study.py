@@ -45,8 +45,10 @@ class StudyConfig:
     jobs: int = flag(2, "runs at a time, each on its share of the cores", least=1)
     init_from: str = flag("", "the reference; default: stories260K, else the demo's")
     tokenizer: str = flag("", "its tokenizer; default: tokenizer.model beside it")
-    num_groups: int = flag(4096, "groups of four to train on", least=512)
+    num_groups: int = flag(4096, "groups of four stories to draw", least=16)
     pool: int = flag(4096, "stories of the reference to win against", least=64)
+    stories: int = flag(256, "stories at an evaluation", least=2)
+    steps: int = flag(40, "of a run, where the question does not say otherwise", least=1)
     folder: str = flag(os.path.join("out", "study"), "where stories and groups are kept")
     rows: str = flag(ROWS, "where a run becomes a line")
 
@@ -54,28 +56,31 @@ class StudyConfig:
 # --- what is run ---------------------------------------------------------------------------------
 
 
-def questions(rows: Sequence[dict], seeds: int) -> dict[str, list[Run | Cosines]]:
+def questions(
+    rows: Sequence[dict], seeds: int = 3, steps: int = 40
+) -> dict[str, list[Run | Cosines]]:
     """Return the jobs of every question, in the order in which they are run.
 
     A learning rate is chosen by rows; where they are missing still, the question has no jobs yet.
     """
     jobs: dict[str, list[Run | Cosines]] = {}
     jobs["E6 gradients"] = [Cosines(seed, max(RATES), LOSSES) for seed in range(seeds)]
-    jobs["learning rates"] = [Run(loss, 0, rate) for rate in RATES for loss in LOSSES]
-    rates = {loss: chosen_rate(rows, loss) for loss in LOSSES}
+    jobs["learning rates"] = [Run(loss, 0, r, steps=steps) for r in RATES for loss in LOSSES]
+    rates = {loss: chosen_rate(rows, loss, steps) for loss in LOSSES}
     rates |= dict.fromkeys(("cdpo", "dpo_robust"), rates["dpo"])
     rates["spo_basic"] = rates["spo"]
 
     def runs(loss: str, **more) -> list[Run]:
-        rate = rates[loss]
-        return [] if rate is None else [Run(loss, seed, rate, **more) for seed in range(seeds)]
+        spec = {"steps": steps} | more
+        known = range(seeds) if rates[loss] else ()
+        return [Run(loss, seed, rates[loss], **spec) for seed in known]
 
     def by_seed(*lists: list[Run]) -> list[Run]:
         return sorted((run for some in lists for run in some), key=lambda run: run.seed)
 
     floor = rates["dpo_rank"]
     jobs["E0 noise floor"] = [
-        Run("dpo_rank", seed, floor) for seed in range(NOISE_FLOOR_SEEDS) if floor
+        Run("dpo_rank", seed, floor, steps=steps) for seed in range(NOISE_FLOOR_SEEDS) if floor
     ]
     jobs["E1 equal KL"] = by_seed(*map(runs, LOSSES))
     alphas = ("alpha=0", "alpha=0.1", "alpha=1")
@@ -112,7 +117,7 @@ def questions(rows: Sequence[dict], seeds: int) -> dict[str, list[Run | Cosines]
     return jobs
 
 
-def chosen_rate(rows: Sequence[dict], loss: str) -> float | None:
+def chosen_rate(rows: Sequence[dict], loss: str, steps: int = 40) -> float | None:
     """Return the learning rate whose run of seed 0 is better on the first half of its stories.
 
     None while a run is missing. A run that does not reach the KL at which they are compared cannot
@@ -120,7 +125,7 @@ def chosen_rate(rows: Sequence[dict], loss: str) -> float | None:
     """
     known = {key_of(row): row for row in rows}
     pool = next((row["scores"] for row in rows if "pool" in row), None)
-    runs = [known.get(key(Run(loss, 0, rate))) for rate in RATES]
+    runs = [known.get(key(Run(loss, 0, rate, steps=steps))) for rate in RATES]
     if pool is None or None in runs:
         return None
     rates = [matched_kl.win_rate_at(row, pool, CHOOSING_NATS, half=0) for row in runs]
@@ -211,6 +216,7 @@ def make_world(config: StudyConfig) -> tuple[str, str, str]:
 
 
 def digest_of(model: str, tokenizer: str, folder: str) -> dict:
+    """Return the SHA-256 of all that the runs share."""
     names = {"model": model, "groups": os.path.join(folder, "ranked.jsonl")}
     names["pool"] = os.path.join(folder, "pool.jsonl")
     return {name: files.inputs_sha256(path) for name, path in names.items()}
@@ -235,7 +241,7 @@ def study(config: StudyConfig, world: tuple[str, str, str], rows: Rows) -> None:
     threads = max(1, (os.cpu_count() or 1) // config.jobs)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # read by the workers as they start
     context = multiprocessing.get_context("spawn")
-    begin = {"initializer": study_run.begin, "initargs": (threads, *world)}
+    begin = {"initializer": study_run.begin, "initargs": (threads, *world, config.stories)}
     with concurrent.futures.ProcessPoolExecutor(config.jobs, context, **begin) as pool:
         if not any("pool" in row for row in rows.rows):
             rows.add(pool.submit(study_run.pool_row).result())
@@ -244,26 +250,30 @@ def study(config: StudyConfig, world: tuple[str, str, str], rows: Rows) -> None:
         shown = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in times.items())
         print(f"{config.jobs} at a time, {counted(threads, 'thread')} each: {shown}", flush=True)
         wanted = list(filter(None, config.only.split(",")))
-        for name in questions(rows.rows, config.seeds):
+        planned, taken = 0.0, 0.0  # seconds of the runs that have ended: foreseen, and real
+        for name in questions(rows.rows, config.seeds, config.steps):
             if wanted and name.split()[0] not in wanted:
                 continue
-            jobs = questions(rows.rows, config.seeds)[name]  # anew: learning rates are known by now
+            jobs = questions(rows.rows, config.seeds, config.steps)[
+                name
+            ]  # anew: learning rates are known by now
             done = set(map(key_of, rows.rows))
             missing = [job for job in jobs if key(job) not in done]
             left = 60 * config.minutes - (time.monotonic() - started)
             fitting, needed = [], 0.0
             for job in missing:
-                needed += seconds_of(job, times) / config.jobs
+                needed += seconds_of(job, times) * max(taken, 1) / max(planned, 1) / config.jobs
                 if needed <= left:
                     fitting.append(job)
             state = f"{len(jobs) - len(missing)} of {counted(len(jobs), 'run')} are there"
             plan = f"{len(fitting)} now, {needed / 60:.0f} minutes for all"
             print(f"{name}: {state}; {plan if missing else 'complete'}", flush=True)
-            for future in concurrent.futures.as_completed(
-                [pool.submit(study_run.work, job) for job in fitting]
-            ):
+            futures = {pool.submit(study_run.work, job): job for job in fitting}
+            for future in concurrent.futures.as_completed(futures):
                 row = future.result()
                 rows.add(row)
+                planned += seconds_of(futures[future], times)
+                taken += row["seconds"]
                 print(f"    {described(row)}", flush=True)
             if len(fitting) < len(missing):
                 out = counted(len(missing) - len(fitting), "run")

@@ -5,9 +5,11 @@ import dataclasses
 import functools
 import itertools
 import math
+import multiprocessing
 import os
 import random
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,8 +32,7 @@ from spo.tokenizer import load_tokenizer
 
 CHECKPOINTS = (0, 1, 2, 3, 5, 8, 12, 18, 27, 40, 60, 90, 120, 160)  # steps, up to a run's last
 GROUPS_PER_STEP = 16
-STORIES = 256  # at an evaluation
-FRESH_GROUPS = 256  # the last of the file: never trained on, for the slope of Theorem 1
+FRESH_GROUPS = 256  # the last of the file, never trained on, for the slope of Theorem 1
 MOST_NATS = 4.0  # a run ends at its first evaluation past this KL, where nothing is read any more
 ADAM_EPS = 1e-8
 STEPS_BETWEEN_MOMENTS = 4  # at which the gradients of all objectives are taken
@@ -102,10 +103,11 @@ class Cosines:
 class World:
     """What all runs of a process share: the reference, the groups, the pool, what is known of them.
 
-    folder  holds ranked.jsonl and pool.jsonl
+    folder   holds ranked.jsonl and pool.jsonl
+    stories  at an evaluation
     """
 
-    def __init__(self, init_from: str, tokenizer: str, folder: str):
+    def __init__(self, init_from: str, tokenizer: str, folder: str, stories: int):
         fast.enable_fast_matmul("cpu", "float32")
         self.reference = checkpoint.load(init_from).requires_grad_(False)
         self.tokenizer = load_tokenizer(tokenizer, init_from, self.reference)
@@ -116,6 +118,8 @@ class World:
         self.prompts = sorted({group.prompt for group in ranked})
         pool = read_stories(os.path.join(folder, "pool.jsonl"))
         self.pool = [record["prompt"] + record["text"] for record in pool]
+        self.stories = stories
+        self.count = len(self.groups) - min(FRESH_GROUPS, len(self.groups) // 4)  # to train on
         self.logps: dict[int, tuple[float, ...]] = {}  # of the reference, by a group's number
         self.starts: dict[int, dict] = {}  # the evaluation at step 0, by seed
 
@@ -125,7 +129,7 @@ class World:
             self.reference,
             self.tokenizer,
             self.prompts,
-            STORIES,
+            self.stories,
             judge=OfflineJudge(),
             seed=seed,
             pool_size=len(self.pool),
@@ -136,11 +140,6 @@ class World:
         """Return the judge's scores of a group's responses, best first."""
         group = self.texts[self.groups[index].line]
         return [offline_judge.score(group.prompt + response) for response in group.responses]
-
-    @property
-    def count(self) -> int:
-        """How many groups may be trained on."""
-        return len(self.groups) - FRESH_GROUPS
 
     def batch(self, run: Run, step: int) -> list[EncodedGroup]:
         """Return the groups of a step, their responses ordered as the run's labels say."""
@@ -369,10 +368,16 @@ _world: World | None = None
 
 
 def begin(threads: int, *world) -> None:
-    """Make this process's world."""
+    """Make this process's world. The process ends with the one that started it."""
     global _world
+    threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     _world = World(*world)
+
+
+def end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def work(job: Run | Cosines) -> dict:
@@ -391,8 +396,9 @@ def measure(_) -> dict[str, float]:
             started = time.monotonic()
             gradient_of(_world, run[loss], policy, 0)
             times[loss] = time.monotonic() - started
+    evaluate(_world, run["spo_rank"], policy, 0)  # scores the pool
     started = time.monotonic()
-    evaluate(_world, run["spo_rank"], policy, 0)
+    evaluate(_world, run["spo_rank"], policy, 1)
     times["evaluation"] = time.monotonic() - started
     prompts = [_world.tokenizer.encode(prompt, bos=True) for prompt in _world.prompts]
     config = run["spo_rank"].config()

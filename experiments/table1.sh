@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Table 1 of the SPO paper, in shape: SFT, then every pairwise method over its sweep, judged each epoch; peak and final.
+# Table 1 of the SPO paper, in shape: SFT, then every pairwise method over its sweep, judged each epoch: at equal KL, and the peak.
 #
 #   bash experiments/table1.sh                                      # SCALE=tiny: the demo's model, 2 CPU processes, minutes
 #   SCALE=7B LLAMA=llama-2-7b JUDGE=gpt-4o-2024-08-06 PROCESSES=4 bash experiments/table1.sh       # AlpacaFarm, 4 GPUs, days
@@ -20,7 +20,7 @@ case "$SCALE" in
         sft_data=data/demo/stories.jsonl pairs=data/demo/pairs.jsonl init=data/demo/reference/ckpt.pt
         tokenizer=data/demo/tokenizer.model
         sft=(--max_iters=20 --batch_size=16 --learning_rate=1e-4)
-        flags=(--max_iters=32 --eval_interval=16 --eval_stories=32 --batch_size=16 --kl_batch_size=16 --max_new_tokens=200)
+        flags=(--max_iters=32 --eval_interval=8 --eval_stories=32 --batch_size=16 --kl_batch_size=16 --max_new_tokens=200)
         export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} ;;
     7B)
         processes=${PROCESSES:-4}
@@ -56,7 +56,6 @@ while read -r loss settings; do
     case "$loss" in spo*) ;; *) run=("${run[@]/--kl_batch_size=*/}") ;; esac # the others draw no samples
     train "$out/$name" --loss="$loss" --data="$pairs" --init_from="$out/sft/ckpt.pt" "${set[@]}" ${run[@]} "${judge[@]}"
     echo "$loss $settings"
-    grep -E '^  (best|last) ' "$out/$name/output.txt"
 done <<'SWEEPS'
 spo --alpha=0.001 --beta=0.1
 spo --alpha=0.01 --beta=0.1
@@ -78,3 +77,4 @@ rdpo --beta=0.1 --alpha=0.01
 simpo --beta=2 --gamma=1
 simpo --beta=2.5 --gamma=1.5
 SWEEPS
+python experiments/frontier.py --runs="$out/*" --out_dir="$out"

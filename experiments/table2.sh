@@ -4,5 +4,4 @@
 #   bash experiments/table2.sh            # or SCALE=260K, SCALE=110M, JUDGE=gpt-4o-2024-08-06: see experiments/scale.sh
 set -euo pipefail
 source "$(dirname "$0")/scale.sh"
-python experiments/frontier.py --methods=spo_rank,dpo_rank,sdpo_rank --budgets=inf "${flags[@]}" \
-    --out_dir="out/table2-$run" --figure="out/table2-$run/figure.png"
+python experiments/frontier.py --methods=spo_rank,dpo_rank,sdpo_rank "${flags[@]}" --out_dir="out/table2-$run"

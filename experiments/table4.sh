@@ -4,5 +4,4 @@
 #   bash experiments/table4.sh            # or SCALE=260K, SCALE=110M, JUDGE=gpt-4o-2024-08-06: see experiments/scale.sh
 set -euo pipefail
 source "$(dirname "$0")/scale.sh"
-python experiments/frontier.py --methods=table4 --budgets=inf "${flags[@]}" \
-    --out_dir="out/table4-$run" --figure="out/table4-$run/figure.png"
+python experiments/frontier.py --methods=table4 "${flags[@]}" --out_dir="out/table4-$run"
