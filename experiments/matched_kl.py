@@ -75,6 +75,13 @@ def win_rates(row: dict, pool: Sequence[float], half: int | None = None) -> list
     ]
 
 
+def win_rate_at(
+    row: dict, pool: Sequence[float], nats: float, half: int | None = None
+) -> float | None:
+    """Return a run's win-rate at a KL, in percent; None where that would be extrapolated."""
+    return read(kls_of(row), win_rates(row, pool, half), nats)
+
+
 def kls_of(row: dict) -> list[float]:
     return [point["kl"] for point in row["checkpoints"]]
 
@@ -87,7 +94,7 @@ def tail(t: float, freedom: float) -> float:
 
     With t = sqrt(freedom) tan(angle), the density in the angle is cos(angle)^(freedom - 1).
     """
-    middles = (np.arange(20_000) + 0.5) / 20_000
+    middles = (np.arange(4000) + 0.5) / 4000
     start = math.atan(abs(t) / math.sqrt(freedom))
     above = np.cos(start + (math.pi / 2 - start) * middles) ** (freedom - 1)
     half = np.cos(math.pi / 2 * middles) ** (freedom - 1)

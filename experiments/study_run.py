@@ -32,6 +32,7 @@ from spo.tokenizer import load_tokenizer
 
 CHECKPOINTS = (0, 1, 2, 3, 5, 8, 12, 18, 27, 40, 60, 90, 120, 160)  # steps, up to a run's last
 GROUPS_PER_STEP = 16
+FEWEST_GROUPS = 8
 FRESH_GROUPS = 256  # the last of the file, never trained on, for the slope of Theorem 1
 MOST_NATS = 4.0  # a run ends at its first evaluation past this KL, where nothing is read any more
 ADAM_EPS = 1e-8
@@ -103,22 +104,30 @@ class Cosines:
 class World:
     """What all runs of a process share: the reference, the groups, the pool, what is known of them.
 
-    folder   holds ranked.jsonl and pool.jsonl
-    stories  at an evaluation
+    folder          holds ranked.jsonl and pool.jsonl
+    stories         at an evaluation
+    max_new_tokens  of a story
+    ValueError if too few groups can be used
     """
 
-    def __init__(self, init_from: str, tokenizer: str, folder: str, stories: int):
+    def __init__(
+        self, init_from: str, tokenizer: str, folder: str, stories: int = 256, max_new_tokens=256
+    ):
         fast.enable_fast_matmul("cpu", "float32")
         self.reference = checkpoint.load(init_from).requires_grad_(False)
         self.tokenizer = load_tokenizer(tokenizer, init_from, self.reference)
         ranked = read_groups(os.path.join(folder, "ranked.jsonl"))
         context = self.reference.args.max_seq_len
-        self.groups, _ = encode_groups(ranked, self.tokenizer, self.reference.eos_ids, context)
+        self.groups, drops = encode_groups(ranked, self.tokenizer, self.reference.eos_ids, context)
+        if len(self.groups) < FEWEST_GROUPS:
+            reasons = ", ".join(f"{len(lines)} {reason}" for reason, lines in drops.items())
+            usable = f"{len(self.groups)} of {len(ranked)} groups can be used ({reasons})"
+            raise ValueError(f"{folder}: {usable}; draw more, --num_groups")
         self.texts = {group.line: group for group in ranked}
         self.prompts = sorted({group.prompt for group in ranked})
         pool = read_stories(os.path.join(folder, "pool.jsonl"))
         self.pool = [record["prompt"] + record["text"] for record in pool]
-        self.stories = stories
+        self.stories, self.max_new_tokens = stories, max_new_tokens
         self.count = len(self.groups) - min(FRESH_GROUPS, len(self.groups) // 4)  # to train on
         self.logps: dict[int, tuple[float, ...]] = {}  # of the reference, by a group's number
         self.starts: dict[int, dict] = {}  # the evaluation at step 0, by seed
@@ -132,6 +141,7 @@ class World:
             self.stories,
             judge=OfflineJudge(),
             seed=seed,
+            max_new_tokens=self.max_new_tokens,
             pool_size=len(self.pool),
             keep_pool=lambda prompts, draw: self.pool,
         )
@@ -210,7 +220,8 @@ def train(world: World, run: Run) -> dict:
                 if step == run.steps or (is_far and not run.to_the_end):
                     break
             if objective.online and step % config.kl_interval == 0:
-                drawn = (config, policy, world.reference, prompts, step)
+                limited = dataclasses.replace(config, max_new_tokens=world.max_new_tokens)
+                drawn = (limited, policy, world.reference, prompts, step)
                 samples = spo_train.draw_samples(*drawn)
             batch = world.batch(run, step)
             gradient = (objective, policy, world.reference, batch, None)
@@ -402,6 +413,7 @@ def measure(_) -> dict[str, float]:
     times["evaluation"] = time.monotonic() - started
     prompts = [_world.tokenizer.encode(prompt, bos=True) for prompt in _world.prompts]
     config = run["spo_rank"].config()
+    config = dataclasses.replace(config, max_new_tokens=_world.max_new_tokens)
     samples = spo_train.draw_samples(config, policy, _world.reference, prompts, 0)
     started = time.monotonic()
     spo_train.kl_gradient(0.0, policy, samples)

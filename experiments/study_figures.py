@@ -1,0 +1,145 @@
+"""The figures of docs/findings.md, drawn from a findings.Study."""
+
+import os
+import sys
+from collections.abc import Sequence
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matched_kl import BUDGETS, MARGIN, Contrast, distance_at, fit, kls_of, quantile
+
+from spo import plot
+from spo.files import atomic_path
+
+PALETTE = plot.COLORS
+WIDTH = 9.0  # inches
+HALO = {"alpha": 0.15, "linewidth": 0}
+
+
+def save(figure, path: str) -> None:
+    figure.tight_layout()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
+    plt.close(figure)
+
+
+def band(
+    axis, x: np.ndarray, curves: Sequence[np.ndarray], color: str, label: str, **style
+) -> None:
+    """Draw the mean of curves over seeds, and its 95% interval where there are several."""
+    values = np.array(curves)
+    mean = values.mean(0)
+    axis.plot(x, mean, color=color, label=label, **style)
+    if len(values) > 1:
+        error = values.std(0, ddof=1) / len(values) ** 0.5 * quantile(len(values) - 1)
+        axis.fill_between(x, mean - error, mean + error, color=color, **HALO)
+
+
+def draw_curves(runs, families: dict[str, Sequence[str]], path: str) -> None:
+    """Draw the win-rate against sqrt(KL): the checkpoints of all seeds, and their mean curve."""
+    with plt.rc_context(plot.STYLE):
+        figure, axes = plt.subplots(1, len(families), figsize=(WIDTH, 4.2), sharey=True)
+        for axis, (title, losses) in zip(axes, families.items(), strict=True):
+            for loss, color in zip(losses, PALETTE, strict=False):
+                rows = list(runs.runs(loss, range(3)).values())
+                shared = min((max(kls_of(row)) for row in rows), default=0.0)
+                x = np.linspace(0, min(shared, BUDGETS[-1]) ** 0.5, 100)
+                fits = [fit(kls_of(row), runs.rate_values(row)) for row in rows]
+                if None in [type(f) if f is None else 0 for f in fits] or not fits:
+                    continue
+                band(axis, x, [np.polyval(f, x) for f in fits], color, loss)
+                for row in rows:
+                    within = [kl <= BUDGETS[-1] for kl in kls_of(row)]
+                    points = np.array([np.sqrt(kls_of(row)), runs.rate_values(row)])[:, within]
+                    axis.plot(*points, ".", color=color, markersize=3, alpha=0.5)
+            axis.axhline(50, color="#888888", linewidth=1)
+            axis.set(title=title, xlabel="square root of the KL to the reference, nats")
+            axis.legend(loc="upper left")
+        axes[0].set_ylabel("win-rate over the reference, %")
+        save(figure, path)
+
+
+def draw_forest(found: Sequence[Contrast], path: str) -> None:
+    """Draw each difference with its interval, over the band that counts as no difference."""
+    with plt.rc_context(plot.STYLE):
+        figure, axis = plt.subplots(figsize=(WIDTH * 0.8, 0.5 + 0.42 * len(found)))
+        axis.axvspan(-MARGIN, MARGIN, color="#5b8c5a", alpha=0.12, linewidth=0)
+        axis.axvline(0, color="#888888", linewidth=1)
+        for place, contrast in enumerate(reversed(found)):
+            color = PALETTE[1] if contrast.low > 0 or contrast.high < 0 else PALETTE[0]
+            axis.plot([contrast.low, contrast.high], [place, place], color=color)
+            axis.plot(contrast.mean, place, "o", color=color)
+        axis.set_yticks(range(len(found)), [contrast.name for contrast in reversed(found)])
+        axis.set_xlabel(f"points of win-rate at equal KL; green: within {MARGIN:g} points")
+        save(figure, path)
+
+
+def draw_cosines(matrices: dict[str, np.ndarray], losses: Sequence[str], path: str) -> None:
+    """Draw matrices of cosines between the objectives' gradients."""
+    with plt.rc_context(plot.STYLE | {"axes.grid": False}):
+        figure, axes = plt.subplots(1, len(matrices), figsize=(WIDTH * 1.5, WIDTH * 0.58))
+        for axis, (title, matrix) in zip(axes, matrices.items(), strict=True):
+            axis.imshow(matrix, vmin=-1, vmax=1, cmap="RdBu")
+            for (i, j), value in np.ndenumerate(matrix):
+                color = "white" if abs(value) > 0.6 else "black"
+                number = f"{value:.2f}"
+                axis.text(j, i, number, ha="center", va="center", fontsize=7, color=color)
+            axis.set_xticks(range(len(losses)), losses, rotation=90)
+            axis.set_yticks(range(len(losses)), losses)
+            axis.set_title(title, fontsize=11)
+        save(figure, path)
+
+
+def draw_softness(soft: dict, runs, what: dict[str, str], path: str) -> None:
+    """Draw entropy, and the best of 16, against the win-rate: one line for each softness."""
+    names = list(dict.fromkeys(name for name, _ in soft))
+    size = (WIDTH * 1.3, 3.1 * len(what))
+    with plt.rc_context(plot.STYLE):
+        figure, axes = plt.subplots(len(what), len(names), figsize=size, sharey="row", sharex=True)
+        for column, name in enumerate(names):
+            settings = [setting for other, setting in soft if other == name]
+            for (measure, label), axis in zip(what.items(), axes[:, column], strict=True):
+                for setting, color in zip(settings, PALETTE, strict=False):
+                    rows = list(soft[name, setting].values())
+                    rates = np.linspace(50, 66, 60)
+                    curves = [along(runs, row, measure, rates) for row in rows]
+                    reached = ~np.isnan(curves).any(0)
+                    if reached.any():
+                        shown = [np.array(curve)[reached] for curve in curves]
+                        band(axis, rates[reached], shown, color, setting)
+                axis.set_ylabel(label if column == 0 else "")
+            axes[0, column].set_title(name)
+            axes[0, column].legend(fontsize=8)
+            axes[-1, column].set_xlabel("win-rate, %")
+        save(figure, path)
+
+
+def along(runs, row: dict, what: str, rates: np.ndarray) -> list[float]:
+    """Return a value of a run where it first reaches each win-rate; NaN where it does not."""
+    values = fit(kls_of(row), runs.values(row, what))
+    distances = [distance_at(kls_of(row), runs.rate_values(row), rate) for rate in rates]
+    return [np.nan if d is None else float(np.polyval(values, d)) for d in distances]
+
+
+def draw_by_x(lines: dict[str, dict[float, list[float]]], x_label: str, path: str, **more) -> None:
+    """Draw win-rates at 2 nats against a number, a line for each objective.
+
+    lines  {objective: {x: values over seeds}}
+    """
+    with plt.rc_context(plot.STYLE):
+        figure, axis = plt.subplots(figsize=(WIDTH * 0.7, 4))
+        for number, (name, points) in enumerate(lines.items()):
+            xs = sorted(x for x, values in points.items() if values)
+            means = [np.mean(points[x]) for x in xs]
+            color = PALETTE[number % len(PALETTE)]
+            style = {"linestyle": "-" if number < len(PALETTE) else "--"}
+            axis.plot(xs, means, marker="o", color=color, label=name, **style)
+            for x in xs:
+                axis.plot([x] * len(points[x]), points[x], ".", color=color, alpha=0.4)
+        axis.set(xlabel=x_label, ylabel="win-rate at 2 nats, %", **more)
+        axis.legend(fontsize=8, ncols=2)
+        save(figure, path)

@@ -1,0 +1,111 @@
+"""Equal KL, and differences over seeds: hand-worked values, known tables, coverage."""
+
+import math
+
+import matched_kl as m
+import numpy as np
+import pytest
+
+
+def test_a_quadratic_in_the_root_of_the_kl_is_read_back_exactly():
+    kls = [0.0, 0.01, 0.25, 1.0, 2.25, 4.41]
+    values = [50 + 10 * math.sqrt(kl) - 1.5 * kl for kl in kls]
+    assert m.read(kls, values, 2.0) == pytest.approx(50 + 10 * math.sqrt(2) - 3)
+    assert m.distance_at(kls, values, 55.0) == pytest.approx(
+        (10 - math.sqrt(100 - 4 * 1.5 * 5)) / 3
+    )
+
+
+def test_what_would_be_extrapolated_is_missing():
+    kls, values = [0.0, 0.1, 0.4, 0.9, 1.9], [50.0, 51.0, 52.0, 53.0, 54.0]
+    assert m.read(kls, values, 1.0) is not None
+    assert m.read(kls, values, 2.0) is None
+    assert m.read(kls[:3], values[:3], 0.1) is None  # three points make no quadratic
+    assert m.distance_at(kls, values, 60.0) is None
+
+
+def test_checkpoints_after_the_first_one_past_the_largest_kl_have_no_part():
+    kls, values = [0.0, 1.0, 2.0, 3.0, 5.0], [50.0, 55.0, 57.0, 58.0, 60.0]
+    read = m.read(kls, values, 1.5)
+    assert m.read([*kls, 9.0], [*values, 0.0], 1.5) == read
+    assert m.read([*kls[:4], 3.9], [*values[:4], 0.0], 1.5) != read  # this one is before it
+
+
+def test_win_rates_of_all_of_even_and_of_odd_stories():
+    pool = [100, 200, 300, 300]
+    row = {"checkpoints": [{"kl": 0.0, "scores": [150, 300, 50, 400]}]}
+    # 150 beats 1 of 4; 300 beats 2 and ties with 2; 50 none; 400 all
+    assert m.win_rates(row, pool) == [pytest.approx(100 * (0.25 + 0.75 + 0 + 1) / 4)]
+    assert m.win_rates(row, pool, half=0) == [pytest.approx(100 * (0.25 + 0) / 2)]
+    assert m.win_rates(row, pool, half=1) == [pytest.approx(100 * (0.75 + 1) / 2)]
+
+
+@pytest.mark.parametrize(
+    "freedom,t", [(1, 12.7062), (2, 4.3027), (4, 2.7764), (16, 2.1199), (1000, 1.9623)]
+)
+def test_student_as_in_the_tables(freedom, t):
+    assert m.quantile(freedom) == pytest.approx(t, abs=2e-4)
+    assert m.tail(t, freedom) == pytest.approx(0.025, abs=1e-5)
+    assert m.tail(-t, freedom) == pytest.approx(0.975, abs=1e-5)
+    assert m.tail(0.0, freedom) == pytest.approx(0.5)
+
+
+def test_contrasts_by_hand():
+    a, b = m.contrasts({"a": [1.0, 2.0, 3.0], "b": [0.0, 0.0, 0.0], "alone": [5.0]})
+    # squares around the means: 2 and 0, 4 degrees of freedom: deviation sqrt(0.5), of a mean of
+    # three sqrt(1/6); t = 2.776
+    assert (a.name, a.seeds, a.mean) == ("a", 3, 2.0)
+    assert a.high - a.mean == pytest.approx(2.7764 * math.sqrt(1 / 6), abs=1e-3)
+    assert a.p_zero == pytest.approx(2 * 2 * m.tail(2 * math.sqrt(6), 4))  # the smaller of two
+    assert b.p_zero == pytest.approx(1.0)
+    assert b.p_margin == pytest.approx(2 * m.tail(3 * math.sqrt(6), 4))
+    assert a.p_margin == pytest.approx(m.tail(math.sqrt(6), 4))  # 0.035: the larger of two
+    assert a.verdict == "higher, by less than 3" and b.verdict == "no difference"
+    assert str(a) == "+2.0 [+0.9, +3.1]"
+
+
+def test_a_difference_can_be_shown_and_be_small_and_neither():
+    verdicts = [
+        m.contrasts({"": values})[0].verdict
+        for values in ([1.0, 1.1, 0.9], [9.0, 0.0, -6.0], [-5.0, -6.0, -7.0])
+    ]
+    assert verdicts == ["higher, by less than 3", "not decided", "lower"]
+    assert m.contrasts({}) == [] and m.contrasts({"one": [1.0]}) == []
+
+
+def test_holm_by_hand():
+    assert m.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert m.holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+
+
+def test_intervals_hold_the_truth_and_tests_err_as_seldom_as_they_say():
+    """1,000 studies of 8 contrasts and 3 seeds, all of them without a difference."""
+    rng = np.random.default_rng(0)
+    held, false_alarms, shown = [], 0, 0
+    for _ in range(1000):
+        found = m.contrasts({str(i): rng.normal(0, 1.5, 3) for i in range(8)})
+        held += [contrast.low <= 0 <= contrast.high for contrast in found]
+        false_alarms += any(contrast.p_zero < 0.05 for contrast in found)
+    assert 0.935 <= np.mean(held) <= 0.965
+    assert 0.02 <= false_alarms / 1000 <= 0.07  # a study with any: 5% by Holm's correction
+    for _ in range(1000):  # a difference of exactly the margin is not called none
+        shown += any(
+            contrast.p_margin < 0.05
+            for contrast in m.contrasts({str(i): rng.normal(3, 1.5, 3) for i in range(8)})
+        )
+    assert shown / 1000 <= 0.07
+
+
+def test_a_deviation_has_the_interval_of_chi_square():
+    values = np.array([-1.0, 1.0] * 4) * math.sqrt(7 / 8)  # deviation 1, of 8
+    deviation, low, high = m.spread(values)
+    # chi-square's quantiles with 7 degrees of freedom are 1.690 and 16.013
+    assert deviation == pytest.approx(1.0)
+    assert low == pytest.approx(math.sqrt(7 / 16.013), abs=3e-3)
+    assert high == pytest.approx(math.sqrt(7 / 1.690), abs=6e-3)
+
+
+def test_a_bootstrap_of_three_seeds_reaches_from_the_smallest_to_the_largest():
+    assert m.bootstrap([1.0, 2.0, 7.0]) == (1.0, 7.0)
+    low, high = m.bootstrap(list(range(8)))
+    assert 1.7 < low < 2.1 and 4.9 < high < 5.3

@@ -1,0 +1,212 @@
+"""The study: its runs on a small model, killed and continued; what is compared is comparable."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import findings
+import numpy as np
+import pytest
+import study
+import study_run
+import torch
+from study_run import Run
+
+import spo_train
+from losses import LOSSES
+from spo.reference import compute_logps
+
+ROOT = os.path.dirname(study.ROWS)
+
+
+@pytest.fixture
+def flags(workshop, tokenizer):
+    return [
+        "--init_from=start.pt",
+        f"--tokenizer={tokenizer.path}",
+        "--num_groups=16",
+        "--pool=64",
+        "--stories=4",
+        "--max_new_tokens=16",
+        "--steps=1",
+        "--seeds=1",
+        "--jobs=2",
+        "--rows=study.jsonl",
+        "--folder=study",
+    ]
+
+
+@pytest.fixture
+def world(flags, tokenizer):
+    paths = study.make_world(study.parse(study.StudyConfig, flags, "study.py"))
+    torch.manual_seed(0)
+    return study_run.World(*paths, 4, 16)
+
+
+def command(flags):
+    return [sys.executable, os.path.join(ROOT, "study.py"), *flags]
+
+
+def rows_without_times(path):
+    return sorted(
+        json.dumps({k: v for k, v in row.items() if k != "seconds"}, sort_keys=True)
+        for row in study.read_rows(path)
+    )
+
+
+def test_a_study_that_is_killed_and_cut_goes_on_to_the_rows_of_an_unbroken_one(flags):
+    asked = [*flags, "--only=learning"]
+    subprocess.run(command(asked), check=True, timeout=900)
+    unbroken = rows_without_times("study.jsonl")
+    assert len(unbroken) == 2 + 2 * len(study.LOSSES)
+    os.remove("study.jsonl")
+    killed = subprocess.Popen(command(asked), start_new_session=True)
+    while not (os.path.isfile("study.jsonl") and len(study.read_rows("study.jsonl")) > 4):
+        assert killed.poll() is None
+        time.sleep(0.05)
+    killed.send_signal(signal.SIGKILL)  # its workers end by themselves
+    killed.wait()
+    with open("study.jsonl", "r+b") as f:
+        f.truncate(os.path.getsize("study.jsonl") - 9)  # and its last line was half-written
+    again = subprocess.run(command(asked), capture_output=True, text=True, timeout=900)
+    assert again.returncode == 0 and "its last line is cut" in again.stdout
+    assert rows_without_times("study.jsonl") == unbroken
+    before = os.path.getmtime("study.jsonl")
+    subprocess.run(command(asked), check=True, timeout=900)
+    assert os.path.getmtime("study.jsonl") == before  # what is there is not run again
+
+
+def test_rows_of_another_model_are_refused_and_so_is_another_file(flags, world):
+    rows = study.Rows("study.jsonl", {"model": "a"})
+    rows.handle.close()
+    with pytest.raises(ValueError, match="--rows=study.jsonl: its runs are of another model"):
+        study.Rows("study.jsonl", {"model": "b"})
+    with open("other.jsonl", "w") as f:
+        f.write('{"world": {}}\n{"prompt": ""}\n')
+    with pytest.raises(ValueError, match="other.jsonl line 2: not a line of a study"):
+        study.read_rows("other.jsonl")
+
+
+def test_no_time_no_runs_and_that_is_said(flags):
+    done = subprocess.run(
+        command([*flags, "--only=learning", "--minutes=0.0001"]), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "learning rates: 18 runs left out" in done.stdout
+
+
+def test_a_run_is_what_the_trainer_does(world, tokenizer, workshop):
+    """The weights after three steps are those of spo_train.py, with the same groups and seeds."""
+    run = Run("dpo", 5, 1e-3, steps=3)
+    policy = study_run.trainable(world)
+    config = run.config()
+    optimizer = spo_train.make_optimizer(config, policy)
+    for step in range(3):
+        study_run.add_gradient(world, run, policy, step)
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        spo_train.optimizer_step(optimizer, spo_train.learning_rate(config, step))
+    row = study_run.train(world, run)
+    assert [point["step"] for point in row["checkpoints"]] == [0, 1, 2, 3]
+    kl = world.evaluation(5).evaluate(policy, 3, "select").kl
+    assert row["checkpoints"][-1]["kl"] == pytest.approx(kl, abs=1e-5)  # rounded
+    assert row["checkpoints"][0]["kl"] == 0 and kl > 0
+
+
+def test_all_objectives_see_the_same_groups_and_the_reference_read_them_right(world):
+    lines = {
+        loss: [group.line for step in range(2) for group in world.batch(Run(loss, 3, 1e-4), step)]
+        for loss in LOSSES
+        if LOSSES[loss].data != "text"
+    }
+    assert len(set(map(tuple, lines.values()))) == 1
+    assert lines["dpo"] != [group.line for group in world.batch(Run("dpo", 4, 1e-4), 0)]
+    for group in world.batch(Run("dpo", 3, 1e-4), 0):
+        assert group.reference_logps == pytest.approx(compute_logps([group], world.reference)[0])
+
+
+def test_noise_is_the_same_for_all_objectives_and_as_much_as_asked():
+    count = 4000
+    flipped = [study_run.orders(Run("dpo", 0, 1e-4, noise=0.4), i, None) for i in range(count)]
+    assert np.mean([o == [(3, 0)] for o in flipped]) == pytest.approx(0.4, abs=0.02)
+    shuffled = [
+        study_run.orders(Run("spo_rank", 0, 1e-4, noise=0.4), i, None) for i in range(count)
+    ]
+    wrong = [o != [(0, 1, 2, 3)] for o in shuffled]
+    assert np.mean(wrong) == pytest.approx(0.4 * 23 / 24, abs=0.02)
+    for pair, ranking in zip(flipped, shuffled, strict=True):  # the same groups
+        assert pair == [(3, 0)] or ranking == [(0, 1, 2, 3)]
+    assert study_run.orders(Run("dpo", 0, 1e-4, labels="adjacent"), 0, None) == [
+        (0, 1),
+        (1, 2),
+        (2, 3),
+    ]
+
+
+def test_bradley_terry_labels_have_its_probabilities():
+    run = Run("spo_basic", 0, 1e-4, labels="bradley_terry")
+    scores = [2.0, 1.0, 1.0, 0.5]
+    drawn = [study_run.orders(run, i, lambda: scores)[0] for i in range(20_000)]
+    for a, b in ((0, 1), (1, 2), (0, 3)):
+        wins, losses = drawn.count((a, b)), drawn.count((b, a))
+        expected = 1 / (1 + np.exp(scores[b] - scores[a]))
+        assert wins / (wins + losses) == pytest.approx(expected, abs=0.02)
+
+
+def test_the_slope_is_one_for_a_policy_that_is_the_theorem_s(world):
+    """A policy whose log-probs are rewards / alpha plus a constant has the slope 1."""
+    run = Run("spo_basic", 0, 1e-4, "alpha=0.5", labels="bradley_terry")
+    rewards = {
+        tuple(response): score
+        for i, group in enumerate(world.groups)
+        for response, score in zip(group.responses, world.scores(i), strict=True)
+    }
+
+    def logps(policy, batch):
+        values = []
+        for tokens, mask in zip(batch.tokens, batch.mask, strict=True):
+            values.append(rewards[tuple(tokens[mask].tolist())] / 0.5 - 40)
+        return torch.tensor(values).view(-1, batch.n)
+
+    original = study_run.head.sequence_logps
+    study_run.head.sequence_logps = logps
+    try:
+        assert study_run.theorem_slope(world, run, world.reference) == {
+            "slope": pytest.approx(1.0, abs=1e-3)  # float32, of offsets of 40 nats
+        }
+    finally:
+        study_run.head.sequence_logps = original
+
+
+def test_adamw_scales_as_torch_s_does():
+    """The scaled gradient is AdamW's update without momentum, weight decay and learning rate."""
+    torch.manual_seed(0)
+    parameter = torch.nn.Parameter(torch.zeros(7, dtype=torch.float64))
+    optimizer = torch.optim.AdamW([parameter], lr=1.0, betas=(0.0, 0.9), weight_decay=0.0)
+    moment = study_run.SecondMoment(0.9)
+    for _ in range(3):
+        gradient = torch.randn(7, dtype=torch.float64)
+        before = parameter.detach().clone()
+        parameter.grad = gradient.clone()
+        optimizer.step()
+        torch.testing.assert_close(before - parameter.detach(), moment.scaled(gradient))
+        moment.add(gradient)
+
+
+def test_every_number_of_the_documents_is_that_of_the_runs(capsys):
+    findings.main(["--check"])
+    assert "equal" in capsys.readouterr().out
+
+
+def test_a_document_with_another_number_is_named(tmp_path, monkeypatch):
+    path = os.path.join(findings.ROOT, "docs", "findings.md")
+    with open(path, encoding="utf-8") as f:
+        text = f.read()
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "findings.md").write_text(text.replace("0.9", "0.8"), encoding="utf-8")
+    (tmp_path / "README.md").write_text("", encoding="utf-8")
+    monkeypatch.setattr(findings, "ROOT", str(tmp_path))
+    with pytest.raises(ValueError, match="docs/findings.md: not what .*study.jsonl says"):
+        findings.main(["--check"])
