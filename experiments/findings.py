@@ -39,6 +39,7 @@ RANKINGS = ("spo_rank", "dpo_rank", "spo_bon", "best_sft")
 PAIRS = ("spo", "dpo", "ipo", "kto", "simpo")
 BASELINES = {"spo_rank": "dpo_rank", "spo_bon": "dpo_rank", "best_sft": "dpo_rank"}
 BASELINES |= {"spo": "dpo", "ipo": "dpo", "kto": "dpo", "simpo": "dpo", "dpo_rank": "dpo"}
+E1_SEEDS = range(study.EQUAL_KL_SEEDS)
 EQUAL_RATE = 60.0  # percent: where entropy and diversity are compared at equal score
 COLORS = dict(zip((*RANKINGS, *PAIRS), (*plot.COLORS[:4], *plot.COLORS[:5]), strict=True))
 
@@ -194,7 +195,7 @@ def e0(runs: Study) -> str:
 
 
 def e1_contrasts(runs: Study) -> list[Contrast]:
-    rows = {loss: runs.runs(loss, range(3)) for loss in BASELINES | {"dpo": ""}}
+    rows = {loss: runs.runs(loss, E1_SEEDS) for loss in BASELINES | {"dpo": ""}}
     named = {f"{loss} - {base}": (rows[loss], rows[base]) for loss, base in BASELINES.items()}
     return contrasts({name: runs.differences(*both) for name, both in named.items()})
 
@@ -202,7 +203,7 @@ def e1_contrasts(runs: Study) -> list[Contrast]:
 def e1(runs: Study) -> str:
     rows = []
     for loss in (*RANKINGS, *PAIRS):
-        mine = runs.runs(loss, range(3))
+        mine = runs.runs(loss, E1_SEEDS)
         cells = [known(runs.at(row, nats) for row in mine.values()) for nats in BUDGETS]
         second = known(runs.at(row, 2.0, "second_win_rate") for row in mine.values())
         shown = [mean_and_interval(values) for values in cells]
@@ -395,7 +396,7 @@ def summary(runs: Study) -> str:
     shown = {c.name.split(" - ")[0]: c for c in e1_contrasts(runs)}
     rows = []
     for loss in (*RANKINGS, *PAIRS):
-        mine = runs.runs(loss, range(3))
+        mine = runs.runs(loss, E1_SEEDS)
         rate = mean_and_interval(known(runs.at(row, 2.0) for row in mine.values()))
         contrast = shown.get(loss)
         against = f"{contrast.name.split(' - ')[1]}: {contrast}" if contrast else ""

@@ -45,7 +45,7 @@ def draw_curves(runs, families: dict[str, Sequence[str]], path: str) -> None:
         figure, axes = plt.subplots(1, len(families), figsize=(WIDTH, 4.2), sharey=True)
         for axis, (title, losses) in zip(axes, families.items(), strict=True):
             for loss, color in zip(losses, PALETTE, strict=False):
-                rows = list(runs.runs(loss, range(3)).values())
+                rows = list(runs.runs(loss).values())
                 shared = min((max(kls_of(row)) for row in rows), default=0.0)
                 x = np.linspace(0, min(shared, BUDGETS[-1]) ** 0.5, 100)
                 fits = [fit(kls_of(row), runs.rate_values(row)) for row in rows]
