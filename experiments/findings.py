@@ -8,7 +8,7 @@ What is between two comments of the form `<!-- E1 -->` and `<!-- end -->` is wri
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,20 +16,16 @@ import numpy as np
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import study
-from matched_kl import (
-    BUDGETS,
-    Contrast,
-    bootstrap,
-    contrasts,
-    distance_at,
-    fit,
-    kls_of,
-    quantile,
-    read,
-    spread,
-    win_rates,
+from matched_kl import BUDGETS, Contrast, bootstrap, contrasts, spread
+from study_reading import (
+    EQUAL_RATE,
+    Study,
+    contrast_table,
+    decided,
+    known,
+    mean_and_interval,
+    table,
 )
-from study_run import Run
 
 from spo import files, plot
 from spo.config import flag, main_program, parse
@@ -40,7 +36,6 @@ PAIRS = ("spo", "dpo", "ipo", "kto", "simpo")
 BASELINES = {"spo_rank": "dpo_rank", "spo_bon": "dpo_rank", "best_sft": "dpo_rank"}
 BASELINES |= {"spo": "dpo", "ipo": "dpo", "kto": "dpo", "simpo": "dpo", "dpo_rank": "dpo"}
 E1_SEEDS = range(study.EQUAL_KL_SEEDS)
-EQUAL_RATE = 60.0  # percent: where entropy and diversity are compared at equal score
 COLORS = dict(zip((*RANKINGS, *PAIRS), (*plot.COLORS[:4], *plot.COLORS[:5]), strict=True))
 
 
@@ -50,83 +45,6 @@ class FindingsConfig:
     figures: str = flag("experiments", "the folder of the figures")
     check: bool = flag(
         False, "only compare the documents with the runs; exit code 2 if they differ"
-    )
-
-
-class Study:
-    """The runs, found by what they are, and the numbers that are read off them."""
-
-    def __init__(self, rows: Sequence[dict]):
-        self.rows = {study.key_of(row): row for row in rows if "run" in row}
-        self.cosines = [row for row in rows if "cosines" in row]
-        self.pool = next(row["scores"] for row in rows if "pool" in row)
-        self.rates = {loss: study.chosen_rate(rows, loss) for loss in study.LOSSES}
-        self.rates |= dict.fromkeys(("cdpo", "dpo_robust"), self.rates["dpo"])
-        self.rates["spo_basic"] = self.rates["spo"]
-
-    def runs(self, loss: str, seeds: Iterable[int] = range(64), **spec) -> dict[int, dict]:
-        """Return {seed: row} of the runs of one objective and setting that are there."""
-        jobs = {seed: study.key(Run(loss, seed, self.rates[loss], **spec)) for seed in seeds}
-        return {seed: self.rows[key] for seed, key in jobs.items() if key in self.rows}
-
-    def rate_values(self, row: dict) -> list[float]:
-        """Return a run's win-rates, in percent; those of seed 0, which chose the learning rate, on
-        the stories that had no part in the choice.
-        """
-        return win_rates(row, self.pool, half=1 if row["run"]["seed"] == 0 else None)
-
-    def values(self, row: dict, what: str) -> list[float]:
-        if what == "win_rate":
-            return self.rate_values(row)
-        factor = 100.0 if what in ("second_win_rate", "distinct_4grams") else 1.0
-        return [factor * point[what] for point in row["checkpoints"]]
-
-    def at(self, row: dict, nats: float, what: str = "win_rate") -> float | None:
-        return read(kls_of(row), self.values(row, what), nats)
-
-    def at_equal_rate(self, row: dict, what: str, rate: float = EQUAL_RATE) -> float | None:
-        """Return a value where the run's win-rate first reaches `rate` percent."""
-        distance = distance_at(kls_of(row), self.rate_values(row), rate)
-        curve = fit(kls_of(row), self.values(row, what))
-        return None if distance is None else float(np.polyval(curve, distance))
-
-    def differences(self, ours: dict[int, dict], theirs: dict[int, dict]) -> list[float]:
-        """Return, of each seed that both have, the mean difference over the KLs that both reach."""
-        found = []
-        for seed in sorted(set(ours) & set(theirs)):
-            pairs = [(self.at(ours[seed], nats), self.at(theirs[seed], nats)) for nats in BUDGETS]
-            both = [a - b for a, b in pairs if a is not None and b is not None]
-            if both:
-                found.append(float(np.mean(both)))
-        return found
-
-
-def known(values: Iterable[float | None]) -> list[float]:
-    return [value for value in values if value is not None]
-
-
-def mean_and_interval(values: Sequence[float], digits: int = 1) -> str:
-    """Return "61.2 [60.1, 62.3]", Student's interval over seeds; of fewer than 2, what there is."""
-    if len(values) < 2:
-        return f"{values[0]:.{digits}f} (1 seed)" if values else "-"
-    mean, error = np.mean(values), np.std(values, ddof=1) / len(values) ** 0.5
-    half = quantile(len(values) - 1) * error
-    return f"{mean:.{digits}f} [{mean - half:.{digits}f}, {mean + half:.{digits}f}]"
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
-def contrast_table(found: Sequence[Contrast], unit: str = "points") -> str:
-    head = ["contrast", "seeds", f"difference, {unit} [95%]", "p of 0", "p of the margin", "shown"]
-    return table(
-        head,
-        [
-            [c.name, str(c.seeds), str(c), f"{c.p_zero:.3f}", f"{c.p_margin:.3f}", c.verdict]
-            for c in found
-        ],
     )
 
 
@@ -158,8 +76,20 @@ def e6(runs: Study) -> str:
             )
     head = ["step", "of what", "two pairwise objectives, one batch", "spo_rank and dpo_rank"]
     head += ["any two, one batch", "one objective, two batches"]
-    seeds = f"Means over {len(runs.cosines)} seeds, the smallest and largest of them in brackets."
-    return f"{seeds}\n\n{table(head, rows)}"
+    seeds = f"Means over {len(runs.cosines)} seeds, the smallest and largest cosine in brackets."
+    return f"{e6_answer(runs)}\n\n{seeds}\n\n{table(head, rows)}"
+
+
+def e6_answer(runs: Study) -> str:
+    losses = runs.cosines[0]["cosines"]["losses"]
+    places = [losses.index(loss) for loss in PAIRS]
+    matrix = mean_cosines(runs, 0, "raw")
+    pairs = np.mean([matrix[i, j] for i in places for j in places if i < j])
+    two = [np.mean([r["steps"][0]["raw_two_batches"][i] for i in places]) for r in runs.cosines]
+    seeds = len(runs.cosines)
+    one = f"their mean cosine on one batch is {pairs:.2f}"
+    other = f"that of one of them on two batches {mean_and_interval(two, 2)} ({seeds} seeds)"
+    return f"**At step 0 the five pairwise objectives have one gradient:** {one}, {other}."
 
 
 def mean_cosines(runs: Study, place: int, which: str) -> np.ndarray:
@@ -191,7 +121,14 @@ def e0(runs: Study) -> str:
                 ]
             )
     head = ["nats", "win-rate, % [95%]", "bootstrap", "deviation over seeds [95%]", "seeds"]
-    return table(head, rows)
+    return f"{e0_answer(runs)}\n\n{table(head, rows)}"
+
+
+def e0_answer(runs: Study) -> str:
+    values = at_2(runs, runs.runs("dpo_rank"))
+    deviation, low, high = spread(values)
+    size = f"{deviation:.1f} points [{low:.1f}, {high:.1f}]"
+    return f"**The deviation of dpo_rank's win-rate at 2 nats over {len(values)} seeds is {size}.**"
 
 
 def e1_contrasts(runs: Study) -> list[Contrast]:
@@ -206,11 +143,18 @@ def e1(runs: Study) -> str:
         mine = runs.runs(loss, E1_SEEDS)
         cells = [known(runs.at(row, nats) for row in mine.values()) for nats in BUDGETS]
         second = known(runs.at(row, 2.0, "second_win_rate") for row in mine.values())
-        shown = [mean_and_interval(values) for values in cells]
-        rows.append([loss, *shown, mean_and_interval(second)])
+        shown = [mean_and_interval(values, of=len(mine)) for values in cells]
+        rows.append([loss, *shown, mean_and_interval(second, of=len(mine))])
     head = ["objective", *(f"{nats:g} nats" for nats in BUDGETS), "second judge, 2 nats"]
     rates = f"Win-rates over the reference, %, at equal KL. {learning_rates(runs)}"
-    return f"{rates}\n\n{table(head, rows)}\n\n{contrast_table(e1_contrasts(runs))}"
+    tested = contrast_table(e1_contrasts(runs))
+    return f"{e1_answer(runs)}\n\n{rates}\n\n{table(head, rows)}\n\n{tested}"
+
+
+def e1_answer(runs: Study) -> str:
+    found = e1_contrasts(runs)
+    seeds = " or ".join(sorted({str(contrast.seeds) for contrast in found}))
+    return f"**Of {len(found)} contrasts, {seeds} seeds each:** {decided(found)}."
 
 
 ALPHAS = ("alpha=0", "", "alpha=0.1", "alpha=1")  # "": the default, 0.001
@@ -259,10 +203,10 @@ def e4(runs: Study) -> str:
         reached = [known(runs.at_equal_rate(row, w) for row in mine.values()) for w in SOFTNESS]
         rate = known(runs.at(row, 2.0) for row in mine.values())
         ends = [row["checkpoints"][-1]["kl"] for row in mine.values()]
-        shown = [mean_and_interval(values, 2) for values in reached[:2]]
-        shown.append(mean_and_interval(reached[2]))
+        shown = [mean_and_interval(values, 2, of=len(mine)) for values in reached[:2]]
+        shown.append(mean_and_interval(reached[2], of=len(mine)))
         end = f"{min(ends):.1f} to {max(ends):.1f}"
-        rows.append([name, setting, *shown, mean_and_interval(rate), end])
+        rows.append([name, setting, *shown, mean_and_interval(rate, of=len(mine)), end])
     head = ["objective", "setting", "entropy, nats a token", "best of 16", "distinct 4-grams, %"]
     head += ["win-rate at 2 nats", "KL of the last checkpoint"]
     tests = [

@@ -1,0 +1,106 @@
+"""The runs of experiments/study.jsonl, found by what they are; numbers and tables of them."""
+
+import os
+import sys
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import study
+from matched_kl import BUDGETS, Contrast, distance_at, fit, kls_of, quantile, read, win_rates
+from study_run import Run
+
+EQUAL_RATE = 60.0  # percent: where entropy and diversity are compared at equal score
+
+
+class Study:
+    """The runs, found by what they are, and the numbers that are read off them."""
+
+    def __init__(self, rows: Sequence[dict]):
+        self.rows = {study.key_of(row): row for row in rows if "run" in row}
+        self.cosines = [row for row in rows if "cosines" in row]
+        self.pool = next(row["scores"] for row in rows if "pool" in row)
+        self.rates = {loss: study.chosen_rate(rows, loss) for loss in study.LOSSES}
+        self.rates |= dict.fromkeys(("cdpo", "dpo_robust"), self.rates["dpo"])
+        self.rates["spo_basic"] = self.rates["spo"]
+
+    def runs(self, loss: str, seeds: Iterable[int] = range(64), **spec) -> dict[int, dict]:
+        """Return {seed: row} of the runs of one objective and setting that are there."""
+        jobs = {seed: study.key(Run(loss, seed, self.rates[loss], **spec)) for seed in seeds}
+        return {seed: self.rows[key] for seed, key in jobs.items() if key in self.rows}
+
+    def rate_values(self, row: dict) -> list[float]:
+        """Return a run's win-rates, in percent; those of seed 0, which chose the learning rate, on
+        the stories that had no part in the choice.
+        """
+        return win_rates(row, self.pool, half=1 if row["run"]["seed"] == 0 else None)
+
+    def values(self, row: dict, what: str) -> list[float]:
+        if what == "win_rate":
+            return self.rate_values(row)
+        factor = 100.0 if what in ("second_win_rate", "distinct_4grams") else 1.0
+        return [factor * point[what] for point in row["checkpoints"]]
+
+    def at(self, row: dict, nats: float, what: str = "win_rate") -> float | None:
+        return read(kls_of(row), self.values(row, what), nats)
+
+    def at_equal_rate(self, row: dict, what: str, rate: float = EQUAL_RATE) -> float | None:
+        """Return a value where the run's win-rate first reaches `rate` percent."""
+        distance = distance_at(kls_of(row), self.rate_values(row), rate)
+        curve = fit(kls_of(row), self.values(row, what))
+        return None if distance is None else float(np.polyval(curve, distance))
+
+    def differences(self, ours: dict[int, dict], theirs: dict[int, dict]) -> list[float]:
+        """Return, of each seed that both have, the mean difference over the KLs that both reach."""
+        found = []
+        for seed in sorted(set(ours) & set(theirs)):
+            pairs = [(self.at(ours[seed], nats), self.at(theirs[seed], nats)) for nats in BUDGETS]
+            both = [a - b for a, b in pairs if a is not None and b is not None]
+            if both:
+                found.append(float(np.mean(both)))
+        return found
+
+
+def known(values: Iterable[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
+
+
+def mean_and_interval(values: Sequence[float], digits: int = 1, of: int | None = None) -> str:
+    """Return "61.2 [60.1, 62.3]", with Student's interval over seeds.
+
+    of  how many seeds there are: where fewer have a value, their number is shown
+    """
+    if not values:
+        return "-"
+    fewer = f" ({len(values)} of {of} seeds)" if of and len(values) < of else ""
+    mean = float(np.mean(values))
+    if len(values) == 1:
+        return f"{mean:.{digits}f}{fewer or ' (1 seed)'}"
+    half = quantile(len(values) - 1) * float(np.std(values, ddof=1)) / len(values) ** 0.5
+    return f"{mean:.{digits}f} [{mean - half:.{digits}f}, {mean + half:.{digits}f}]{fewer}"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def contrast_table(found: Sequence[Contrast], unit: str = "points") -> str:
+    head = ["contrast", "seeds", f"difference, {unit} [95%]", "p of 0", "p of the margin", "shown"]
+    return table(
+        head,
+        [
+            [c.name, str(c.seeds), str(c), f"{c.p_zero:.3f}", f"{c.p_margin:.3f}", c.verdict]
+            for c in found
+        ],
+    )
+
+
+def decided(found: Sequence[Contrast]) -> str:
+    """Return what each verdict was given to: "no difference: a, b; not decided: c"."""
+    by_verdict: dict[str, list[str]] = {}
+    for contrast in found:
+        by_verdict.setdefault(contrast.verdict, []).append(contrast.name)
+    order = sorted(by_verdict, key=lambda verdict: (verdict == "not decided", verdict))
+    return "; ".join(f"{verdict}: {', '.join(by_verdict[verdict])}" for verdict in order)
