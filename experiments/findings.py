@@ -331,22 +331,21 @@ QUESTIONS = {
     "E7": e7,
 }
 
+ANSWERS = (e6_answer, e0_answer)
+
 
 # --- the documents -------------------------------------------------------------------------------
 
 
 def summary(runs: Study) -> str:
-    """Return the README's table: the win-rate of every objective at 2 nats, and what is shown."""
-    shown = {c.name.split(" - ")[0]: c for c in e1_contrasts(runs)}
-    rows = []
-    for loss in (*RANKINGS, *PAIRS):
-        mine = runs.runs(loss, E1_SEEDS)
-        rate = mean_and_interval(known(runs.at(row, 2.0) for row in mine.values()))
-        contrast = shown.get(loss)
-        against = f"{contrast.name.split(' - ')[1]}: {contrast}" if contrast else ""
-        rows.append([f"`{loss}`", rate, against, contrast.verdict if contrast else ""])
-    head = ["objective", "win-rate at 2 nats, %", "minus, at equal KL, points", "shown"]
-    return table(head, rows)
+    """Return the README's table: what is shown of every objective at equal KL."""
+    head = ["at equal KL", "points of win-rate [95%]", "shown"]
+    return table(head, [[c.name, str(c), c.verdict] for c in e1_contrasts(runs)])
+
+
+def answers(runs: Study) -> str:
+    """Return the README's list: one sentence for each question that has an answer."""
+    return "\n".join(f"- {answer(runs)}" for answer in ANSWERS)
 
 
 def rewritten(path: str, blocks: dict[str, Callable[[Study], str]], runs: Study) -> str:
@@ -404,7 +403,7 @@ def main(argv: list[str]) -> None:
     different = []
     for name in DOCUMENTS:
         path = os.path.join(ROOT, name)
-        text = rewritten(path, QUESTIONS | {"summary": summary}, runs)
+        text = rewritten(path, QUESTIONS | {"summary": summary, "answers": answers}, runs)
         with open(path, encoding="utf-8") as f:
             if f.read() != text:
                 different.append(name)

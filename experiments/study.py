@@ -11,12 +11,14 @@ the same groups in the same order, and their stories come from the same random s
 """
 
 import concurrent.futures
+import itertools
 import json
 import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -198,7 +200,7 @@ def make_world(config: StudyConfig) -> tuple[str, str, str]:
     """Make the groups and the pool that are missing; return model, tokenizer and folder."""
     model, tokenizer = config.init_from, config.tokenizer
     if not model:
-        given = os.environ.get("SPO_DATA", "")
+        given = os.environ.get("SPO_DATA", "data")
         published = os.path.join("data", "stories260K", "stories260K.bin")
         candidates = [(os.path.join(given, "stories260K.bin"), os.path.join(given, "tok512.model"))]
         candidates += [(published, ""), (demo_checkpoint(), "")]
@@ -228,63 +230,105 @@ def digest_of(model: str, tokenizer: str, folder: str) -> dict:
     return {name: files.inputs_sha256(path) for name, path in names.items()}
 
 
-def seconds_of(job: Run | Cosines, times: dict[str, float]) -> float:
-    """Return how long a job should take, from how long its parts took."""
-    ranking, pair = times["spo_rank"], times["spo_basic"]
-    if isinstance(job, Cosines):
-        each = sum(pair if study_run.is_pairwise(loss) else ranking for loss in LOSSES)
-        return 8 * each + job.steps * ranking
-    is_pair = study_run.is_pairwise(job.loss)
-    step = (3 * pair if job.labels == "adjacent" else pair) if is_pair else ranking
-    if job.config().objective().online:
-        step += job.kl_batch_size / 32 * times["kl"]
-    return job.steps * step + len(job.checkpoints) * times["evaluation"]
+class Workers:
+    """Processes that do jobs, each on its share of the cores; and how long a job should take."""
+
+    def __init__(self, config: StudyConfig, world: tuple[str, str, str]):
+        self.count = config.jobs
+        self.threads = max(1, (os.cpu_count() or 1) // config.jobs)
+        self.world = (*world, config.stories, config.max_new_tokens)
+        self.pool: concurrent.futures.ProcessPoolExecutor | None = None
+        self.times: dict[str, float] = {}  # seconds of a step, of the KL, of an evaluation
+        self.foreseen, self.taken = 1.0, 1.0  # seconds of all jobs that have ended
+
+    def start(self, rows: "Rows") -> None:
+        """Start them, unless they run, and measure the machine with all of them at work."""
+        if self.pool:
+            return
+        os.environ["OMP_NUM_THREADS"] = str(self.threads)  # read by the workers as they start
+        self.pool = concurrent.futures.ProcessPoolExecutor(
+            self.count,
+            multiprocessing.get_context("spawn"),
+            initializer=study_run.begin,
+            initargs=(self.threads, *self.world),
+        )
+        if not any("pool" in row for row in rows.rows):
+            rows.add(self.pool.submit(study_run.pool_row).result())
+        measured = list(self.pool.map(study_run.measure, range(self.count)))
+        self.times = {name: max(m[name] for m in measured) for name in measured[0]}
+        shown = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.times.items())
+        print(
+            f"{self.count} at a time, {counted(self.threads, 'thread')} each: {shown}", flush=True
+        )
+
+    def seconds(self, job: Run | Cosines) -> float:
+        """Return how long a job should take: by its parts, and by how long others really took."""
+        ranking, pair = self.times["spo_rank"], self.times["spo_basic"]
+        if isinstance(job, Cosines):
+            each = sum(pair if study_run.is_pairwise(loss) else ranking for loss in LOSSES)
+            return 8 * each + job.steps * ranking
+        step = pair if study_run.is_pairwise(job.loss) else ranking
+        step *= 3 if job.labels == "adjacent" else 1
+        if job.config().objective().online:
+            step += job.kl_batch_size / 32 * self.times["kl"]
+        parts = job.steps * step + len(job.checkpoints) * self.times["evaluation"]
+        return parts * self.taken / self.foreseen
+
+    def run(self, jobs: Sequence[Run | Cosines]) -> Iterator[dict]:
+        """Yield the rows of jobs as they end."""
+        futures = {self.pool.submit(study_run.work, job): job for job in jobs}
+        for future in concurrent.futures.as_completed(futures):
+            row = future.result()
+            parts = self.seconds(futures[future]) * self.foreseen / self.taken
+            self.foreseen += parts
+            self.taken += row["seconds"]
+            yield row
 
 
 def study(config: StudyConfig, world: tuple[str, str, str], rows: Rows) -> None:
     """Run what is missing, question by question, until the time is spent."""
-    started = time.monotonic()
-    threads = max(1, (os.cpu_count() or 1) // config.jobs)
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # read by the workers as they start
-    sizes = (config.stories, config.max_new_tokens)
-    context = multiprocessing.get_context("spawn")
-    begin = {"initializer": study_run.begin, "initargs": (threads, *world, *sizes)}
-    with concurrent.futures.ProcessPoolExecutor(config.jobs, context, **begin) as pool:
-        if not any("pool" in row for row in rows.rows):
-            rows.add(pool.submit(study_run.pool_row).result())
-        measured = list(pool.map(study_run.measure, range(config.jobs)))  # side by side
-        times = {name: max(m[name] for m in measured) for name in measured[0]}
-        shown = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in times.items())
-        print(f"{config.jobs} at a time, {counted(threads, 'thread')} each: {shown}", flush=True)
-        wanted = list(filter(None, config.only.split(",")))
-        planned, taken = 0.0, 0.0  # seconds of the runs that have ended: foreseen, and real
+    deadline = time.monotonic() + 60 * config.minutes
+    wanted = list(filter(None, config.only.split(",")))
+    workers = Workers(config, world)
+    try:
         for name in questions(rows.rows, config.seeds, config.steps):
-            if wanted and name.split()[0] not in wanted:
-                continue
-            jobs = questions(rows.rows, config.seeds, config.steps)[
-                name
-            ]  # anew: learning rates are known by now
-            done = set(map(key_of, rows.rows))
-            missing = [job for job in jobs if key(job) not in done]
-            left = 60 * config.minutes - (time.monotonic() - started)
-            fitting, needed = [], 0.0
-            for job in missing:
-                needed += seconds_of(job, times) * max(taken, 1) / max(planned, 1) / config.jobs
-                if needed <= left:
-                    fitting.append(job)
-            state = f"{len(jobs) - len(missing)} of {counted(len(jobs), 'run')} are there"
-            plan = f"{len(fitting)} now, {needed / 60:.0f} minutes for all"
-            print(f"{name}: {state}; {plan if missing else 'complete'}", flush=True)
-            futures = {pool.submit(study_run.work, job): job for job in fitting}
-            for future in concurrent.futures.as_completed(futures):
-                row = future.result()
-                rows.add(row)
-                planned += seconds_of(futures[future], times)
-                taken += row["seconds"]
-                print(f"    {described(row)}", flush=True)
-            if len(fitting) < len(missing):
-                out = counted(len(missing) - len(fitting), "run")
-                print(f"{name}: {out} left out, --minutes={config.minutes:g} are spent", flush=True)
+            if not wanted or name.split()[0] in wanted:
+                # Asked for anew: by now, the rows may say which learning rates are better.
+                jobs = questions(rows.rows, config.seeds, config.steps)[name]
+                answer(name, jobs, rows, workers, deadline)
+    except BrokenProcessPool:
+        killed = "a worker was killed, by the system for its memory perhaps"
+        raise ValueError(f"{killed}; the same command continues, --jobs=1 needs less") from None
+    finally:
+        if workers.pool:
+            workers.pool.shutdown(cancel_futures=True)
+
+
+def answer(
+    name: str, jobs: list[Run | Cosines], rows: Rows, workers: Workers, deadline: float
+) -> None:
+    """Run the jobs of a question that are missing and fit into the time; say what is left out."""
+    done = set(map(key_of, rows.rows))
+    missing = [job for job in jobs if key(job) not in done]
+    print(
+        f"{name}: {len(jobs) - len(missing)} of {counted(len(jobs), 'run')} are there", flush=True
+    )
+    if not missing:
+        return
+    workers.start(rows)
+    left = deadline - time.monotonic()
+    needed = list(itertools.accumulate(workers.seconds(job) / workers.count for job in missing))
+    fitting = [job for job, end in zip(missing, needed, strict=True) if end <= left]
+    if fitting:
+        minutes = needed[len(fitting) - 1] / 60
+        print(f"    {counted(len(fitting), 'run')} in about {minutes:.0f} minutes", flush=True)
+    for row in workers.run(fitting):
+        rows.add(row)
+        print(f"    {described(row)}", flush=True)
+    if len(fitting) < len(missing):
+        runs = counted(len(missing) - len(fitting), "run")
+        minutes = needed[-1] / 60
+        print(f"    {runs} left out; all take {minutes:.0f} minutes, --minutes", flush=True)
 
 
 def described(row: dict) -> str:
@@ -303,7 +347,8 @@ def main(argv: list[str]) -> None:
     world = make_world(config)
     rows = Rows(config.rows, digest_of(*world))
     study(config, world, rows)
-    print(f"{config.rows}: {counted(len(rows.rows) - 2, 'run')}; `python experiments/findings.py`")
+    runs = sum("run" in row for row in rows.rows)
+    print(f"{config.rows}: {counted(runs, 'run')}; now `python experiments/findings.py`")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import math
 import multiprocessing
 import os
 import random
+import signal
 import sys
 import threading
 import time
@@ -381,6 +382,7 @@ _world: World | None = None
 def begin(threads: int, *world) -> None:
     """Make this process's world. The process ends with the one that started it."""
     global _world
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # of Ctrl-C, only the parent speaks
     threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     _world = World(*world)

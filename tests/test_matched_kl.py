@@ -79,21 +79,21 @@ def test_holm_by_hand():
 
 
 def test_intervals_hold_the_truth_and_tests_err_as_seldom_as_they_say():
-    """1,000 studies of 8 contrasts and 3 seeds, all of them without a difference."""
+    """400 studies of 8 contrasts and 3 seeds, all of them without a difference."""
     rng = np.random.default_rng(0)
     held, false_alarms, shown = [], 0, 0
-    for _ in range(1000):
+    for _ in range(400):
         found = m.contrasts({str(i): rng.normal(0, 1.5, 3) for i in range(8)})
         held += [contrast.low <= 0 <= contrast.high for contrast in found]
         false_alarms += any(contrast.p_zero < 0.05 for contrast in found)
     assert 0.935 <= np.mean(held) <= 0.965
-    assert 0.02 <= false_alarms / 1000 <= 0.07  # a study with any: 5% by Holm's correction
-    for _ in range(1000):  # a difference of exactly the margin is not called none
+    assert 0.02 <= false_alarms / 400 <= 0.08  # a study with any: 5% by Holm's correction
+    for _ in range(400):  # a difference of exactly the margin is not called none
         shown += any(
             contrast.p_margin < 0.05
             for contrast in m.contrasts({str(i): rng.normal(3, 1.5, 3) for i in range(8)})
         )
-    assert shown / 1000 <= 0.07
+    assert shown / 400 <= 0.08
 
 
 def test_a_deviation_has_the_interval_of_chi_square():
