@@ -35,6 +35,7 @@ RANKINGS = ("spo_rank", "dpo_rank", "spo_bon", "best_sft")
 PAIRS = ("spo", "dpo", "ipo", "kto", "simpo")
 BASELINES = {"spo_rank": "dpo_rank", "spo_bon": "dpo_rank", "best_sft": "dpo_rank"}
 BASELINES |= {"spo": "dpo", "ipo": "dpo", "kto": "dpo", "simpo": "dpo", "dpo_rank": "dpo"}
+SEEDS = range(3)
 E1_SEEDS = range(study.EQUAL_KL_SEEDS)
 COLORS = dict(zip((*RANKINGS, *PAIRS), (*plot.COLORS[:4], *plot.COLORS[:5]), strict=True))
 
@@ -173,7 +174,7 @@ def soft_runs(runs: Study) -> dict[tuple[str, str], dict[int, dict]]:
     for name, (loss, regularizer, settings) in SOFT.items():
         default = "beta=0.1" if loss == "dpo" else "alpha=0.001"
         for setting in settings:
-            rows = runs.runs(loss, range(3), settings=setting, regularizer=regularizer)
+            rows = runs.runs(loss, SEEDS, settings=setting, regularizer=regularizer)
             if rows:
                 found[name, setting or default] = rows
     return found
@@ -216,20 +217,37 @@ def e4(runs: Study) -> str:
     ]
     against = table(["minus the default", "of what", "difference [95%]", "p of 0"], tests)
     where = f"Where the win-rate first reaches {EQUAL_RATE:g}%:"
-    return f"{where}\n\n{table(head, rows)}\n\n{against}"
+    return f"{e4_answer(runs)}\n\n{where}\n\n{table(head, rows)}\n\n{against}"
+
+
+def e4_answer(runs: Study) -> str:
+    parts = []
+    for what, name in (("entropy", "entropy, nats a token"), ("best_of_16", "the best of 16")):
+        found = {c.name: c for c in e4_contrasts(runs, what)}
+        hard = found.get("spo_rank, alpha=1")
+        if hard is None:
+            return "No runs yet."
+        size = f"{hard.mean:+.3f} [{hard.low:+.3f}, {hard.high:+.3f}], p {hard.p_zero:.2f}"
+        parts.append(f"{name}: {size}")
+    where = f"alpha 1 in place of 0.001 in spo_rank, both at a win-rate of {EQUAL_RATE:g}%"
+    return f"**{where[0].upper()}{where[1:]}:** {'; '.join(parts)} ({hard.seeds} seeds)."
+
+
+def theorem_runs(runs: Study, alpha: str) -> dict[int, dict]:
+    spec = {"settings": f"alpha={alpha}", "regularizer": "none", "labels": "bradley_terry"}
+    return runs.runs("spo_basic", SEEDS, **spec, to_the_end=True)
+
+
+def slopes(rows: dict[int, dict], step: int) -> list[float]:
+    points = [point for row in rows.values() for point in row["checkpoints"]]
+    return [point["slope"] for point in points if point["step"] == step]
 
 
 def theorem(runs: Study) -> str:
     rows = []
     for alpha in ("0.1", "1"):
-        spec = {"settings": f"alpha={alpha}", "regularizer": "none", "labels": "bradley_terry"}
-        mine = runs.runs("spo_basic", range(3), **spec, to_the_end=True)
-        if not mine:
-            continue
-        cells = []
-        for step in (0, 12, 40):
-            points = [p for row in mine.values() for p in row["checkpoints"] if p["step"] == step]
-            cells.append(mean_and_interval([p["slope"] for p in points], 3))
+        mine = theorem_runs(runs, alpha)
+        cells = [mean_and_interval(slopes(mine, step), 3) for step in (0, 12, 40)]
         last = [row["checkpoints"][-1] for row in mine.values()]
         cells.append(mean_and_interval([p["kl"] for p in last]))
         cells.append(mean_and_interval([100 * p["win_rate"] for p in last]))
@@ -242,7 +260,17 @@ def theorem(runs: Study) -> str:
         "KL at step 40",
         "win-rate at step 40",
     ]
-    return table(head, rows)
+    return f"{theorem_answer(runs)}\n\n{table(head, rows)}"
+
+
+def theorem_answer(runs: Study) -> str:
+    ends = []
+    for alpha in ("0.1", "1"):
+        mine = theorem_runs(runs, alpha)
+        start, end = (mean_and_interval(slopes(mine, step), 2) for step in (0, 40))
+        ends.append(f"from {start} to {end} at alpha {alpha}")
+    goes = f"The slope, 1 at Theorem 1's minimum, goes {' and '.join(ends)}"
+    return f"**{goes}**, in 40 steps ({len(theorem_runs(runs, '1'))} seeds)."
 
 
 NOISY = ("spo_rank", "dpo_rank", "spo", "dpo", "ipo", "kto", "best_sft")
@@ -250,8 +278,8 @@ NOISY = ("spo_rank", "dpo_rank", "spo", "dpo", "ipo", "kto", "best_sft")
 
 def noisy_runs(runs: Study, method: str, noise: float) -> dict[int, dict]:
     if method in NOISY:
-        return runs.runs(method, range(3), noise=noise)
-    return runs.runs(method, range(3), noise=noise, settings=f"label_smoothing={noise:g}")
+        return runs.runs(method, SEEDS, noise=noise)
+    return runs.runs(method, SEEDS, noise=noise, settings=f"label_smoothing={noise:g}")
 
 
 def e2(runs: Study) -> str:
@@ -279,11 +307,11 @@ def e3(runs: Study) -> str:
         sizes = [(64, 40), (256, 40), (0, 40), (256, 16), (2560, 160)]
         cells = []
         for groups, steps in sizes:
-            mine = runs.runs(loss, range(3), num_groups=groups, steps=steps)
+            mine = runs.runs(loss, SEEDS, num_groups=groups, steps=steps)
             cells.append(mean_and_interval(known(runs.at(row, 2.0) for row in mine.values())))
         if any(cell != "-" for cell in cells[:2] + cells[3:]):
             rows.append([loss, *cells])
-    adjacent = runs.runs("dpo", range(3), labels="adjacent")
+    adjacent = runs.runs("dpo", SEEDS, labels="adjacent")
     if not rows and not adjacent:
         return "No runs yet."
     found = contrasts(
@@ -297,7 +325,7 @@ def e5(runs: Study) -> str:
     specs = {"default": {}, "gamma 0": {"settings": "gamma=0"}, "gamma 1": {"settings": "gamma=1"}}
     specs |= {f"T = {t}": {"kl_interval": t} for t in (1, 40)}
     specs |= {f"{n} samples": {"kl_batch_size": n} for n in (8, 128)}
-    by_name = {name: runs.runs("spo_rank", range(3), **spec) for name, spec in specs.items()}
+    by_name = {name: runs.runs("spo_rank", SEEDS, **spec) for name, spec in specs.items()}
     default = by_name.pop("default")
     differences = {
         f"{name} - default": runs.differences(rows, default) for name, rows in by_name.items()
@@ -309,7 +337,7 @@ def e5(runs: Study) -> str:
 def e7(runs: Study) -> str:
     rows = []
     for loss in ("spo_rank", "dpo_rank"):
-        mine = runs.runs(loss, range(3), steps=study.LONG, to_the_end=True)
+        mine = runs.runs(loss, SEEDS, steps=study.LONG, to_the_end=True)
         for step in (5, 12, 18, 27, 40, 60, 90, 120, 160) if mine else ():
             points = [p for row in mine.values() for p in row["checkpoints"] if p["step"] == step]
             named = [(1, "kl"), (100, "win_rate"), (100, "second_win_rate")]
@@ -331,7 +359,7 @@ QUESTIONS = {
     "E7": e7,
 }
 
-ANSWERS = (e6_answer, e0_answer)
+ANSWERS = (e6_answer, e4_answer, theorem_answer)
 
 
 # --- the documents -------------------------------------------------------------------------------
@@ -386,7 +414,7 @@ def draw(runs: Study, folder: str) -> None:
     if any(points[0.4] for points in noise.values()):
         figures.draw_by_x(noise, "share of wrong labels", path("noise"))
     sizes = {
-        loss: {n or 640: at_2(runs, runs.runs(loss, range(3), num_groups=n)) for n in (64, 256, 0)}
+        loss: {n or 640: at_2(runs, runs.runs(loss, SEEDS, num_groups=n)) for n in (64, 256, 0)}
         for loss in ("spo_rank", "dpo_rank", "spo", "dpo")
     }
     if any(points[64] for points in sizes.values()):
