@@ -27,7 +27,7 @@ from study_reading import (
     table,
 )
 
-from spo import files, plot
+from spo import files
 from spo.config import flag, main_program, parse
 
 DOCUMENTS = (os.path.join("docs", "findings.md"), "README.md")
@@ -35,318 +35,400 @@ RANKINGS = ("spo_rank", "dpo_rank", "spo_bon", "best_sft")
 PAIRS = ("spo", "dpo", "ipo", "kto", "simpo")
 BASELINES = {"spo_rank": "dpo_rank", "spo_bon": "dpo_rank", "best_sft": "dpo_rank"}
 BASELINES |= {"spo": "dpo", "ipo": "dpo", "kto": "dpo", "simpo": "dpo", "dpo_rank": "dpo"}
-SEEDS = range(3)
 E1_SEEDS = range(study.EQUAL_KL_SEEDS)
-COLORS = dict(zip((*RANKINGS, *PAIRS), (*plot.COLORS[:4], *plot.COLORS[:5]), strict=True))
+Runs = dict[int, dict]  # by seed
+
+
+class NoRuns(Exception):
+    """A question has no runs yet."""
 
 
 @dataclass
 class FindingsConfig:
-    rows: str = flag(study.ROWS, "the runs")
+    rows: str = flag(study.ROWS, "the runs; of another file, the answers are only printed")
     figures: str = flag("experiments", "the folder of the figures")
     check: bool = flag(
-        False, "only compare the documents with the runs; exit code 2 if they differ"
+        False, "only compare the documents with the runs: exit code 2 if they differ"
     )
 
 
-# --- the questions -------------------------------------------------------------------------------
+def needs(*runs) -> None:
+    if not all(runs):
+        raise NoRuns
 
 
-def e6(runs: Study) -> str:
-    """Return the cosines of gradients, as means over seeds."""
-    if not runs.cosines:
-        return "No runs yet."
-    losses = runs.cosines[0]["cosines"]["losses"]
-    rows = []
-    for place, step in enumerate((0, 20)):
-        for which, name in (("raw", "gradient"), ("scaled", "after AdamW's scaling")):
-            mean = mean_cosines(runs, place, which)
-            pairs = [losses.index(loss) for loss in PAIRS]
-            upper = [mean[i, j] for i in pairs for j in pairs if i < j]
-            others = [mean[i, j] for i in range(len(losses)) for j in range(i)]
-            two = np.mean([r["steps"][place][f"{which}_two_batches"] for r in runs.cosines], 0)
-            rows.append(
-                [
-                    str(step),
-                    name,
-                    f"{np.mean(upper):.2f} ({min(upper):.2f} to {max(upper):.2f})",
-                    f"{mean[losses.index('spo_rank'), losses.index('dpo_rank')]:.2f}",
-                    f"{np.mean(others):.2f} ({min(others):.2f} to {max(others):.2f})",
-                    f"{two.mean():.2f} ({two.min():.2f} to {two.max():.2f})",
-                ]
-            )
-    head = ["step", "of what", "two pairwise objectives, one batch", "spo_rank and dpo_rank"]
-    head += ["any two, one batch", "one objective, two batches"]
-    seeds = f"Means over {len(runs.cosines)} seeds, the smallest and largest cosine in brackets."
-    return f"{e6_answer(runs)}\n\n{seeds}\n\n{table(head, rows)}"
+def cells_at(runs: Study, rows: Runs, nats: float = 2.0, what: str = "win_rate") -> str:
+    """Return the mean over seeds at a KL, with its interval."""
+    values = known(runs.at(row, nats, what) for row in rows.values())
+    return mean_and_interval(values, of=len(rows))
 
 
-def e6_answer(runs: Study) -> str:
-    losses = runs.cosines[0]["cosines"]["losses"]
-    places = [losses.index(loss) for loss in PAIRS]
-    matrix = mean_cosines(runs, 0, "raw")
-    pairs = np.mean([matrix[i, j] for i in places for j in places if i < j])
-    two = [np.mean([r["steps"][0]["raw_two_batches"][i] for i in places]) for r in runs.cosines]
-    seeds = len(runs.cosines)
-    one = f"their mean cosine on one batch is {pairs:.2f}"
-    other = f"that of one of them on two batches {mean_and_interval(two, 2)} ({seeds} seeds)"
-    return f"**At step 0 the five pairwise objectives have one gradient:** {one}, {other}."
+def of_common_seeds(by_name: dict) -> dict:
+    """Keep, of every list of runs, the seeds that all of them have."""
+    common = set.intersection(*map(set, by_name.values())) if by_name else set()
+    return {name: {seed: rows[seed] for seed in sorted(common)} for name, rows in by_name.items()}
+
+
+# --- E6: gradients -------------------------------------------------------------------------------
 
 
 def mean_cosines(runs: Study, place: int, which: str) -> np.ndarray:
     return np.mean([row["steps"][place][which] for row in runs.cosines], 0)
 
 
-def learning_rates(runs: Study) -> str:
-    cells = [f"{loss} {rate:g}" for loss, rate in runs.rates.items() if rate and loss in COLORS]
-    tried = "5e-05 and 1e-04 (best_sft: 1e-04 and 4e-04)"
-    return f"Learning rates, of {tried}, chosen on half of seed 0's stories: {', '.join(cells)}."
+def pair_cosines(runs: Study, place: int, which: str) -> list[float]:
+    """Return the cosines of two different pairwise losses on one batch, means over seeds."""
+    losses = runs.cosines[0]["cosines"]["losses"]
+    places = [losses.index(loss) for loss in PAIRS]
+    matrix = mean_cosines(runs, place, which)
+    return [matrix[i, j] for i in places for j in places if i < j]
 
 
-def e0(runs: Study) -> str:
-    """Return the standard deviation over seeds at each KL."""
-    floor = runs.runs("dpo_rank")
+def e6_answer(runs: Study) -> str:
+    needs(runs.cosines)
+    losses, seeds = runs.cosines[0]["cosines"]["losses"], len(runs.cosines)
+    places = [losses.index(loss) for loss in PAIRS]
+    two = [np.mean([r["steps"][0]["raw_two_batches"][i] for i in places]) for r in runs.cosines]
+    start, later = (float(np.mean(pair_cosines(runs, place, "raw"))) for place in (0, 1))
+    one = f"the mean cosine of two of the five pairwise losses is {start:.2f} at step 0"
+    other = f"of one of them on two batches it is {mean_and_interval(two, 2)}"
+    at_20 = f"At step 20 of dpo_rank it is {later:.2f}"
+    return f"**On one batch {one}; {other} ({seeds} seeds).** {at_20}."
+
+
+def e6(runs: Study) -> str:
+    answer = e6_answer(runs)
+    losses = runs.cosines[0]["cosines"]["losses"]
     rows = []
-    for nats in BUDGETS:
-        values = known(runs.at(row, nats) for row in floor.values())
-        if len(values) > 2:
-            deviation, low, high = spread(values)
-            between = bootstrap(values)
-            rows.append(
-                [
-                    f"{nats:g}",
-                    mean_and_interval(values),
-                    f"[{between[0]:.1f}, {between[1]:.1f}]",
-                    f"{deviation:.1f} [{low:.1f}, {high:.1f}]",
-                    str(len(values)),
-                ]
-            )
-    head = ["nats", "win-rate, % [95%]", "bootstrap", "deviation over seeds [95%]", "seeds"]
-    return f"{e0_answer(runs)}\n\n{table(head, rows)}"
+    for place, step in enumerate((0, 20)):
+        for which, name in (("raw", "gradient"), ("scaled", "scaled as by AdamW")):
+            matrix = mean_cosines(runs, place, which)
+            pairs = pair_cosines(runs, place, which)
+            others = [matrix[i, j] for i in range(len(losses)) for j in range(i)]
+            two = np.mean([r["steps"][place][f"{which}_two_batches"] for r in runs.cosines], 0)
+            rankings = matrix[losses.index("spo_rank"), losses.index("dpo_rank")]
+            cells = [
+                f"{np.mean(x):.2f} ({min(x):.2f} to {max(x):.2f})" for x in (pairs, others, two)
+            ]
+            rows.append([str(step), name, cells[0], f"{rankings:.2f}", *cells[1:]])
+    head = ["step", "of what", "two pairwise losses, one batch", "spo_rank and dpo_rank, one batch"]
+    head += ["any two, one batch", "one loss, two batches"]
+    seeds = f"Means over {len(runs.cosines)} seeds, the smallest and largest cosine in brackets."
+    return f"{answer}\n\n{seeds}\n\n{table(head, rows)}"
+
+
+# --- E0: noise -----------------------------------------------------------------------------------
 
 
 def e0_answer(runs: Study) -> str:
-    values = at_2(runs, runs.runs("dpo_rank"))
+    values = known(runs.at(row, 2.0) for row in runs.runs("dpo_rank").values())
+    needs(len(values) > 2)
     deviation, low, high = spread(values)
     size = f"{deviation:.1f} points [{low:.1f}, {high:.1f}]"
     return f"**The deviation of dpo_rank's win-rate at 2 nats over {len(values)} seeds is {size}.**"
 
 
-def e1_contrasts(runs: Study) -> list[Contrast]:
+def e0(runs: Study) -> str:
+    answer, rows = e0_answer(runs), []
+    for nats in BUDGETS:
+        values = known(runs.at(row, nats) for row in runs.runs("dpo_rank").values())
+        deviation, low, high = spread(values)
+        between = "[{:.1f}, {:.1f}]".format(*bootstrap(values))
+        over_seeds = f"{deviation:.1f} [{low:.1f}, {high:.1f}]"
+        mean = mean_and_interval(values)
+        rows.append([f"{nats:g}", mean, between, over_seeds, str(len(values))])
+    head = ["nats", "win-rate, % [95%]", "bootstrap", "deviation over seeds [95%]", "seeds"]
+    return f"{answer}\n\n{table(head, rows)}"
+
+
+# --- E1: equal KL --------------------------------------------------------------------------------
+
+
+def e1_pairs(runs: Study) -> dict[str, tuple[Runs, Runs]]:
+    """Return {contrast: (runs, the baseline's)}."""
     rows = {loss: runs.runs(loss, E1_SEEDS) for loss in BASELINES | {"dpo": ""}}
-    named = {f"{loss} - {base}": (rows[loss], rows[base]) for loss, base in BASELINES.items()}
-    return contrasts({name: runs.differences(*both) for name, both in named.items()})
+    return {f"{loss} - {base}": (rows[loss], rows[base]) for loss, base in BASELINES.items()}
 
 
-def e1(runs: Study) -> str:
-    rows = []
-    for loss in (*RANKINGS, *PAIRS):
-        mine = runs.runs(loss, E1_SEEDS)
-        cells = [known(runs.at(row, nats) for row in mine.values()) for nats in BUDGETS]
-        second = known(runs.at(row, 2.0, "second_win_rate") for row in mine.values())
-        shown = [mean_and_interval(values, of=len(mine)) for values in cells]
-        rows.append([loss, *shown, mean_and_interval(second, of=len(mine))])
-    head = ["objective", *(f"{nats:g} nats" for nats in BUDGETS), "second judge, 2 nats"]
-    rates = f"Win-rates over the reference, %, at equal KL. {learning_rates(runs)}"
-    tested = contrast_table(e1_contrasts(runs))
-    return f"{e1_answer(runs)}\n\n{rates}\n\n{table(head, rows)}\n\n{tested}"
+def e1_contrasts(runs: Study, what: str = "win_rate", without: int | None = None) -> list[Contrast]:
+    """without: a seed that is left out"""
+    found = {}
+    for name, (ours, theirs) in e1_pairs(runs).items():
+        ours = {seed: row for seed, row in ours.items() if seed != without}
+        found[name] = runs.differences(ours, theirs, what)
+    return contrasts(found)
 
 
 def e1_answer(runs: Study) -> str:
     found = e1_contrasts(runs)
+    needs(found)
     seeds = " or ".join(sorted({str(contrast.seeds) for contrast in found}))
-    return f"**Of {len(found)} contrasts, {seeds} seeds each:** {decided(found)}."
+    return f"**Of {len(found)} contrasts at equal KL, {seeds} seeds each:** {decided(found)}."
 
 
-ALPHAS = ("alpha=0", "", "alpha=0.1", "alpha=1")  # "": the default, 0.001
-SOFT = {  # what E4 compares: objective, regularizer, its settings
-    "spo_rank": ("spo_rank", "", ALPHAS),
-    "spo": ("spo", "", ALPHAS),
+def e1(runs: Study) -> str:
+    answer, rows = e1_answer(runs), []
+    for loss in (*RANKINGS, *PAIRS):
+        mine = runs.runs(loss, E1_SEEDS)
+        shown = [cells_at(runs, mine, nats) for nats in BUDGETS]
+        rows.append([loss, *shown, cells_at(runs, mine, 2.0, "second_win_rate")])
+    head = ["objective", *(f"at {nats:g}" for nats in BUDGETS), "second judge, at 2"]
+    second = {c.name: str(c) for c in e1_contrasts(runs, "second_win_rate")}
+    reached = {name: runs.reached(*both) for name, both in e1_pairs(runs).items()}
+    more = {"seeds_at_0.5_1_2_4_nats": reached, "second_judge,_points": second}
+    tested = contrast_table(e1_contrasts(runs), **more)
+    checked = (
+        f"Without seed 0, which chose the learning rates: {decided(e1_contrasts(runs, without=0))}."
+    )
+    title = "Win-rates over the reference, %, at 0.5 to 4 nats:"
+    blocks = [answer, title, table(head, rows), tested, checked, best_sft_by_kl(runs), rates(runs)]
+    return "\n\n".join(blocks)
+
+
+def best_sft_by_kl(runs: Study) -> str:
+    ours, theirs = e1_pairs(runs)["best_sft - dpo_rank"]
+    cells = []
+    for nats in BUDGETS:
+        both = [
+            runs.difference(ours[s], theirs[s], nats, "win_rate") for s in set(ours) & set(theirs)
+        ]
+        cells.append(f"{mean_and_interval(known(both))} at {nats:g}")
+    return f"best_sft minus dpo_rank, points by nats: {', '.join(cells)}."
+
+
+def rates(runs: Study) -> str:
+    """Return what each learning rate had on the half that chose it."""
+    tried = []
+    for loss in study.LOSSES:
+        values = [(rate, runs.choosing_rate(loss, rate)) for rate in study.RATES[loss]]
+        shown = [f"{rate:g}: {'-' if value is None else f'{value:.1f}'}" for rate, value in values]
+        tried.append([loss, *shown, f"{runs.rates[loss]:g}"])
+    head = ["objective", "tried: win-rate at 2 nats", "tried", "chosen"]
+    return f"Learning rates, by half of seed 0's stories:\n\n{table(head, tried)}"
+
+
+# --- E4: softness --------------------------------------------------------------------------------
+
+DEFAULTS = {"spo_rank": "alpha=0.001", "spo": "alpha=0.001", "dpo": "beta=0.1"}
+SOFT = {  # what is compared: objective, regularizer, its settings; "" is the default
+    "spo_rank": ("spo_rank", "", ("alpha=0", "", "alpha=0.1", "alpha=1")),
+    "spo": ("spo", "", ("alpha=0", "", "alpha=0.1", "alpha=1")),
     "spo_rank without KL": ("spo_rank", "none", ("alpha=0.001", "alpha=0.1", "alpha=1")),
     "dpo": ("dpo", "", ("beta=0.01", "", "beta=1")),
 }
-SOFTNESS = ("entropy", "best_of_16", "distinct_4grams")
+SOFTNESS = {"entropy": "entropy, nats a token", "best_of_16": "best of 16"}
+CLAIMED = ("spo_rank, alpha=0.1", "spo_rank, alpha=1")
 
 
-def soft_runs(runs: Study) -> dict[tuple[str, str], dict[int, dict]]:
-    """Return the runs of E4 by (name, setting), those that are there."""
+def soft_runs(runs: Study) -> dict[tuple[str, str], Runs]:
+    """Return the runs of E4 by (name, setting), of the seeds that all settings of a name have."""
     found = {}
     for name, (loss, regularizer, settings) in SOFT.items():
-        default = "beta=0.1" if loss == "dpo" else "alpha=0.001"
-        for setting in settings:
-            rows = runs.runs(loss, SEEDS, settings=setting, regularizer=regularizer)
-            if rows:
-                found[name, setting or default] = rows
+        named = {
+            setting or DEFAULTS[loss]: runs.runs(loss, settings=setting, regularizer=regularizer)
+            for setting in settings
+        }
+        there = {setting: rows for setting, rows in named.items() if rows}
+        found |= {(name, setting): rows for setting, rows in of_common_seeds(there).items()}
     return found
 
 
-def e4_contrasts(runs: Study, what: str) -> list[Contrast]:
-    """Return each setting minus its objective's default (without KL: minus alpha 0.001)."""
-    soft = soft_runs(runs)
-    differences = {}
+def e4_differences(runs: Study, what: str) -> dict[str, list[float]]:
+    """Return, of each setting, its value minus its default's at equal win-rate, by seed."""
+    soft, found = soft_runs(runs), {}
     for (name, setting), rows in soft.items():
-        default = "beta=0.1" if name == "dpo" else "alpha=0.001"
+        default = DEFAULTS[SOFT[name][0]]
         base = soft.get((name, default), {})
-        if setting == default:
-            continue
-        values = []
-        for seed in sorted(set(rows) & set(base)):
-            both = [runs.at_equal_rate(side[seed], what) for side in (rows, base)]
-            if None not in both:
-                values.append(both[0] - both[1])
-        differences[f"{name}, {setting}"] = values
-    return contrasts(differences, margin=0.0)
+        if setting != default:
+            pairs = [
+                (runs.at_equal_rate(rows[seed], what), runs.at_equal_rate(base[seed], what))
+                for seed in set(rows) & set(base)
+            ]
+            found[f"{name}, {setting}"] = [a - b for a, b in pairs if None not in (a, b)]
+    return found
 
 
-def e4(runs: Study) -> str:
-    rows = []
-    for (name, setting), mine in soft_runs(runs).items():
-        reached = [known(runs.at_equal_rate(row, w) for row in mine.values()) for w in SOFTNESS]
-        rate = known(runs.at(row, 2.0) for row in mine.values())
-        ends = [row["checkpoints"][-1]["kl"] for row in mine.values()]
-        shown = [mean_and_interval(values, 2, of=len(mine)) for values in reached[:2]]
-        shown.append(mean_and_interval(reached[2], of=len(mine)))
-        end = f"{min(ends):.1f} to {max(ends):.1f}"
-        rows.append([name, setting, *shown, mean_and_interval(rate, of=len(mine)), end])
-    head = ["objective", "setting", "entropy, nats a token", "best of 16", "distinct 4-grams, %"]
-    head += ["win-rate at 2 nats", "KL of the last checkpoint"]
-    tests = [
-        [c.name, what, f"{c.mean:+.3f} [{c.low:+.3f}, {c.high:+.3f}]", f"{c.p_zero:.3f}"]
-        for what in SOFTNESS[:2]
-        for c in e4_contrasts(runs, what)
-    ]
-    against = table(["minus the default", "of what", "difference [95%]", "p of 0"], tests)
-    where = f"Where the win-rate first reaches {EQUAL_RATE:g}%:"
-    return f"{e4_answer(runs)}\n\n{where}\n\n{table(head, rows)}\n\n{against}"
+def e4_claimed(runs: Study) -> dict[tuple[str, str], Contrast]:
+    """Return the four contrasts that claims.md names, by (setting, measure): one family."""
+    wanted = {
+        f"{name}: {what}": e4_differences(runs, what).get(name, [])
+        for name in CLAIMED
+        for what in SOFTNESS
+    }
+    return {tuple(c.name.split(": ")): c for c in contrasts(wanted, margin=0.0)}
 
 
 def e4_answer(runs: Study) -> str:
+    claimed = e4_claimed(runs)
+    needs(len(claimed) == len(CLAIMED) * len(SOFTNESS))
     parts = []
-    for what, name in (("entropy", "entropy, nats a token"), ("best_of_16", "the best of 16")):
-        found = {c.name: c for c in e4_contrasts(runs, what)}
-        hard = found.get("spo_rank, alpha=1")
-        if hard is None:
-            return "No runs yet."
-        size = f"{hard.mean:+.3f} [{hard.low:+.3f}, {hard.high:+.3f}], p {hard.p_zero:.2f}"
-        parts.append(f"{name}: {size}")
-    where = f"alpha 1 in place of 0.001 in spo_rank, both at a win-rate of {EQUAL_RATE:g}%"
-    return f"**{where[0].upper()}{where[1:]}:** {'; '.join(parts)} ({hard.seeds} seeds)."
+    for what, name in SOFTNESS.items():
+        c = claimed["spo_rank, alpha=1", what]
+        parts.append(f"{name} {c.mean:+.2f} [{c.low:+.2f}, {c.high:+.2f}]")
+    where = f"Alpha 1 in place of 0.001 in spo_rank, both at a win-rate of {EQUAL_RATE:g}%"
+    return f"**{where}, changes {' and '.join(parts)} ({c.seeds} seeds).**"
 
 
-def theorem_runs(runs: Study, alpha: str) -> dict[int, dict]:
-    spec = {"settings": f"alpha={alpha}", "regularizer": "none", "labels": "bradley_terry"}
-    return runs.runs("spo_basic", SEEDS, **spec, to_the_end=True)
-
-
-def slopes(rows: dict[int, dict], step: int) -> list[float]:
-    points = [point for row in rows.values() for point in row["checkpoints"]]
-    return [point["slope"] for point in points if point["step"] == step]
-
-
-def theorem(runs: Study) -> str:
-    rows = []
-    for alpha in ("0.1", "1"):
-        mine = theorem_runs(runs, alpha)
-        cells = [mean_and_interval(slopes(mine, step), 3) for step in (0, 12, 40)]
-        last = [row["checkpoints"][-1] for row in mine.values()]
-        cells.append(mean_and_interval([p["kl"] for p in last]))
-        cells.append(mean_and_interval([100 * p["win_rate"] for p in last]))
-        rows.append([alpha, *cells])
-    head = [
-        "alpha",
-        "slope at step 0",
-        "step 12",
-        "step 40",
-        "KL at step 40",
-        "win-rate at step 40",
+def e4(runs: Study) -> str:
+    answer, rows = e4_answer(runs), []
+    for (name, setting), mine in soft_runs(runs).items():
+        cells = []
+        for what, digits in (("entropy", 2), ("best_of_16", 2), ("distinct_4grams", 1)):
+            values = known(runs.at_equal_rate(row, what) for row in mine.values())
+            cells.append(mean_and_interval(values, digits, of=len(mine)))
+        ends = [row["checkpoints"][-1]["kl"] for row in mine.values()]
+        end = f"{min(ends):.1f} to {max(ends):.1f}"
+        rows.append([name, setting, *cells, cells_at(runs, mine), end])
+    head = ["objective", "setting", *SOFTNESS.values(), "distinct 4-grams, %"]
+    head += ["win-rate at 2 nats", "nats at its end"]
+    claimed = [
+        [setting, SOFTNESS[what], f"{c.mean:+.3f} [{c.low:+.3f}, {c.high:+.3f}]", f"{c.p_zero:.3f}"]
+        for (setting, what), c in e4_claimed(runs).items()
     ]
-    return f"{theorem_answer(runs)}\n\n{table(head, rows)}"
+    tested = table(["minus the default", "of what", "difference [95%]", "p of 0"], claimed)
+    where = f"Where the win-rate first reaches {EQUAL_RATE:g}%:"
+    return "\n\n".join([answer, tested, where, table(head, rows)])
+
+
+# --- E4: Theorem 1 -------------------------------------------------------------------------------
+
+
+def theorem_runs(runs: Study, alpha: str) -> Runs:
+    spec = {"settings": f"alpha={alpha}", "regularizer": "none", "labels": "bradley_terry"}
+    return runs.runs("spo_basic", **spec, to_the_end=True)
+
+
+def at_step(rows: Runs, step: int, what: str) -> list[float]:
+    points = [point for row in rows.values() for point in row["checkpoints"]]
+    return [point[what] for point in points if point["step"] == step]
 
 
 def theorem_answer(runs: Study) -> str:
     ends = []
     for alpha in ("0.1", "1"):
         mine = theorem_runs(runs, alpha)
-        start, end = (mean_and_interval(slopes(mine, step), 2) for step in (0, 40))
+        needs(len(mine) > 1)
+        start, end = (mean_and_interval(at_step(mine, step, "slope"), 2) for step in (0, 40))
         ends.append(f"from {start} to {end} at alpha {alpha}")
-    goes = f"The slope, 1 at Theorem 1's minimum, goes {' and '.join(ends)}"
-    return f"**{goes}**, in 40 steps ({len(theorem_runs(runs, '1'))} seeds)."
+    goes = f"The slope, which is 1 at Theorem 1's minimum, goes {' and '.join(ends)}"
+    return f"**{goes}, in 40 steps ({len(mine)} seeds).**"
 
 
-NOISY = ("spo_rank", "dpo_rank", "spo", "dpo", "ipo", "kto", "best_sft")
+def theorem(runs: Study) -> str:
+    answer, rows = theorem_answer(runs), []
+    for alpha in ("0.1", "1"):
+        mine = theorem_runs(runs, alpha)
+        for step in (0, 12, 40):
+            named = [("slope", 2), ("r2", 3), ("error", 1), ("kl", 1)]
+            cells = [mean_and_interval(at_step(mine, step, what), d) for what, d in named]
+            rate = [100 * value for value in at_step(mine, step, "win_rate")]
+            rows.append([alpha, str(step), *cells, mean_and_interval(rate)])
+    head = ["alpha", "step", "slope", "R^2 of the line", "rms distance from the theorem's line"]
+    return f"{answer}\n\n{table([*head, 'KL, nats', 'win-rate, %'], rows)}"
 
 
-def noisy_runs(runs: Study, method: str, noise: float) -> dict[int, dict]:
-    if method in NOISY:
-        return runs.runs(method, SEEDS, noise=noise)
-    return runs.runs(method, SEEDS, noise=noise, settings=f"label_smoothing={noise:g}")
+# --- E2: label noise -----------------------------------------------------------------------------
+
+NOISY = ("spo_rank", "dpo_rank", "best_sft", "spo", "dpo", "ipo", "kto")
+ROBUST = ("dpo_robust", "cdpo")
+NOISES = (0.0, 0.2, 0.4)
+
+
+def noisy_runs(runs: Study, method: str, noise: float) -> Runs:
+    if method in ROBUST:
+        return runs.runs(method, noise=noise, settings=f"label_smoothing={noise:g}")
+    return runs.runs(method, noise=noise)
+
+
+def signal_left(method: str, noise: float) -> float:
+    """Return how much of the labels' signal noise leaves: a flipped pair says the opposite, a
+    shuffled ranking says nothing.
+    """
+    return 1 - (1 if method in RANKINGS else 2) * noise
 
 
 def e2(runs: Study) -> str:
     rows = []
-    for method in (*NOISY, "dpo_robust", "cdpo"):
-        by_noise = [noisy_runs(runs, method, noise) for noise in (0.0, 0.2, 0.4)]
-        cells = [known(runs.at(row, 2.0) for row in some.values()) for some in by_noise]
-        if any(by_noise[1:]):
-            rows.append([method, *(mean_and_interval(values) for values in cells)])
-    clean, noisy = noisy_runs(runs, "dpo", 0.0), noisy_runs(runs, "dpo", 0.4)
-    differences = {
-        f"{method} - dpo, 40% flipped": runs.differences(noisy_runs(runs, method, 0.4), noisy)
-        for method in ("spo", "ipo", "kto", "dpo_robust", "cdpo")
-    }
-    differences["dpo, 40% flipped - none"] = runs.differences(noisy, clean)
-    head = ["objective", "no noise", "20%", "40%"]
-    tested = contrasts(differences)
-    at = "Win-rates at 2 nats, %."
-    return f"{at}\n\n{table(head, rows)}\n\n{contrast_table(tested)}" if rows else "No runs yet."
+    for method in (*NOISY, *ROBUST):
+        by_noise = {noise: noisy_runs(runs, method, noise) for noise in NOISES}
+        if any(by_noise[noise] for noise in NOISES[1:]):
+            cells = [cells_at(runs, by_noise[noise]) for noise in NOISES]
+            kind = "rankings shuffled" if method in RANKINGS else "pairs flipped"
+            rows.append([method, kind, *cells])
+    needs(rows)
+    dpo = noisy_runs(runs, "dpo", 0.4)
+
+    def against_dpo(*methods: str) -> list[Contrast]:
+        named = {
+            f"{m} - dpo, 40%": runs.differences(noisy_runs(runs, m, 0.4), dpo) for m in methods
+        }
+        return contrasts(named)
+
+    claimed, others = against_dpo("spo", "dpo_robust"), against_dpo("ipo", "kto", "cdpo")
+    blocks = ["Win-rates at 2 nats, %:"]
+    blocks.append(table(["objective", "noise", "none", "20%", "40%"], rows))
+    if claimed:
+        blocks.insert(0, f"**At 40% flipped pairs:** {decided(claimed)}.")
+        blocks += [contrast_table(claimed)]
+    if others:
+        blocks += ["Not in the claims:", contrast_table(others)]
+    return "\n\n".join(blocks)
+
+
+# --- E3, E5, E7 ----------------------------------------------------------------------------------
+
+SIZES = ((64, 40), (256, 40), (0, 40), (256, 16), (2560, 160))  # groups (0: all), steps
 
 
 def e3(runs: Study) -> str:
-    rows = []
+    rows, used = [], study.study_run.GROUPS_PER_STEP * 40
     for loss in ("spo_rank", "dpo_rank", "spo", "dpo"):
-        sizes = [(64, 40), (256, 40), (0, 40), (256, 16), (2560, 160)]
-        cells = []
-        for groups, steps in sizes:
-            mine = runs.runs(loss, SEEDS, num_groups=groups, steps=steps)
-            cells.append(mean_and_interval(known(runs.at(row, 2.0) for row in mine.values())))
-        if any(cell != "-" for cell in cells[:2] + cells[3:]):
-            rows.append([loss, *cells])
-    adjacent = runs.runs("dpo", SEEDS, labels="adjacent")
-    if not rows and not adjacent:
-        return "No runs yet."
-    found = contrasts(
-        {"dpo_rank - dpo on three pairs": runs.differences(runs.runs("dpo_rank"), adjacent)}
-    )
-    head = ["objective", "64 groups, 40 steps", "256, 40", "640, 40", "256, 16", "2,560, 160"]
-    return f"Win-rates at 2 nats, %.\n\n{table(head, rows)}\n\n{contrast_table(found)}"
+        found = [runs.runs(loss, num_groups=groups, steps=steps) for groups, steps in SIZES]
+        if any(found[:2] + found[3:]):
+            rows.append([loss, *(cells_at(runs, mine) for mine in found)])
+    adjacent = runs.runs("dpo", labels="adjacent")
+    needs(rows or adjacent)
+    named = [f"{groups or used:,} groups, {steps} steps" for groups, steps in SIZES]
+    same = runs.differences(runs.runs("dpo_rank"), adjacent)
+    found = contrasts({"dpo_rank - dpo on the ranking's three neighbouring pairs": same})
+    blocks = ["Win-rates at 2 nats, %:", table(["objective", *named], rows)] if rows else []
+    return "\n\n".join([*blocks, contrast_table(found)])
 
 
 def e5(runs: Study) -> str:
-    specs = {"default": {}, "gamma 0": {"settings": "gamma=0"}, "gamma 1": {"settings": "gamma=1"}}
+    specs = {"gamma 0": {"settings": "gamma=0"}, "gamma 1": {"settings": "gamma=1"}}
     specs |= {f"T = {t}": {"kl_interval": t} for t in (1, 40)}
     specs |= {f"{n} samples": {"kl_batch_size": n} for n in (8, 128)}
-    by_name = {name: runs.runs("spo_rank", SEEDS, **spec) for name, spec in specs.items()}
-    default = by_name.pop("default")
+    default = runs.runs("spo_rank")
     differences = {
-        f"{name} - default": runs.differences(rows, default) for name, rows in by_name.items()
+        f"{name} - default": runs.differences(runs.runs("spo_rank", **spec), default)
+        for name, spec in specs.items()
     }
     found = contrasts(differences)
-    return contrast_table(found) if found else "No runs yet."
+    needs(found)
+    return f"**spo_rank, {found[0].seeds} seeds:** {decided(found)}.\n\n{contrast_table(found)}"
 
 
 def e7(runs: Study) -> str:
-    rows = []
+    rows, falls = [], {}
     for loss in ("spo_rank", "dpo_rank"):
-        mine = runs.runs(loss, SEEDS, steps=study.LONG, to_the_end=True)
+        mine = runs.runs(loss, steps=study.LONG, to_the_end=True)
         for step in (5, 12, 18, 27, 40, 60, 90, 120, 160) if mine else ():
-            points = [p for row in mine.values() for p in row["checkpoints"] if p["step"] == step]
-            named = [(1, "kl"), (100, "win_rate"), (100, "second_win_rate")]
-            cells = [mean_and_interval([k * p[name] for p in points]) for k, name in named]
-            rows.append([loss, str(step), *cells])
+            named = ((1, "kl"), (100, "win_rate"), (100, "second_win_rate"))
+            cells = [
+                [scale * value for value in at_step(mine, step, name)] for scale, name in named
+            ]
+            rows.append([loss, str(step), *map(mean_and_interval, cells)])
+        later = [(runs.at(r, 4.0, SECOND), runs.at(r, 1.0, SECOND)) for r in mine.values()]
+        falls[f"{loss}, second judge, 4 nats - 1 nat"] = [
+            a - b for a, b in later if None not in (a, b)
+        ]
+    needs(rows)
     head = ["objective", "step", "KL, nats", "win-rate, %", "second judge, %"]
-    return table(head, rows) if rows else "No runs yet."
+    return f"{contrast_table(contrasts(falls))}\n\n{table(head, rows)}"
 
 
+SECOND = "second_win_rate"
 QUESTIONS = {
     "E6": e6,
     "E0": e0,
@@ -358,7 +440,6 @@ QUESTIONS = {
     "E5": e5,
     "E7": e7,
 }
-
 ANSWERS = (e6_answer, e4_answer, theorem_answer)
 
 
@@ -367,24 +448,38 @@ ANSWERS = (e6_answer, e4_answer, theorem_answer)
 
 def summary(runs: Study) -> str:
     """Return the README's table: what is shown of every objective at equal KL."""
-    head = ["at equal KL", "points of win-rate [95%]", "shown"]
-    return table(head, [[c.name, str(c), c.verdict] for c in e1_contrasts(runs)])
+    found = e1_contrasts(runs)
+    needs(found)
+    head = ["at equal KL", "seeds", "points of win-rate [95%]", "shown"]
+    return table(head, [[c.name, str(c.seeds), str(c), c.verdict] for c in found])
 
 
 def answers(runs: Study) -> str:
-    """Return the README's list: one sentence for each question that has an answer."""
-    return "\n".join(f"- {answer(runs)}" for answer in ANSWERS)
+    """Return the README's list: a sentence for each question that has an answer."""
+    found = [block_of(answer, runs) for answer in ANSWERS]
+    return "\n".join(f"- {answer}" for answer in found if answer != NOTHING)
 
 
-def rewritten(path: str, blocks: dict[str, Callable[[Study], str]], runs: Study) -> str:
+BLOCKS = QUESTIONS | {"summary": summary, "answers": answers}
+NOTHING = "No runs yet."
+
+
+def block_of(function: Callable[[Study], str], runs: Study) -> str:
+    try:
+        return function(runs)
+    except NoRuns:
+        return NOTHING
+
+
+def rewritten(path: str, runs: Study) -> str:
     """Return a document with every block between its comments made anew."""
     with open(path, encoding="utf-8") as f:
         text = f.read()
 
     def block(match: re.Match) -> str:
-        if match[1] not in blocks:
-            raise ValueError(f"{path}: <!-- {match[1]} -->: no such block; {', '.join(blocks)}")
-        return f"<!-- {match[1]} -->\n{blocks[match[1]](runs)}\n<!-- end -->"
+        if match[1] not in BLOCKS:
+            raise ValueError(f"{path}: <!-- {match[1]} -->: no such block; {', '.join(BLOCKS)}")
+        return f"<!-- {match[1]} -->\n{block_of(BLOCKS[match[1]], runs)}\n<!-- end -->"
 
     return re.sub(r"<!-- (\w+) -->\n.*?\n?<!-- end -->", block, text, flags=re.DOTALL)
 
@@ -396,54 +491,59 @@ def draw(runs: Study, folder: str) -> None:
     def path(name: str) -> str:
         return os.path.join(folder, f"{name}.png")
 
+    def at_2(rows: Runs) -> list[float]:
+        return known(runs.at(row, 2.0) for row in rows.values())
+
     if runs.cosines:
         losses = runs.cosines[0]["cosines"]["losses"]
         titles = ((0, "raw", "step 0"), (1, "raw", "step 20"), (1, "scaled", "step 20, scaled"))
         matrices = {title: mean_cosines(runs, place, which) for place, which, title in titles}
         figures.draw_cosines(matrices, losses, path("cosines"))
-    found = e1_contrasts(runs)
-    if found:
+    if found := e1_contrasts(runs):
         families = {"rankings, best of n": RANKINGS, "pairs": PAIRS}
-        figures.draw_curves(runs, families, path("equal_kl"))
+        shown = {
+            title: {loss: runs.runs(loss, E1_SEEDS) for loss in losses}
+            for title, losses in families.items()
+        }
+        figures.draw_curves(runs, shown, path("equal_kl"))
         figures.draw_forest(found, path("contrasts"))
     soft = soft_runs(runs)
     if len(soft) > len(SOFT):
-        named = {"entropy": "entropy, nats a token", "best_of_16": "best score of 16"}
-        figures.draw_softness(soft, runs, named, path("softness"))
-    noise = {m: {x: at_2(runs, noisy_runs(runs, m, x)) for x in (0.0, 0.2, 0.4)} for m in NOISY}
-    if any(points[0.4] for points in noise.values()):
-        figures.draw_by_x(noise, "share of wrong labels", path("noise"))
+        figures.draw_softness(soft, runs, SOFTNESS, path("softness"))
+    noise = {
+        method: {signal_left(method, x): at_2(noisy_runs(runs, method, x)) for x in NOISES}
+        for method in NOISY
+    }
+    if any(noisy_runs(runs, method, 0.4) for method in NOISY):
+        label = "share of the labels' signal that the noise leaves"
+        figures.draw_by_x(noise, label, path("noise"))
     sizes = {
-        loss: {n or 640: at_2(runs, runs.runs(loss, SEEDS, num_groups=n)) for n in (64, 256, 0)}
+        loss: {n or 640: at_2(runs.runs(loss, num_groups=n)) for n in (64, 256, 0)}
         for loss in ("spo_rank", "dpo_rank", "spo", "dpo")
     }
     if any(points[64] for points in sizes.values()):
         figures.draw_by_x(sizes, "groups, 40 steps", path("data_size"), xscale="log")
 
 
-def at_2(runs: Study, rows: dict[int, dict]) -> list[float]:
-    return known(runs.at(row, 2.0) for row in rows.values())
-
-
 def main(argv: list[str]) -> None:
     config = parse(FindingsConfig, argv, "findings.py", "Answers, from the runs of study.py.")
     runs = Study(study.read_rows(config.rows))
-    different = []
-    for name in DOCUMENTS:
-        path = os.path.join(ROOT, name)
-        text = rewritten(path, QUESTIONS | {"summary": summary, "answers": answers}, runs)
-        with open(path, encoding="utf-8") as f:
-            if f.read() != text:
-                different.append(name)
-        if not config.check:
-            files.write_text(path, text)
-    if config.check and different:
-        raise ValueError(f"{' and '.join(different)}: not what {config.rows} says; run findings.py")
-    if not config.check:
+    if os.path.abspath(config.rows) != study.ROWS:  # the documents are of the project's own runs
+        for name, function in QUESTIONS.items():
+            print(f"\n## {name}\n\n{block_of(function, runs)}")
+        return
+    texts = {name: rewritten(os.path.join(ROOT, name), runs) for name in DOCUMENTS}
+    if config.check:
+        for name, text in texts.items():
+            with open(os.path.join(ROOT, name), encoding="utf-8") as f:
+                if f.read() != text:
+                    raise ValueError(f"{name}: not what {config.rows} says; run findings.py")
+    else:
+        for name, text in texts.items():
+            files.write_text(os.path.join(ROOT, name), text)
         draw(runs, config.figures)
-    print(
-        f"{len(runs.rows)} runs; {', '.join(DOCUMENTS)}: {'equal' if config.check else 'written'}"
-    )
+    said = "as the runs say" if config.check else "written"
+    print(f"{len(runs.rows)} runs; {', '.join(DOCUMENTS)}: {said}")
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ def fit(kls: Sequence[float], values: Sequence[float]) -> np.ndarray | None:
     """Fit values by a quadratic in sqrt(KL), by least squares; None: too few checkpoints.
 
     Checkpoints after the first one past the largest budget have no part in it. KL grows with the
-    square of the distance between two policies. Gao, Schulman and Hilton (2023) therefore plot
-    rewards against sqrt(KL), where a quadratic fits them.
+    square of the distance between two policies, so that Gao, Schulman and Hilton (2023) plot
+    rewards against sqrt(KL). The quadratic is a choice: theirs for the best of n.
     """
     past = [i for i, kl in enumerate(kls) if kl > BUDGETS[-1]]
     end = past[0] + 1 if past else len(kls)
@@ -119,6 +119,7 @@ def quantile(freedom: float) -> float:
 class Contrast:
     """A mean difference over seeds, with its 95% interval, in the unit of what was compared.
 
+    deviation         of this contrast's own seeds
     p_zero, p_margin  of "it is 0" and of "it is at least the margin", after Holm's correction over
                       the contrasts of the question
     """
@@ -128,6 +129,7 @@ class Contrast:
     mean: float
     low: float
     high: float
+    deviation: float
     p_zero: float
     p_margin: float
 
@@ -135,7 +137,8 @@ class Contrast:
     def verdict(self) -> str:
         """Tell what is shown; "not decided" where nothing is."""
         way = "higher" if self.mean > 0 else "lower"
-        differs, is_small = self.p_zero < LEVEL, self.p_margin < LEVEL
+        # Half the level in each of two one-sided tests: a 95% interval within the margin.
+        differs, is_small = self.p_zero < LEVEL, self.p_margin < LEVEL / 2
         if differs:
             return f"{way}, by less than {MARGIN:g}" if is_small else way
         return "no difference" if is_small else "not decided"
@@ -148,21 +151,25 @@ def contrasts(differences: Mapping[str, Sequence[float]], margin: float = MARGIN
     """Test the contrasts of one question.
 
     differences  of each contrast: one number per seed. Those of fewer than 2 seeds are left out
-    All have one standard deviation: that of the numbers around their own contrast's mean.
+    Each is tested twice: with one standard deviation for all contrasts, and with its own. The
+    wider interval and the larger p-values count.
     """
-    known = {name: list(values) for name, values in differences.items() if len(values) > 1}
+    known = {name: np.array(values) for name, values in differences.items() if len(values) > 1}
     if not known:
         return []
-    freedom = sum(len(values) - 1 for values in known.values())
-    squares = sum(float(np.var(values)) * len(values) for values in known.values())
-    deviation = math.sqrt(squares / freedom)
+    shared_freedom = sum(len(values) - 1 for values in known.values())
+    squares = sum(float(values.var()) * len(values) for values in known.values())
+    shared = math.sqrt(squares / shared_freedom)
     found = []
     for name, values in known.items():
-        mean, error = float(np.mean(values)), max(deviation / math.sqrt(len(values)), 1e-12)
-        half = quantile(freedom) * error
-        p_zero = 2 * tail(abs(mean) / error, freedom)
-        p_margin = tail((margin - abs(mean)) / error, freedom)
-        found.append(Contrast(name, len(values), mean, mean - half, mean + half, p_zero, p_margin))
+        n, mean, own = len(values), float(values.mean()), float(values.std(ddof=1))
+        half, p_zero, p_margin = 0.0, 0.0, 0.0
+        for deviation, freedom in ((shared, shared_freedom), (own, n - 1)):
+            error = max(deviation / math.sqrt(n), 1e-12)
+            half = max(half, quantile(freedom) * error)
+            p_zero = max(p_zero, 2 * tail(abs(mean) / error, freedom))
+            p_margin = max(p_margin, tail((margin - abs(mean)) / error, freedom))
+        found.append(Contrast(name, n, mean, mean - half, mean + half, own, p_zero, p_margin))
     for which in ("p_zero", "p_margin"):
         corrected = holm([getattr(contrast, which) for contrast in found])
         for contrast, p in zip(found, corrected, strict=True):

@@ -28,7 +28,7 @@ from study_run import Cosines, Run, as_dict
 
 import tinystories_data as stories
 from spo import files, parallel
-from spo.config import counted, flag, main_program, parse
+from spo.config import counted, flag, main_program, parse, refuse_if
 from tinystories_data import demo_checkpoint
 
 ROWS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "study.jsonl")
@@ -44,7 +44,7 @@ LONG = 160  # steps
 @dataclass
 class StudyConfig:
     minutes: float = flag(100.0, "how long new runs may take, all together", above=0)
-    seeds: int = flag(3, "of every contrast", least=1)
+    seeds: int = flag(3, "of a contrast; E0 has 8, E1 at least 6", least=1)
     only: str = flag("", "questions to run, such as E1,E4; default: all, in order")
     jobs: int = flag(2, "runs at a time, each on its share of the cores", least=1)
     init_from: str = flag("", "the reference; default: stories260K, else the demo's")
@@ -210,6 +210,7 @@ def make_world(config: StudyConfig) -> tuple[str, str, str]:
             raise ValueError(f"--init_from: there is no model here yet; make one with {make}")
         model, tokenizer = found[0]
     os.makedirs(config.folder, exist_ok=True)
+    refuse_other_stories(config, model, tokenizer)
     drawn = os.path.join(config.folder, "stories.jsonl")
     ranked = os.path.join(config.folder, "ranked.jsonl")
     pool = os.path.join(config.folder, "pool.jsonl")
@@ -223,11 +224,27 @@ def make_world(config: StudyConfig) -> tuple[str, str, str]:
     return model, tokenizer, config.folder
 
 
-def digest_of(model: str, tokenizer: str, folder: str) -> dict:
-    """Return the SHA-256 of all that the runs share."""
-    names = {"model": model, "groups": os.path.join(folder, "ranked.jsonl")}
-    names["pool"] = os.path.join(folder, "pool.jsonl")
-    return {name: files.inputs_sha256(path) for name, path in names.items()}
+def refuse_other_stories(config: StudyConfig, model: str, tokenizer: str) -> None:
+    """ValueError if the folder holds the stories of another model, or of other flags."""
+    asked = {"model": files.inputs_sha256(model)}
+    asked["tokenizer"] = files.inputs_sha256(tokenizer) if tokenizer else ""
+    asked |= {name: getattr(config, name) for name in ("num_groups", "pool", "max_new_tokens")}
+    path = os.path.join(config.folder, "world.json")
+    if not os.path.isfile(path):
+        files.write_text(path, json.dumps(asked, indent=1))
+    elif files.read_json_object(path) != asked:
+        raise ValueError(
+            f"--folder={config.folder}: its stories are of another model or of other flags"
+        )
+
+
+def digest_of(config: StudyConfig) -> dict:
+    """Return what all the runs of a file share: the folder's inputs, its groups, and flags."""
+    shared = files.read_json_object(os.path.join(config.folder, "world.json"))
+    for name in ("ranked", "pool"):
+        path = os.path.join(config.folder, f"{name}.jsonl")
+        shared[f"{name}.jsonl"] = files.inputs_sha256(path)
+    return shared | {"stories": config.stories}
 
 
 class Workers:
@@ -289,27 +306,38 @@ def study(config: StudyConfig, world: tuple[str, str, str], rows: Rows) -> None:
     """Run what is missing, question by question, until the time is spent."""
     deadline = time.monotonic() + 60 * config.minutes
     wanted = list(filter(None, config.only.split(",")))
+    names = [name.split()[0] for name in questions([])]
+    for name in wanted:
+        refuse_if(name not in names, f"--only={name}: no such question; there are {set(names)}")
     workers = Workers(config, world)
+    most = study_run.groups_to_train_on(config.num_groups)
     try:
         for name in questions(rows.rows, config.seeds, config.steps):
             if not wanted or name.split()[0] in wanted:
                 # Asked for anew: by now, the rows may say which learning rates are better.
                 jobs = questions(rows.rows, config.seeds, config.steps)[name]
-                answer(name, jobs, rows, workers, deadline)
+                answer(name, jobs, rows, workers, deadline, most)
     except BrokenProcessPool:
-        killed = "a worker was killed, by the system for its memory perhaps"
-        raise ValueError(f"{killed}; the same command continues, --jobs=1 needs less") from None
+        why = "for the reason above, or killed for its memory"
+        raise ValueError(f"a worker ended {why}; the same command continues") from None
     finally:
         if workers.pool:
             workers.pool.shutdown(cancel_futures=True)
 
 
 def answer(
-    name: str, jobs: list[Run | Cosines], rows: Rows, workers: Workers, deadline: float
+    name: str, jobs: list[Run | Cosines], rows: Rows, workers: Workers, deadline: float, most: int
 ) -> None:
-    """Run the jobs of a question that are missing and fit into the time; say what is left out."""
+    """Run the jobs of a question that are missing and fit into the time; say what is left out.
+
+    most  how many groups there are to train on
+    """
     done = set(map(key_of, rows.rows))
     missing = [job for job in jobs if key(job) not in done]
+    large = [job for job in missing if isinstance(job, Run) and job.num_groups > most]
+    if large:
+        missing = [job for job in missing if job not in large]
+        print(f"{name}: {counted(len(large), 'run')} left out, of more than {most:,} groups")
     print(
         f"{name}: {len(jobs) - len(missing)} of {counted(len(jobs), 'run')} are there", flush=True
     )
@@ -335,7 +363,7 @@ def described(row: dict) -> str:
     job = row.get("run") or row["cosines"]
     settings = " ".join(f"{k}={v}" for k, v in job.items() if k != "losses")
     end = ""
-    if "run" in row:
+    if row.get("checkpoints"):
         last = row["checkpoints"][-1]
         end = f": {last['win_rate']:.1%} at {last['kl']:.1f} nats"
     return f"{settings}{end}, {row['seconds']:.0f} s {row.get('failure', '')}"
@@ -345,7 +373,7 @@ def main(argv: list[str]) -> None:
     config = parse(StudyConfig, argv, "study.py", "Every objective, with replicate seeds.")
     parallel.start("cpu", "float32")
     world = make_world(config)
-    rows = Rows(config.rows, digest_of(*world))
+    rows = Rows(config.rows, digest_of(config))
     study(config, world, rows)
     runs = sum("run" in row for row in rows.rows)
     print(f"{config.rows}: {counted(runs, 'run')}; now `python experiments/findings.py`")

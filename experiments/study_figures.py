@@ -39,17 +39,20 @@ def band(
         axis.fill_between(x, mean - error, mean + error, color=color, **HALO)
 
 
-def draw_curves(runs, families: dict[str, Sequence[str]], path: str) -> None:
-    """Draw the win-rate against sqrt(KL): the checkpoints of all seeds, and their mean curve."""
+def draw_curves(runs, families: dict[str, dict[str, dict]], path: str) -> None:
+    """Draw the win-rate against sqrt(KL): the checkpoints of all seeds, and their mean curve.
+
+    families  {title: {objective: its runs by seed}}
+    """
     with plt.rc_context(plot.STYLE):
         figure, axes = plt.subplots(1, len(families), figsize=(WIDTH, 4.2), sharey=True)
         for axis, (title, losses) in zip(axes, families.items(), strict=True):
-            for loss, color in zip(losses, PALETTE, strict=False):
-                rows = list(runs.runs(loss).values())
+            for (loss, by_seed), color in zip(losses.items(), PALETTE, strict=False):
+                rows = list(by_seed.values())
                 shared = min((max(kls_of(row)) for row in rows), default=0.0)
                 x = np.linspace(0, min(shared, BUDGETS[-1]) ** 0.5, 100)
                 fits = [fit(kls_of(row), runs.rate_values(row)) for row in rows]
-                if None in [type(f) if f is None else 0 for f in fits] or not fits:
+                if not fits or any(f is None for f in fits):
                     continue
                 band(axis, x, [np.polyval(f, x) for f in fits], color, loss)
                 for row in rows:
@@ -70,7 +73,8 @@ def draw_forest(found: Sequence[Contrast], path: str) -> None:
         axis.axvspan(-MARGIN, MARGIN, color="#5b8c5a", alpha=0.12, linewidth=0)
         axis.axvline(0, color="#888888", linewidth=1)
         for place, contrast in enumerate(reversed(found)):
-            color = PALETTE[1] if contrast.low > 0 or contrast.high < 0 else PALETTE[0]
+            is_shown = contrast.verdict.startswith(("higher", "lower"))
+            color = PALETTE[1] if is_shown else PALETTE[0]
             axis.plot([contrast.low, contrast.high], [place, place], color=color)
             axis.plot(contrast.mean, place, "o", color=color)
         axis.set_yticks(range(len(found)), [contrast.name for contrast in reversed(found)])

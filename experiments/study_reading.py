@@ -8,7 +8,17 @@ import numpy as np
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import study
-from matched_kl import BUDGETS, Contrast, distance_at, fit, kls_of, quantile, read, win_rates
+from matched_kl import (
+    BUDGETS,
+    Contrast,
+    distance_at,
+    fit,
+    kls_of,
+    quantile,
+    read,
+    win_rate_at,
+    win_rates,
+)
 from study_run import Run
 
 EQUAL_RATE = 60.0  # percent: where entropy and diversity are compared at equal score
@@ -20,7 +30,7 @@ class Study:
     def __init__(self, rows: Sequence[dict]):
         self.rows = {study.key_of(row): row for row in rows if "run" in row}
         self.cosines = [row for row in rows if "cosines" in row]
-        self.pool = next(row["scores"] for row in rows if "pool" in row)
+        self.pool = next((row["scores"] for row in rows if "pool" in row), [])
         self.rates = {loss: study.chosen_rate(rows, loss) for loss in study.LOSSES}
         self.rates |= dict.fromkeys(("cdpo", "dpo_robust"), self.rates["dpo"])
         self.rates["spo_basic"] = self.rates["spo"]
@@ -29,6 +39,11 @@ class Study:
         """Return {seed: row} of the runs of one objective and setting that are there."""
         jobs = {seed: study.key(Run(loss, seed, self.rates[loss], **spec)) for seed in seeds}
         return {seed: self.rows[key] for seed, key in jobs.items() if key in self.rows}
+
+    def choosing_rate(self, loss: str, learning_rate: float) -> float | None:
+        """Return a learning rate's win-rate on the stories that chose, at the KL that chose."""
+        row = self.rows.get(study.key(Run(loss, 0, learning_rate)))
+        return row and win_rate_at(row, self.pool, study.CHOOSING_NATS, half=0)
 
     def rate_values(self, row: dict) -> list[float]:
         """Return a run's win-rates, in percent; those of seed 0, which chose the learning rate, on
@@ -51,15 +66,29 @@ class Study:
         curve = fit(kls_of(row), self.values(row, what))
         return None if distance is None else float(np.polyval(curve, distance))
 
-    def differences(self, ours: dict[int, dict], theirs: dict[int, dict]) -> list[float]:
+    def differences(
+        self, ours: dict[int, dict], theirs: dict[int, dict], what: str = "win_rate"
+    ) -> list[float]:
         """Return, of each seed that both have, the mean difference over the KLs that both reach."""
         found = []
         for seed in sorted(set(ours) & set(theirs)):
-            pairs = [(self.at(ours[seed], nats), self.at(theirs[seed], nats)) for nats in BUDGETS]
-            both = [a - b for a, b in pairs if a is not None and b is not None]
+            both = known(self.difference(ours[seed], theirs[seed], x, what) for x in BUDGETS)
             if both:
                 found.append(float(np.mean(both)))
         return found
+
+    def difference(self, ours: dict, theirs: dict, nats: float, what: str) -> float | None:
+        a, b = self.at(ours, nats, what), self.at(theirs, nats, what)
+        return None if a is None or b is None else a - b
+
+    def reached(self, ours: dict[int, dict], theirs: dict[int, dict]) -> str:
+        """Return how many seeds reach each KL with both: "6 6 4 0"."""
+        seeds = set(ours) & set(theirs)
+        counts = []
+        for nats in BUDGETS:
+            both = [self.difference(ours[seed], theirs[seed], nats, "win_rate") for seed in seeds]
+            counts.append(len(known(both)))
+        return " ".join(map(str, counts))
 
 
 def known(values: Iterable[float | None]) -> list[float]:
@@ -86,15 +115,22 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def contrast_table(found: Sequence[Contrast], unit: str = "points") -> str:
-    head = ["contrast", "seeds", f"difference, {unit} [95%]", "p of 0", "p of the margin", "shown"]
-    return table(
-        head,
-        [
-            [c.name, str(c.seeds), str(c), f"{c.p_zero:.3f}", f"{c.p_margin:.3f}", c.verdict]
-            for c in found
-        ],
-    )
+def contrast_table(found: Sequence[Contrast], **more: dict[str, str]) -> str:
+    """Return contrasts as a table; more: further columns, {heading: {contrast: cell}}."""
+    head = [
+        "contrast",
+        "seeds",
+        "difference, points [95%]",
+        "deviation",
+        "p of 0",
+        "p of 3",
+        "shown",
+    ]
+    rows = []
+    for c in found:
+        values = [str(c), f"{c.deviation:.1f}", f"{c.p_zero:.3f}", f"{c.p_margin:.3f}", c.verdict]
+        rows.append([c.name, str(c.seeds), *values, *(cells[c.name] for cells in more.values())])
+    return table([*head, *(heading.replace("_", " ") for heading in more)], rows)
 
 
 def decided(found: Sequence[Contrast]) -> str:

@@ -68,7 +68,8 @@ class Run:
 
     @property
     def checkpoints(self) -> list[int]:
-        return [step for step in CHECKPOINTS if step <= self.steps]
+        """Return the steps after which it is evaluated: the last one is one of them."""
+        return sorted({step for step in CHECKPOINTS if step < self.steps} | {self.steps})
 
     def config(self) -> spo_train.TrainConfig:
         """Return the trainer's flags of this run."""
@@ -90,10 +91,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Cosines:
-    """How much the objectives' gradients are alike, at step 0 and after `steps` steps of dpo_rank.
+    """How much the preference losses' gradients are alike, at step 0 and after `steps` of dpo_rank.
 
-    Every objective keeps its own second moments, as AdamW does, of its gradients at every fourth
-    step until then.
+    SPO's KL on samples is not a part of them. Every loss keeps its own second moments, as AdamW
+    does, of its gradients (unclipped) at every fourth step until then.
     """
 
     seed: int
@@ -129,7 +130,7 @@ class World:
         pool = read_stories(os.path.join(folder, "pool.jsonl"))
         self.pool = [record["prompt"] + record["text"] for record in pool]
         self.stories, self.max_new_tokens = stories, max_new_tokens
-        self.count = len(self.groups) - min(FRESH_GROUPS, len(self.groups) // 4)  # to train on
+        self.count = groups_to_train_on(len(self.groups))
         self.logps: dict[int, tuple[float, ...]] = {}  # of the reference, by a group's number
         self.starts: dict[int, dict] = {}  # the evaluation at step 0, by seed
 
@@ -178,6 +179,11 @@ class World:
         return chosen
 
 
+def groups_to_train_on(count: int) -> int:
+    """Return how many of all groups are not kept fresh."""
+    return count - min(FRESH_GROUPS, count // 4)
+
+
 def orders(run: Run, index: int, scores) -> list[tuple[int, ...]]:
     """Return the places, in a true ranking of four, of what is taken for best, second and so on.
 
@@ -205,39 +211,35 @@ def orders(run: Run, index: int, scores) -> list[tuple[int, ...]]:
 def train(world: World, run: Run) -> dict:
     """Train and evaluate; return the row: the run, its checkpoints, why it ended if it failed."""
     started = time.monotonic()
-    config = run.config()
+    config = dataclasses.replace(run.config(), max_new_tokens=world.max_new_tokens)
     objective = config.objective()
     policy = trainable(world)
     optimizer = spo_train.make_optimizer(config, policy)
     prompts = [world.tokenizer.encode(prompt, bos=True) for prompt in world.prompts]
     samples = PolicySamples.of(None, world.reference, None)
-    checkpoints: list[dict] = []
-    failure = ""
-    try:
-        for step in range(run.steps + 1):
-            if step in run.checkpoints:
-                checkpoints.append(evaluate(world, run, policy, step))
-                is_far = checkpoints[-1]["kl"] > MOST_NATS
-                if step == run.steps or (is_far and not run.to_the_end):
-                    break
-            if objective.online and step % config.kl_interval == 0:
-                limited = dataclasses.replace(config, max_new_tokens=world.max_new_tokens)
-                drawn = (limited, policy, world.reference, prompts, step)
-                samples = spo_train.draw_samples(*drawn)
-            batch = world.batch(run, step)
-            gradient = (objective, policy, world.reference, batch, None)
-            metrics = spo_train.preference_gradient(*gradient)
-            if objective.online:
-                spo_train.kl_gradient(objective.beta, policy, samples)
-            metrics["grad_norm"] = parallel.clip_gradient(policy, config.grad_clip)
-            spo_train.stop_unless_finite(config, step, metrics, batch)
-            spo_train.optimizer_step(optimizer, spo_train.learning_rate(config, step))
-    except ValueError as error:  # it diverged: that is a result, too
-        failure = str(error)
-    row = {"run": as_dict(run), "checkpoints": checkpoints}
-    if failure:
-        row["failure"] = failure
+    row: dict = {"run": as_dict(run), "checkpoints": []}
+    for step in range(run.steps + 1):
+        if not is_finite(policy):  # it diverged: that is a result, too
+            row["failure"] = f"the weights are not finite after step {step}"
+            break
+        if step in run.checkpoints:
+            row["checkpoints"].append(evaluate(world, run, policy, step))
+            is_far = row["checkpoints"][-1]["kl"] > MOST_NATS
+            if step == run.steps or (is_far and not run.to_the_end):
+                break
+        if objective.online and step % config.kl_interval == 0:
+            samples = spo_train.draw_samples(config, policy, world.reference, prompts, step)
+        batch = world.batch(run, step)
+        spo_train.preference_gradient(objective, policy, world.reference, batch, None)
+        if objective.online:
+            spo_train.kl_gradient(objective.beta, policy, samples)
+        parallel.clip_gradient(policy, config.grad_clip)
+        spo_train.optimizer_step(optimizer, spo_train.learning_rate(config, step))
     return row | {"seconds": round(time.monotonic() - started, 1)}
+
+
+def is_finite(policy) -> bool:
+    return all(bool(parameter.isfinite().all()) for parameter in policy.parameters())
 
 
 def trainable(world: World):
@@ -280,23 +282,31 @@ def is_pairwise(loss: str) -> bool:
 def theorem_slope(world: World, run: Run, policy) -> dict[str, float]:
     """Regress alpha * (difference of log-probs) on (difference of rewards), over fresh pairs.
 
-    Theorem 1 says that the slope is 1 at the minimum, since softmax(r / alpha) has
+    At the minimum, Theorem 1 says, they are equal, since softmax(r / alpha) has
     alpha (log p_i - log p_j) = r_i - r_j. The reward is the judge's score: the labels were drawn
-    from Bradley-Terry of it. Pairs are two different responses of a fresh group.
+    from Bradley-Terry of it. The pairs are all six of every fresh group.
+
+    Returns the slope of the line through 0, its R^2, and the root mean square of the difference.
     """
     alpha = run.config().objective().settings["alpha"]
-    logps, scores = [], []
-    fresh = range(world.count, len(world.groups))
-    groups = {world.groups[i].line: i for i in fresh}
-    ordered = sorted((world.groups[i] for i in fresh), key=lambda group: group.longest)
-    for batch in micro_batches(ordered, None, policy):
+    groups = {world.groups[i].line: i for i in range(world.count, len(world.groups))}
+    fresh = [world.groups[i] for i in groups.values()]
+    fresh.sort(key=lambda group: group.longest)  # the order of micro_batches
+    logps: list[list[float]] = []
+    for batch in micro_batches(fresh, None, policy):
         logps += head.sequence_logps(policy, batch).double().tolist()
-    for group in ordered:
-        scores.append(world.scores(groups[group.line]))
+    scores = [world.scores(groups[group.line]) for group in fresh]
+    x, y = differences(scores), alpha * differences(logps)
+    slope = float(x @ y / (x @ x))
+    r2 = 1 - float(np.square(y - slope * x).sum() / np.square(y).sum())
+    error = float(np.sqrt(np.square(y - x).mean()))
+    return {"slope": round(slope, 5), "r2": round(r2, 5), "error": round(error, 5)}
+
+
+def differences(values: list[list[float]]) -> np.ndarray:
+    """values=[[3, 1, 0, 0]] -> [2, 3, 3, 1, 1, 0]: every pair of a row."""
     pairs = list(itertools.combinations(range(4), 2))
-    x = np.array([[s[i] - s[j] for i, j in pairs] for s in scores]).ravel()
-    y = alpha * np.array([[p[i] - p[j] for i, j in pairs] for p in logps]).ravel()
-    return {"slope": round(float(x @ y / (x @ x)), 5)}
+    return np.array([[row[i] - row[j] for i, j in pairs] for row in values]).ravel()
 
 
 # --- cosines of gradients ------------------------------------------------------------------------

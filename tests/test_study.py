@@ -1,5 +1,6 @@
 """The study: its runs on a small model, killed and continued; what is compared is comparable."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -98,21 +99,35 @@ def test_no_time_no_runs_and_that_is_said(flags):
     assert "18 runs left out" in done.stdout and len(study.read_rows("study.jsonl")) == 2
 
 
-def test_a_run_is_what_the_trainer_does(world, tokenizer, workshop):
-    """The weights after three steps are those of spo_train.py, with the same groups and seeds."""
-    run = Run("dpo", 5, 1e-3, steps=3)
+@pytest.mark.parametrize("loss", ["dpo", "spo_rank"])
+def test_a_run_is_what_the_trainer_s_functions_make(world, loss):
+    """Three steps by hand, with SPO's KL on fresh samples, end at the KL of the row."""
+    run = Run(loss, 5, 1e-3, steps=3)
     policy = study_run.trainable(world)
-    config = run.config()
+    config = dataclasses.replace(run.config(), max_new_tokens=16)
+    objective = config.objective()
     optimizer = spo_train.make_optimizer(config, policy)
+    prompts = [world.tokenizer.encode("", bos=True)]
+    if objective.online:
+        samples = spo_train.draw_samples(config, policy, world.reference, prompts, 0)
     for step in range(3):
         study_run.add_gradient(world, run, policy, step)
+        if objective.online:
+            spo_train.kl_gradient(objective.beta, policy, samples)
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         spo_train.optimizer_step(optimizer, spo_train.learning_rate(config, step))
     row = study_run.train(world, run)
     assert [point["step"] for point in row["checkpoints"]] == [0, 1, 2, 3]
     kl = world.evaluation(5).evaluate(policy, 3, "select").kl
     assert row["checkpoints"][-1]["kl"] == pytest.approx(kl, abs=1e-5)  # rounded
-    assert row["checkpoints"][0]["kl"] == 0 and kl > 0
+    assert row["checkpoints"][0]["kl"] == 0 and kl > 1e-4
+
+
+def test_a_run_ends_with_an_evaluation_and_one_that_diverges_says_so(world):
+    assert Run("dpo", 0, 1e-4, steps=16).checkpoints == [0, 1, 2, 3, 5, 8, 12, 16]
+    row = study_run.train(world, Run("spo_basic", 0, 1e38, "alpha=0", "none", steps=2))
+    assert row["failure"].startswith("the weights are not finite after step")
+    assert row["checkpoints"][0]["step"] == 0
 
 
 def test_all_objectives_see_the_same_groups_and_the_reference_read_them_right(world):
@@ -173,11 +188,12 @@ def test_the_slope_is_one_for_a_policy_that_is_the_theorem_s(world):
     original = study_run.head.sequence_logps
     study_run.head.sequence_logps = logps
     try:
-        assert study_run.theorem_slope(world, run, world.reference) == {
-            "slope": pytest.approx(1.0, abs=1e-3)  # float32, of offsets of 40 nats
-        }
+        found = study_run.theorem_slope(world, run, world.reference)
     finally:
         study_run.head.sequence_logps = original
+    # float32, of offsets of 40 nats
+    assert found["slope"] == pytest.approx(1.0, abs=1e-3)
+    assert found["r2"] == pytest.approx(1.0, abs=1e-3) and found["error"] < 1e-3
 
 
 def test_adamw_scales_as_torch_s_does():
@@ -195,14 +211,21 @@ def test_adamw_scales_as_torch_s_does():
         moment.add(gradient)
 
 
+def test_stories_of_other_flags_and_unknown_questions_are_refused(flags, world):
+    config = study.parse(study.StudyConfig, [*flags, "--pool=65"], "study.py")
+    with pytest.raises(ValueError, match="--folder=study: its stories are of another model or"):
+        study.make_world(config)
+    with pytest.raises(ValueError, match="--only=E9: no such question"):
+        study.main([*flags, "--only=E9"])
+
+
 def test_every_number_of_the_documents_is_that_of_the_runs(capsys):
     findings.main(["--check"])
-    assert "equal" in capsys.readouterr().out
+    assert "as the runs say" in capsys.readouterr().out
 
 
 def test_a_document_with_another_number_is_named(tmp_path, monkeypatch):
-    path = os.path.join(findings.ROOT, "docs", "findings.md")
-    with open(path, encoding="utf-8") as f:
+    with open(os.path.join(findings.ROOT, "docs", "findings.md"), encoding="utf-8") as f:
         text = f.read()
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "findings.md").write_text(text.replace("0.9", "0.8"), encoding="utf-8")
@@ -210,3 +233,9 @@ def test_a_document_with_another_number_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(findings, "ROOT", str(tmp_path))
     with pytest.raises(ValueError, match="docs/findings.md: not what .*study.jsonl says"):
         findings.main(["--check"])
+
+
+def test_questions_without_runs_have_no_answer_yet(tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text('{"world": {}}\n', encoding="utf-8")
+    findings.main([f"--rows={tmp_path / 'rows.jsonl'}"])
+    assert capsys.readouterr().out.count("No runs yet.") == len(findings.QUESTIONS)
