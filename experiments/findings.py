@@ -450,8 +450,9 @@ def summary(runs: Study) -> str:
     """Return the README's table: what is shown of every objective at equal KL."""
     found = e1_contrasts(runs)
     needs(found)
-    head = ["at equal KL", "seeds", "points of win-rate [95%]", "shown"]
-    return table(head, [[c.name, str(c.seeds), str(c), c.verdict] for c in found])
+    seeds = " or ".join(sorted({str(contrast.seeds) for contrast in found}))
+    head = [f"at equal KL, {seeds} seeds", "points of win-rate [95%]", "shown"]
+    return table(head, [[c.name, str(c), c.verdict] for c in found])
 
 
 def answers(runs: Study) -> str:
