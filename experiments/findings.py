@@ -90,10 +90,9 @@ def e6_answer(runs: Study) -> str:
     places = [losses.index(loss) for loss in PAIRS]
     two = [np.mean([r["steps"][0]["raw_two_batches"][i] for i in places]) for r in runs.cosines]
     start, later = (float(np.mean(pair_cosines(runs, place, "raw"))) for place in (0, 1))
-    one = f"the mean cosine of two of the five pairwise losses is {start:.2f} at step 0"
-    other = f"of one of them on two batches it is {mean_and_interval(two, 2)}"
-    at_20 = f"At step 20 of dpo_rank it is {later:.2f}"
-    return f"**On one batch {one}; {other} ({seeds} seeds).** {at_20}."
+    pair = f"Gradients of two pairwise losses on one batch have the cosine {start:.2f}"
+    alone = f"those of one loss on two batches {mean_and_interval(two, 2)}"
+    return f"**{pair} at step 0 ({later:.2f} at step 20), {alone}** ({seeds} seeds)."
 
 
 def e6(runs: Study) -> str:
@@ -181,8 +180,21 @@ def e1(runs: Study) -> str:
         f"Without seed 0, which chose the learning rates: {decided(e1_contrasts(runs, without=0))}."
     )
     title = "Win-rates over the reference, %, at 0.5 to 4 nats:"
-    blocks = [answer, title, table(head, rows), tested, checked, best_sft_by_kl(runs), rates(runs)]
-    return "\n\n".join(blocks)
+    blocks = [answer, title, table(head, rows), gain(runs), tested, checked]
+    return "\n\n".join([*blocks, best_sft_by_kl(runs), rates(runs)])
+
+
+def gain(runs: Study) -> str:
+    """Return how many points above 50% the preference losses win, over sqrt(KL)."""
+    rows = [row for loss in BASELINES | {"dpo": ""} for row in runs.runs(loss, E1_SEEDS).values()]
+    rows = [row for row in rows if row["run"]["loss"] != "best_sft"]
+    cells = []
+    for nats in BUDGETS:
+        values = known(runs.at(row, nats) for row in rows)
+        points = (np.mean(values) - 50) / nats**0.5
+        cells.append(f"{points:.1f} at {nats:g}")
+    what = "Points above 50% over sqrt(KL), mean of all runs but best_sft's, by nats"
+    return f"{what}: {', '.join(cells)}."
 
 
 def best_sft_by_kl(runs: Study) -> str:
@@ -265,8 +277,16 @@ def e4_answer(runs: Study) -> str:
     for what, name in SOFTNESS.items():
         c = claimed["spo_rank, alpha=1", what]
         parts.append(f"{name} {c.mean:+.2f} [{c.low:+.2f}, {c.high:+.2f}]")
-    where = f"Alpha 1 in place of 0.001 in spo_rank, both at a win-rate of {EQUAL_RATE:g}%"
-    return f"**{where}, changes {' and '.join(parts)} ({c.seeds} seeds).**"
+    cost = contrasts({"": at_2_nats_minus_default(runs, "spo_rank", "alpha=1")})[0]
+    where = f"Alpha 1 in place of 0.001 in spo_rank changes the win-rate at 2 nats by {cost}"
+    equal = f"at equal win-rate ({EQUAL_RATE:g}%) it changes {' and '.join(parts)}"
+    return f"**{where} points; {equal}** ({c.seeds} seeds)."
+
+
+def at_2_nats_minus_default(runs: Study, name: str, setting: str) -> list[float]:
+    soft = soft_runs(runs)
+    rows, base = soft[name, setting], soft[name, DEFAULTS[SOFT[name][0]]]
+    return known(runs.difference(rows[seed], base[seed], 2.0, "win_rate") for seed in rows)
 
 
 def e4(runs: Study) -> str:
@@ -278,9 +298,10 @@ def e4(runs: Study) -> str:
             cells.append(mean_and_interval(values, digits, of=len(mine)))
         ends = [row["checkpoints"][-1]["kl"] for row in mine.values()]
         end = f"{min(ends):.1f} to {max(ends):.1f}"
-        rows.append([name, setting, *cells, cells_at(runs, mine), end])
+        at_2 = [cells_at(runs, mine), cells_at(runs, mine, 2.0, "second_win_rate")]
+        rows.append([name, setting, *cells, *at_2, end])
     head = ["objective", "setting", *SOFTNESS.values(), "distinct 4-grams, %"]
-    head += ["win-rate at 2 nats", "nats at its end"]
+    head += ["win-rate at 2 nats", "second judge at 2 nats", "nats at its end"]
     claimed = [
         [setting, SOFTNESS[what], f"{c.mean:+.3f} [{c.low:+.3f}, {c.high:+.3f}]", f"{c.p_zero:.3f}"]
         for (setting, what), c in e4_claimed(runs).items()
@@ -311,7 +332,7 @@ def theorem_answer(runs: Study) -> str:
         start, end = (mean_and_interval(at_step(mine, step, "slope"), 2) for step in (0, 40))
         ends.append(f"from {start} to {end} at alpha {alpha}")
     goes = f"The slope, which is 1 at Theorem 1's minimum, goes {' and '.join(ends)}"
-    return f"**{goes}, in 40 steps ({len(mine)} seeds).**"
+    return f"**{goes}**, in 40 steps ({len(mine)} seeds)."
 
 
 def theorem(runs: Study) -> str:

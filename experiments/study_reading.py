@@ -21,7 +21,7 @@ from matched_kl import (
 )
 from study_run import Run
 
-EQUAL_RATE = 60.0  # percent: where entropy and diversity are compared at equal score
+EQUAL_RATE = 55.0  # percent: where entropy and diversity are compared at equal score
 
 
 class Study:

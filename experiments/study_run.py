@@ -219,11 +219,12 @@ def train(world: World, run: Run) -> dict:
     samples = PolicySamples.of(None, world.reference, None)
     row: dict = {"run": as_dict(run), "checkpoints": []}
     for step in range(run.steps + 1):
-        if not is_finite(policy):  # it diverged: that is a result, too
-            row["failure"] = f"the weights are not finite after step {step}"
-            break
         if step in run.checkpoints:
-            row["checkpoints"].append(evaluate(world, run, policy, step))
+            try:
+                row["checkpoints"].append(evaluate(world, run, policy, step))
+            except ValueError as error:  # the KL is not finite: that is a result, too
+                row["failure"] = str(error)
+                break
             is_far = row["checkpoints"][-1]["kl"] > MOST_NATS
             if step == run.steps or (is_far and not run.to_the_end):
                 break
@@ -236,10 +237,6 @@ def train(world: World, run: Run) -> dict:
         parallel.clip_gradient(policy, config.grad_clip)
         spo_train.optimizer_step(optimizer, spo_train.learning_rate(config, step))
     return row | {"seconds": round(time.monotonic() - started, 1)}
-
-
-def is_finite(policy) -> bool:
-    return all(bool(parameter.isfinite().all()) for parameter in policy.parameters())
 
 
 def trainable(world: World):

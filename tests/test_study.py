@@ -125,8 +125,8 @@ def test_a_run_is_what_the_trainer_s_functions_make(world, loss):
 
 def test_a_run_ends_with_an_evaluation_and_one_that_diverges_says_so(world):
     assert Run("dpo", 0, 1e-4, steps=16).checkpoints == [0, 1, 2, 3, 5, 8, 12, 16]
-    row = study_run.train(world, Run("spo_basic", 0, 1e38, "alpha=0", "none", steps=2))
-    assert row["failure"].startswith("the weights are not finite after step")
+    row = study_run.train(world, Run("spo_basic", 0, 1e30, "alpha=0", "none", steps=2))
+    assert "the weights are not finite" in row["failure"]
     assert row["checkpoints"][0]["step"] == 0
 
 
