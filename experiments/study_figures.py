@@ -10,13 +10,14 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from matched_kl import BUDGETS, MARGIN, Contrast, distance_at, fit, kls_of, quantile
+from matched_kl import BUDGETS, MARGIN, Contrast, fit, kls_of, quantile
 
 from spo import plot
 from spo.files import atomic_path
 
 PALETTE = plot.COLORS
 WIDTH = 9.0  # inches
+FEW = 4  # seeds: with fewer, a band is so wide that it hides everything else
 HALO = {"alpha": 0.15, "linewidth": 0}
 
 
@@ -30,11 +31,13 @@ def save(figure, path: str) -> None:
 def band(
     axis, x: np.ndarray, curves: Sequence[np.ndarray], color: str, label: str, **style
 ) -> None:
-    """Draw the mean of curves over seeds, and its 95% interval where there are several."""
+    """Draw the mean of curves over seeds, and its 95% interval; of few seeds, each curve."""
     values = np.array(curves)
     mean = values.mean(0)
-    axis.plot(x, mean, color=color, label=label, **style)
-    if len(values) > 1:
+    axis.plot(x, mean, color=color, label=label)
+    if len(values) < FEW:
+        axis.plot(x, values.T, color=color, linewidth=0.6, alpha=0.6)
+    else:
         error = values.std(0, ddof=1) / len(values) ** 0.5 * quantile(len(values) - 1)
         axis.fill_between(x, mean - error, mean + error, color=color, **HALO)
 
@@ -98,35 +101,27 @@ def draw_cosines(matrices: dict[str, np.ndarray], losses: Sequence[str], path: s
         save(figure, path)
 
 
-def draw_softness(soft: dict, runs, what: dict[str, str], path: str) -> None:
-    """Draw entropy, and the best of 16, against the win-rate: one line for each softness."""
-    names = list(dict.fromkeys(name for name, _ in soft))
-    size = (WIDTH * 1.3, 3.1 * len(what))
+def draw_softness(panels: dict[str, dict[str, dict[str, list[float]]]], path: str) -> None:
+    """Draw values against alpha: a panel for each label, a line for each objective, a dot a seed.
+
+    panels  {label: {objective: {alpha: values over seeds}}}; alphas are drawn at equal distances
+    """
     with plt.rc_context(plot.STYLE):
-        figure, axes = plt.subplots(len(what), len(names), figsize=size, sharey="row", sharex=True)
-        for column, name in enumerate(names):
-            settings = [setting for other, setting in soft if other == name]
-            for (measure, label), axis in zip(what.items(), axes[:, column], strict=True):
-                for setting, color in zip(settings, PALETTE, strict=False):
-                    rows = list(soft[name, setting].values())
-                    rates = np.linspace(50, 66, 60)
-                    curves = [along(runs, row, measure, rates) for row in rows]
-                    reached = ~np.isnan(curves).any(0)
-                    if reached.any():
-                        shown = [np.array(curve)[reached] for curve in curves]
-                        band(axis, rates[reached], shown, color, setting)
-                axis.set_ylabel(label if column == 0 else "")
-            axes[0, column].set_title(name)
-            axes[0, column].legend(fontsize=8)
-            axes[-1, column].set_xlabel("win-rate, %")
+        figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 3.6))
+        for axis, (label, lines) in zip(axes, panels.items(), strict=True):
+            alphas = sorted({alpha for points in lines.values() for alpha in points}, key=float)
+            for (name, points), color in zip(lines.items(), PALETTE, strict=False):
+                mine = [alpha for alpha in alphas if points.get(alpha)]
+                places = [alphas.index(alpha) for alpha in mine]
+                means = [np.mean(points[alpha]) for alpha in mine]
+                axis.plot(places, means, marker="o", color=color, label=name)
+                for place, alpha in zip(places, mine, strict=True):
+                    dots = points[alpha]
+                    axis.plot([place] * len(dots), dots, ".", color=color, alpha=0.4)
+            axis.set_xticks(range(len(alphas)), alphas)
+            axis.set(xlabel="alpha", ylabel=label)
+        axes[0].legend(fontsize=9)
         save(figure, path)
-
-
-def along(runs, row: dict, what: str, rates: np.ndarray) -> list[float]:
-    """Return a value of a run where it first reaches each win-rate; NaN where it does not."""
-    values = fit(kls_of(row), runs.values(row, what))
-    distances = [distance_at(kls_of(row), runs.rate_values(row), rate) for rate in rates]
-    return [np.nan if d is None else float(np.polyval(values, d)) for d in distances]
 
 
 def draw_by_x(lines: dict[str, dict[float, list[float]]], x_label: str, path: str, **more) -> None:
