@@ -99,12 +99,24 @@ def questions(
     jobs["E4 Theorem 1"] = by_seed(
         *(runs("spo_basic", settings=f"alpha={alpha}", **truth) for alpha in ("0.1", "1"))
     )
-    noisy = ("spo_rank", "dpo_rank", "spo", "dpo", "ipo", "kto", "best_sft")
-    robust = [(loss, f"label_smoothing={e}") for loss in ("dpo_robust", "cdpo") for e in (0.2, 0.4)]
-    jobs["E2 label noise"] = by_seed(
-        *(runs(loss, noise=noise) for noise in (0.4, 0.2) for loss in noisy),
-        *(runs(loss, settings=s, noise=float(s.partition("=")[2])) for loss, s in robust),
+
+    claimed_alphas = ("alpha=0.1", "alpha=1")
+    jobs["E4 six seeds"] = by_seed(
+        *(runs("spo_rank", max(seeds, EQUAL_KL_SEEDS), settings=alpha) for alpha in claimed_alphas)
     )
+
+    def noisy(loss: str, noise: float) -> list[Run]:
+        is_robust = loss in ("dpo_robust", "cdpo")
+        settings = f"label_smoothing={noise:g}" if is_robust else ""
+        return runs(loss, noise=noise, settings=settings)
+
+    claimed = ("dpo", "spo", "dpo_robust")
+    others = ("cdpo", "dpo_rank", "spo_rank", "kto", "ipo", "best_sft")
+    jobs["E2 label noise"] = [
+        *by_seed(*(noisy(loss, 0.4) for loss in claimed)),
+        *by_seed(*(noisy(loss, 0.4) for loss in others)),
+        *by_seed(*(noisy(loss, 0.2) for loss in (*claimed, *others))),
+    ]
     rankings = ("spo_rank", "dpo_rank", "spo", "dpo")
     jobs["E3 data size"] = by_seed(
         runs("dpo", labels="adjacent"),
