@@ -24,6 +24,7 @@ from study_reading import (
     decided,
     known,
     mean_and_interval,
+    shown_p,
     table,
 )
 
@@ -285,7 +286,8 @@ def e4_answer(runs: Study) -> str:
     claimed = e4_claimed(runs)
     needs(len(claimed) == len(CLAIMED) * len(SOFTNESS))
     entropy, best = (claimed["spo_rank, alpha=1", what] for what in SOFTNESS)
-    cost = contrasts({"": costs_at_2_nats(runs)["spo_rank, alpha=1"]})[0]
+    costs = {c.name: c for c in contrasts(costs_at_2_nats(runs))}
+    cost = costs["spo_rank, alpha=1"]
     where = f"Alpha 1 in place of 0.001 in spo_rank: {cost} points of win-rate at 2 nats"
     more = f"{entropy.mean:+.3f} [{entropy.low:+.3f}, {entropy.high:+.3f}] nats of entropy a token"
     story = f"{best.mean:+.2f} [{best.low:+.2f}, {best.high:+.2f}] of score for the best of 16"

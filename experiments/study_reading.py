@@ -128,9 +128,14 @@ def contrast_table(found: Sequence[Contrast], **more: dict[str, str]) -> str:
     ]
     rows = []
     for c in found:
-        values = [str(c), f"{c.deviation:.1f}", f"{c.p_zero:.3f}", f"{c.p_margin:.3f}", c.verdict]
+        tests = [shown_p(c.p_zero), shown_p(c.p_margin)]
+        values = [str(c), f"{c.deviation:.1f}", *tests, c.verdict]
         rows.append([c.name, str(c.seeds), *values, *(cells[c.name] for cells in more.values())])
     return table([*head, *(heading.replace("_", " ") for heading in more)], rows)
+
+
+def shown_p(p: float) -> str:
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def decided(found: Sequence[Contrast]) -> str:
