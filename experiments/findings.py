@@ -313,7 +313,7 @@ def e4(runs: Study) -> str:
             SOFTNESS[what],
             str(c.seeds),
             f"{c.mean:+.3f} [{c.low:+.3f}, {c.high:+.3f}]",
-            f"{c.p_zero:.3f}",
+            shown_p(c.p_zero),
         ]
         for (setting, what), c in e4_claimed(runs).items()
     ]
