@@ -36,6 +36,7 @@ RANKINGS = ("spo_rank", "dpo_rank", "spo_bon", "best_sft")
 PAIRS = ("spo", "dpo", "ipo", "kto", "simpo")
 BASELINES = {"spo_rank": "dpo_rank", "spo_bon": "dpo_rank", "best_sft": "dpo_rank"}
 BASELINES |= {"spo": "dpo", "ipo": "dpo", "kto": "dpo", "simpo": "dpo", "dpo_rank": "dpo"}
+SEEDS = range(3)
 E1_SEEDS = range(study.EQUAL_KL_SEEDS)
 Runs = dict[int, dict]  # by seed
 
@@ -66,7 +67,7 @@ def cells_at(runs: Study, rows: Runs, nats: float = 2.0, what: str = "win_rate")
 
 def first_seeds(by_name: dict) -> dict:
     """Keep seeds 0, 1 and 2 of runs by name: every setting has them, some have more."""
-    return {name: {s: row for s, row in rows.items() if s < 3} for name, rows in by_name.items()}
+    return {n: {s: row for s, row in rows.items() if s in SEEDS} for n, rows in by_name.items()}
 
 
 # --- E6: gradients -------------------------------------------------------------------------------
@@ -88,11 +89,16 @@ def e6_answer(runs: Study) -> str:
     needs(runs.cosines)
     losses, seeds = runs.cosines[0]["cosines"]["losses"], len(runs.cosines)
     places = [losses.index(loss) for loss in PAIRS]
-    two = [np.mean([r["steps"][0]["raw_two_batches"][i] for i in places]) for r in runs.cosines]
-    start, later = (float(np.mean(pair_cosines(runs, place, "raw"))) for place in (0, 1))
-    pair = f"Gradients of two pairwise losses on one batch have the cosine {start:.2f}"
-    alone = f"those of one loss on two batches {mean_and_interval(two, 2)}"
-    return f"**{pair} at step 0 ({later:.2f} at step 20), {alone}** ({seeds} seeds)."
+    found = []
+    for place, step in ((0, 0), (1, 20)):
+        two = [
+            np.mean([row["steps"][place]["raw_two_batches"][i] for i in places])
+            for row in runs.cosines
+        ]
+        pair = float(np.mean(pair_cosines(runs, place, "raw")))
+        found.append(f"at step {step} {pair:.2f}, and of one on two batches {np.mean(two):.2f}")
+    what = "Mean cosine of the gradients of two pairwise losses on one batch"
+    return f"**{what}: {'; '.join(found)}** ({seeds} seeds)."
 
 
 def e6(runs: Study) -> str:
@@ -181,7 +187,7 @@ def e1(runs: Study) -> str:
     )
     title = "Win-rates over the reference, %, at 0.5 to 4 nats:"
     blocks = [answer, title, table(head, rows), gain(runs), tested, checked]
-    return "\n\n".join([*blocks, best_sft_by_kl(runs), rates(runs)])
+    return "\n\n".join([*blocks, by_kl(runs), rates(runs)])
 
 
 def gain(runs: Study) -> str:
@@ -197,15 +203,17 @@ def gain(runs: Study) -> str:
     return f"{what}: {', '.join(cells)}."
 
 
-def best_sft_by_kl(runs: Study) -> str:
-    ours, theirs = e1_pairs(runs)["best_sft - dpo_rank"]
-    cells = []
-    for nats in BUDGETS:
-        both = [
-            runs.difference(ours[s], theirs[s], nats, "win_rate") for s in set(ours) & set(theirs)
-        ]
-        cells.append(f"{mean_and_interval(known(both))} at {nats:g}")
-    return f"best_sft minus dpo_rank, points by nats: {', '.join(cells)}."
+def by_kl(runs: Study) -> str:
+    """Return every contrast at each KL by itself, uncorrected."""
+    rows = []
+    for name, (ours, theirs) in e1_pairs(runs).items():
+        seeds, cells = sorted(set(ours) & set(theirs)), []
+        for nats in BUDGETS:
+            both = [runs.difference(ours[s], theirs[s], nats, "win_rate") for s in seeds]
+            cells.append(mean_and_interval(known(both), of=len(seeds)))
+        rows.append([name, *cells])
+    head = ["points, uncorrected", *(f"at {nats:g}" for nats in BUDGETS)]
+    return f"The same by nats:\n\n{table(head, rows)}"
 
 
 def rates(runs: Study) -> str:
@@ -254,10 +262,11 @@ def against_default(runs: Study) -> dict[str, list[tuple[dict, dict]]]:
     return found
 
 
-def e4_differences(runs: Study, what: str) -> dict[str, list[float]]:
+def e4_differences(runs: Study, what: str, seeds: range = E1_SEEDS) -> dict[str, list[float]]:
     """Return, of each setting, its value minus its default's at equal win-rate, by seed."""
     found = {}
     for name, pairs in against_default(runs).items():
+        pairs = [(a, b) for a, b in pairs if a["run"]["seed"] in seeds]
         both = [(runs.at_equal_rate(a, what), runs.at_equal_rate(b, what)) for a, b in pairs]
         found[name] = [a - b for a, b in both if None not in (a, b)]
     return found
@@ -271,11 +280,11 @@ def costs_at_2_nats(runs: Study) -> dict[str, list[float]]:
     }
 
 
-def e4_claimed(runs: Study) -> dict[tuple[str, str], Contrast]:
+def e4_claimed(runs: Study, seeds: range = E1_SEEDS) -> dict[tuple[str, str], Contrast]:
     """Return the four contrasts that claims.md names, by (setting, measure)."""
     claimed = {}
     for what in SOFTNESS:
-        differences = e4_differences(runs, what)
+        differences = e4_differences(runs, what, seeds)
         for c in contrasts({name: differences.get(name, []) for name in CLAIMED}, margin=0.0):
             c.p_zero = min(1.0, len(SOFTNESS) * c.p_zero)  # two measures, each a family of two
             claimed[c.name, what] = c
@@ -288,10 +297,10 @@ def e4_answer(runs: Study) -> str:
     entropy, best = (claimed["spo_rank, alpha=1", what] for what in SOFTNESS)
     costs = {c.name: c for c in contrasts(costs_at_2_nats(runs))}
     cost = costs["spo_rank, alpha=1"]
-    where = f"Alpha 1 in place of 0.001 in spo_rank: {cost} points of win-rate at 2 nats"
     more = f"{entropy.mean:+.3f} [{entropy.low:+.3f}, {entropy.high:+.3f}] nats of entropy a token"
     story = f"{best.mean:+.2f} [{best.low:+.2f}, {best.high:+.2f}] of score for the best of 16"
-    return f"**{where}; at equal win-rate {more} and {story}** ({entropy.seeds} seeds)."
+    gained = f"Alpha 1 in place of 0.001 in spo_rank, at equal win-rate: {more}, {story}"
+    return f"**{gained}; and {cost} points of win-rate at 2 nats** ({entropy.seeds} seeds)."
 
 
 def e4(runs: Study) -> str:
@@ -301,12 +310,11 @@ def e4(runs: Study) -> str:
         for what, digits in (("entropy", 2), ("best_of_16", 2), ("distinct_4grams", 1)):
             values = known(runs.at_equal_rate(row, what) for row in mine.values())
             cells.append(mean_and_interval(values, digits, of=len(mine)))
-        ends = [row["checkpoints"][-1]["kl"] for row in mine.values()]
-        end = f"{min(ends):.1f} to {max(ends):.1f}"
-        at_2 = [cells_at(runs, mine), cells_at(runs, mine, 2.0, "second_win_rate")]
-        rows.append([name, setting, *cells, *at_2, end])
-    head = ["objective", "setting", *SOFTNESS.values(), "distinct 4-grams, %"]
-    head += ["win-rate at 2 nats", "second judge at 2 nats", "nats at its end"]
+        nats = known(runs.at_equal_rate(row, "kl") for row in mine.values())
+        at_2 = [cells_at(runs, mine), cells_at(runs, mine, 2.0, SECOND)]
+        rows.append([name, setting, f"{np.mean(nats):.1f}" if nats else "-", *cells, *at_2])
+    head = ["objective", "setting", "nats", *SOFTNESS.values(), "distinct 4-grams, %"]
+    head += ["win-rate at 2 nats", "second judge at 2 nats"]
     claimed = [
         [
             setting,
@@ -317,13 +325,20 @@ def e4(runs: Study) -> str:
         ]
         for (setting, what), c in e4_claimed(runs).items()
     ]
+    later = e4_differences(runs, "entropy", E1_SEEDS[len(SEEDS) :])
+    shown = (f"{name} {mean_and_interval(later[name], 3)}" for name in CLAIMED)
+    first = e4_claimed(runs, SEEDS)["spo_rank, alpha=1", "entropy"]
+    added = f"By seeds 0 to 2 alone, p of alpha 1 and entropy was {shown_p(first.p_zero)}. "
+    added += f"Entropy by the seeds that were then added, 3 to 5: {', '.join(shown)}."
     tested = table(
         ["minus the default (0.001)", "of what", "seeds", "difference [95%]", "p of 0"], claimed
     )
     where = f"Seeds 0 to 2, where the win-rate first reaches {EQUAL_RATE:g}%:"
     cost = ["Not in the claims, win-rates at 2 nats minus the default's:"]
     cost.append(contrast_table(contrasts(costs_at_2_nats(runs))))
-    return "\n\n".join([answer, tested, where, table(head, rows), *cost])
+    start = known(runs.values(row, "entropy")[0] for row in runs.runs("spo_rank", SEEDS).values())
+    began = f"The reference's own entropy: {mean_and_interval(start, 2)}."
+    return "\n\n".join([answer, tested, added, where, table(head, rows), began, *cost])
 
 
 # --- E4: Theorem 1 -------------------------------------------------------------------------------
@@ -573,7 +588,10 @@ def draw(runs: Study, folder: str) -> None:
         panels = {label: entropy, "win-rate at 2 nats, %": rate}
         figures.draw_softness(panels, path("softness"))
     noise = {
-        method: {signal_left(method, x): at_2(noisy_runs(runs, method, x)) for x in NOISES}
+        method: {
+            signal_left(method, x): at_2(rows)
+            for x, rows in first_seeds({x: noisy_runs(runs, method, x) for x in NOISES}).items()
+        }
         for method in (*NOISY, *ROBUST)
         if noisy_runs(runs, method, 0.4)
     }
