@@ -118,11 +118,13 @@ def questions(
         *by_seed(*(noisy(loss, 0.2) for loss in (*claimed, *others))),
     ]
     rankings = ("spo_rank", "dpo_rank", "spo", "dpo")
-    jobs["E3 data size"] = by_seed(
-        runs("dpo", labels="adjacent"),
-        *(runs(loss, num_groups=n) for n in (64, 256) for loss in rankings),
-        *(runs(loss, num_groups=n, steps=n // 16) for n in (256, 2560) for loss in rankings),
-    )
+    jobs["E3 data size"] = [
+        *runs("dpo", labels="adjacent"),
+        *by_seed(
+            *(runs(loss, num_groups=n) for n in (64, 256) for loss in rankings),
+            *(runs(loss, num_groups=n, steps=n // 16) for n in (256, 2560) for loss in rankings),
+        ),
+    ]
     jobs["E5 mu and samples"] = by_seed(
         runs("spo_rank", settings="gamma=0"),
         runs("spo_rank", settings="gamma=1"),
