@@ -172,7 +172,7 @@ class Rows:
     def __init__(self, path: str, world: dict):
         """Open or create the file.
 
-        world  the SHA-256 of all that the runs share. ValueError if the file is of another one, or
+        world  what all the runs share. ValueError if the file is of another one, or
                if another process writes it
         """
         self.path = path
@@ -187,7 +187,7 @@ class Rows:
         if not self.rows:
             self.add({"world": world})
         elif self.rows[0].get("world") != world:
-            other = "of another model or other groups; give another --rows"
+            other = "of another model or of other flags; give another --rows"
             raise ValueError(f"--rows={path}: its runs are {other}")
 
     def add(self, row: dict) -> None:
@@ -210,21 +210,48 @@ def read_rows(path: str) -> list[dict]:
 # --- the study -----------------------------------------------------------------------------------
 
 
-def make_world(config: StudyConfig) -> tuple[str, str, str]:
-    """Make the groups and the pool that are missing; return model, tokenizer and folder."""
-    model, tokenizer = config.init_from, config.tokenizer
-    if not model:
-        given = os.environ.get("SPO_DATA", "data")
-        published = os.path.join("data", "stories260K", "stories260K.bin")
-        candidates = [(os.path.join(given, "stories260K.bin"), os.path.join(given, "tok512.model"))]
-        candidates += [(published, ""), (demo_checkpoint(), "")]
-        found = [pair for pair in candidates if os.path.isfile(pair[0])]
-        if not found:
-            make = "`python tinystories_data.py download --model=stories260K` or the demo"
-            raise ValueError(f"--init_from: there is no model here yet; make one with {make}")
-        model, tokenizer = found[0]
+def inputs_of(config: StudyConfig) -> tuple[str, str]:
+    """Return the model to start from, and its tokenizer."""
+    if config.init_from:
+        return config.init_from, config.tokenizer
+    given = os.environ.get("SPO_DATA", "data")
+    candidates = [
+        (os.path.join(given, "stories260K.bin"), os.path.join(given, "tok512.model")),
+        (os.path.join("data", "stories260K", "stories260K.bin"), ""),
+        (demo_checkpoint(), ""),
+    ]
+    for model, tokenizer in candidates:
+        if os.path.isfile(model):
+            beside = os.path.join(os.path.dirname(model), "tokenizer.model")
+            return model, tokenizer or (beside if os.path.isfile(beside) else "")
+    make = "`python tinystories_data.py download --model=stories260K` or the demo"
+    raise ValueError(f"--init_from: there is no model here yet; make one with {make}")
+
+
+def identity_of(config: StudyConfig, model: str, tokenizer: str) -> dict:
+    """Return what the groups and the pool depend on: files by their SHA-256, and flags.
+
+    Not the stories themselves: another processor rounds otherwise, and draws a few others. A study
+    may go on there, since the pool's scores are in its file, and a seed's runs stay comparable.
+    """
+    inputs = {"model": model, "tokenizer": tokenizer}
+    identity = {name: files.inputs_sha256(path) if path else "" for name, path in inputs.items()}
+    flags = ("num_groups", "pool", "max_new_tokens")
+    return identity | {name: getattr(config, name) for name in flags}
+
+
+def make_world(config: StudyConfig, model: str, tokenizer: str) -> None:
+    """Draw and rank what the folder lacks; ValueError if it is of another model or other flags."""
     os.makedirs(config.folder, exist_ok=True)
-    refuse_other_stories(config, model, tokenizer)
+    identity, path = (
+        identity_of(config, model, tokenizer),
+        os.path.join(config.folder, "world.json"),
+    )
+    if not os.path.isfile(path):
+        files.write_text(path, json.dumps(identity, indent=1))
+    elif files.read_json_object(path) != identity:
+        other = "its stories are of another model or of other flags"
+        raise ValueError(f"--folder={config.folder}: {other}")
     drawn = os.path.join(config.folder, "stories.jsonl")
     ranked = os.path.join(config.folder, "ranked.jsonl")
     pool = os.path.join(config.folder, "pool.jsonl")
@@ -235,30 +262,6 @@ def make_world(config: StudyConfig) -> tuple[str, str, str]:
             stories.generate(stories.GenerateConfig(**source, out=path))
     if not os.path.isfile(ranked):
         stories.rank(stories.RankConfig(stories=drawn, out=ranked, group_size=4))
-    return model, tokenizer, config.folder
-
-
-def refuse_other_stories(config: StudyConfig, model: str, tokenizer: str) -> None:
-    """ValueError if the folder holds the stories of another model, or of other flags."""
-    asked = {"model": files.inputs_sha256(model)}
-    asked["tokenizer"] = files.inputs_sha256(tokenizer) if tokenizer else ""
-    asked |= {name: getattr(config, name) for name in ("num_groups", "pool", "max_new_tokens")}
-    path = os.path.join(config.folder, "world.json")
-    if not os.path.isfile(path):
-        files.write_text(path, json.dumps(asked, indent=1))
-    elif files.read_json_object(path) != asked:
-        raise ValueError(
-            f"--folder={config.folder}: its stories are of another model or of other flags"
-        )
-
-
-def digest_of(config: StudyConfig) -> dict:
-    """Return what all the runs of a file share: the folder's inputs, its groups, and flags."""
-    shared = files.read_json_object(os.path.join(config.folder, "world.json"))
-    for name in ("ranked", "pool"):
-        path = os.path.join(config.folder, f"{name}.jsonl")
-        shared[f"{name}.jsonl"] = files.inputs_sha256(path)
-    return shared | {"stories": config.stories}
 
 
 class Workers:
@@ -386,9 +389,11 @@ def described(row: dict) -> str:
 def main(argv: list[str]) -> None:
     config = parse(StudyConfig, argv, "study.py", "Every objective, with replicate seeds.")
     parallel.start("cpu", "float32")
-    world = make_world(config)
-    rows = Rows(config.rows, digest_of(config))
-    study(config, world, rows)
+    model, tokenizer = inputs_of(config)
+    identity = identity_of(config, model, tokenizer)
+    rows = Rows(config.rows, identity | {"stories": config.stories})
+    make_world(config, model, tokenizer)
+    study(config, (model, tokenizer, config.folder), rows)
     runs = sum("run" in row for row in rows.rows)
     print(f"{config.rows}: {counted(runs, 'run')}; now `python experiments/findings.py`")
 

@@ -42,9 +42,10 @@ def flags(workshop, tokenizer):
 
 @pytest.fixture
 def world(flags, tokenizer):
-    paths = study.make_world(study.parse(study.StudyConfig, flags, "study.py"))
-    torch.manual_seed(0)
-    return study_run.World(*paths, 4, 16)
+    config = study.parse(study.StudyConfig, flags, "study.py")
+    inputs = study.inputs_of(config)
+    study.make_world(config, *inputs)
+    return study_run.World(*inputs, config.folder, 4, 16)
 
 
 def command(flags):
@@ -214,7 +215,7 @@ def test_adamw_scales_as_torch_s_does():
 def test_stories_of_other_flags_and_unknown_questions_are_refused(flags, world):
     config = study.parse(study.StudyConfig, [*flags, "--pool=65"], "study.py")
     with pytest.raises(ValueError, match="--folder=study: its stories are of another model or"):
-        study.make_world(config)
+        study.make_world(config, *study.inputs_of(config))
     with pytest.raises(ValueError, match="--only=E9: no such question"):
         study.main([*flags, "--only=E9"])
 
