@@ -125,12 +125,14 @@ def questions(
             *(runs(loss, num_groups=n, steps=n // 16) for n in (256, 2560) for loss in rankings),
         ),
     ]
-    jobs["E5 mu and samples"] = by_seed(
-        runs("spo_rank", settings="gamma=0"),
-        runs("spo_rank", settings="gamma=1"),
-        *(runs("spo_rank", kl_interval=interval) for interval in (1, 40)),
-        *(runs("spo_rank", kl_batch_size=size) for size in (8, 128)),
-    )
+    jobs["E5 mu and samples"] = [
+        *runs("spo_rank", settings="gamma=0"),
+        *by_seed(
+            runs("spo_rank", settings="gamma=1"),
+            *(runs("spo_rank", kl_interval=interval) for interval in (1, 40)),
+            *(runs("spo_rank", kl_batch_size=size) for size in (8, 128)),
+        ),
+    ]
     long = {"steps": LONG, "to_the_end": True}
     jobs["E7 longer"] = by_seed(runs("spo_rank", **long), runs("dpo_rank", **long))
     return jobs
@@ -365,15 +367,16 @@ def answer(
     needed = list(itertools.accumulate(workers.seconds(job) / workers.count for job in missing))
     fitting = [job for job, end in zip(missing, needed, strict=True) if end <= left]
     if fitting:
-        minutes = needed[len(fitting) - 1] / 60
-        print(f"    {counted(len(fitting), 'run')} in about {minutes:.0f} minutes", flush=True)
+        minutes = round(needed[len(fitting) - 1] / 60)
+        about = f"about {counted(minutes, 'minute')}"
+        print(f"    {counted(len(fitting), 'run')} in {about}", flush=True)
     for row in workers.run(fitting):
         rows.add(row)
         print(f"    {described(row)}", flush=True)
     if len(fitting) < len(missing):
         runs = counted(len(missing) - len(fitting), "run")
-        minutes = needed[-1] / 60
-        print(f"    {runs} left out; all take {minutes:.0f} minutes, --minutes", flush=True)
+        minutes = counted(round(needed[-1] / 60), "minute")
+        print(f"    {runs} left out; all missing ones take {minutes}, see --minutes", flush=True)
 
 
 def described(row: dict) -> str:
