@@ -37,6 +37,7 @@ PAIRS = ("spo", "dpo", "ipo", "kto", "simpo")
 BASELINES = {"spo_rank": "dpo_rank", "spo_bon": "dpo_rank", "best_sft": "dpo_rank"}
 BASELINES |= {"spo": "dpo", "ipo": "dpo", "kto": "dpo", "simpo": "dpo", "dpo_rank": "dpo"}
 SEEDS = range(3)
+SECOND = "second_win_rate"
 E1_SEEDS = range(study.EQUAL_KL_SEEDS)
 Runs = dict[int, dict]  # by seed
 
@@ -176,9 +177,9 @@ def e1(runs: Study) -> str:
     for loss in (*RANKINGS, *PAIRS):
         mine = runs.runs(loss, E1_SEEDS)
         shown = [cells_at(runs, mine, nats) for nats in BUDGETS]
-        rows.append([loss, *shown, cells_at(runs, mine, 2.0, "second_win_rate")])
+        rows.append([loss, *shown, cells_at(runs, mine, 2.0, SECOND)])
     head = ["objective", *(f"at {nats:g}" for nats in BUDGETS), "second judge, at 2"]
-    second = {c.name: str(c) for c in e1_contrasts(runs, "second_win_rate")}
+    second = {c.name: str(c) for c in e1_contrasts(runs, SECOND)}
     reached = {name: runs.reached(*both) for name, both in e1_pairs(runs).items()}
     more = {"seeds_at_0.5_1_2_4_nats": reached, "second_judge,_points": second}
     tested = contrast_table(e1_contrasts(runs), **more)
@@ -495,7 +496,6 @@ def e7(runs: Study) -> str:
     return "\n\n".join(blocks)
 
 
-SECOND = "second_win_rate"
 QUESTIONS = {
     "E6": e6,
     "E0": e0,

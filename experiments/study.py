@@ -3,12 +3,12 @@
     python experiments/study.py --minutes=100
 
 A run takes up to 40 steps of 16 groups, with evaluations at steps 0, 1, 2, 3, 5, 8, 12, 18, 27 and
-40; it ends at the first one past 4 nats. It
-becomes one line of experiments/study.jsonl: its settings and, of every evaluation, the scores of
-256 stories, the win-rate against a pool of 4,096, KL, entropy and diversity. A run that has its
-line is not run again, so that the same command continues a study that was stopped at any point.
-The questions are those of experiments/claims.md, in their order. For a seed, all objectives see
-the same groups in the same order, and their stories come from the same random streams.
+40. It ends at the first one past 4 nats, and becomes one line of experiments/study.jsonl: its
+settings and, of every evaluation, the scores of 256 stories, the win-rate against a pool of 4,096,
+KL, entropy and diversity. A run that has its line is not run again, so that the same command
+continues a study that was stopped at any point. The questions are those of experiments/claims.md,
+in their order. For a seed, all objectives see the same groups in the same order, and their stories
+come from the same random streams.
 """
 
 import concurrent.futures

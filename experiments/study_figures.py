@@ -1,4 +1,4 @@
-"""The figures of docs/findings.md, drawn from a findings.Study."""
+"""The figures of docs/findings.md, drawn from a study_reading.Study."""
 
 import os
 import sys
@@ -28,9 +28,7 @@ def save(figure, path: str) -> None:
     plt.close(figure)
 
 
-def band(
-    axis, x: np.ndarray, curves: Sequence[np.ndarray], color: str, label: str, **style
-) -> None:
+def band(axis, x: np.ndarray, curves: Sequence[np.ndarray], color: str, label: str) -> None:
     """Draw the mean of curves over seeds, and its 95% interval; of few seeds, each curve."""
     values = np.array(curves)
     mean = values.mean(0)

@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -28,7 +28,7 @@ from spo import checkpoint, fast, head, offline_judge, order, parallel
 from spo.evaluation import Evaluation
 from spo.groups import EncodedGroup, encode_groups, micro_batches
 from spo.records import read_groups, read_stories
-from spo.reference import PolicySamples, with_reference_logps
+from spo.reference import PolicySamples, compute_logps
 from spo.tokenizer import load_tokenizer
 
 CHECKPOINTS = (0, 1, 2, 3, 5, 8, 12, 18, 27, 40, 60, 90, 120, 160)  # steps, up to a run's last
@@ -113,7 +113,7 @@ class World:
     """
 
     def __init__(
-        self, init_from: str, tokenizer: str, folder: str, stories: int = 256, max_new_tokens=256
+        self, init_from: str, tokenizer: str, folder: str, stories: int, max_new_tokens: int
     ):
         fast.enable_fast_matmul("cpu", "float32")
         self.reference = checkpoint.load(init_from).requires_grad_(False)
@@ -121,10 +121,12 @@ class World:
         ranked = read_groups(os.path.join(folder, "ranked.jsonl"))
         context = self.reference.args.max_seq_len
         self.groups, drops = encode_groups(ranked, self.tokenizer, self.reference.eos_ids, context)
+        reasons = ", ".join(f"{len(lines)} {reason}" for reason, lines in drops.items())
+        usable = f"{folder}: {len(self.groups)} of {len(ranked)} groups can be used ({reasons})"
         if len(self.groups) < FEWEST_GROUPS:
-            reasons = ", ".join(f"{len(lines)} {reason}" for reason, lines in drops.items())
-            usable = f"{len(self.groups)} of {len(ranked)} groups can be used ({reasons})"
-            raise ValueError(f"{folder}: {usable}; draw more, --num_groups")
+            raise ValueError(f"{usable}; draw more, --num_groups")
+        if drops:
+            print(usable, flush=True)
         self.texts = {group.line: group for group in ranked}
         self.prompts = sorted({group.prompt for group in ranked})
         pool = read_stories(os.path.join(folder, "pool.jsonl"))
@@ -165,8 +167,8 @@ class World:
     def read_by_reference(self, indices: Sequence[int]) -> None:
         missing = sorted(set(indices) - set(self.logps))
         if missing:
-            known = with_reference_logps([self.groups[i] for i in missing], self.reference)
-            self.logps |= {i: g.reference_logps for i, g in zip(missing, known, strict=True)}
+            logps = compute_logps([self.groups[i] for i in missing], self.reference)
+            self.logps |= dict(zip(missing, logps, strict=True))
 
     def labelled(self, run: Run, index: int) -> list[EncodedGroup]:
         """Return what a run is told of a group: itself, a pair of it, or three."""
@@ -184,9 +186,10 @@ def groups_to_train_on(count: int) -> int:
     return count - min(FRESH_GROUPS, count // 4)
 
 
-def orders(run: Run, index: int, scores) -> list[tuple[int, ...]]:
+def orders(run: Run, index: int, scores: Callable[[], list[float]]) -> list[tuple[int, ...]]:
     """Return the places, in a true ranking of four, of what is taken for best, second and so on.
 
+    scores  of the group, asked for where the labels are drawn from them
     The same group gets the same noise in all runs of a seed.
     """
     rng = random.Random(f"{run.seed} {index}")
