@@ -170,7 +170,8 @@ class Attention(nn.Module):
     @staticmethod
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """softmax(q k^T / sqrt(head_dim)) v. A query sees keys up to its own, a single one all."""
-        causal = q.shape[2] > 1
+        # Written as a literal, since torch.compile would hand a symbolic comparison to attention.
+        causal = True if q.shape[2] > 1 else False
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
 
 

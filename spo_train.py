@@ -325,7 +325,9 @@ def make_optimizer(config: TrainConfig, model: Transformer) -> torch.optim.AdamW
         {"params": vectors, "weight_decay": 0.0},
     ]
     betas = (config.adam_beta1, config.adam_beta2)
-    return torch.optim.AdamW(parameters, lr=config.learning_rate, betas=betas)
+    # On a GPU the default would copy all weights once more in each step.
+    fused = config.device.startswith("cuda")
+    return torch.optim.AdamW(parameters, lr=config.learning_rate, betas=betas, fused=fused or None)
 
 
 def optimizer_step(optimizer: torch.optim.Optimizer, lr: float) -> float:

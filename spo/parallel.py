@@ -35,18 +35,27 @@ place = "the start"  # how far this process has come, for messages
 # --- device and precision ------------------------------------------------------------------------
 
 
-def pick_device(name: str) -> str:
-    """Return the device of a --device flag. "": cuda if there is one, else cpu.
+def pick_device(given: str) -> str:
+    """Return the device of a --device flag. A GPU has a number: that of the process, for "cuda".
 
-    ValueError if it is not there.
+    given  "": cuda if there is one, else cpu
+    ValueError if it is not there, or if several processes would share one GPU.
     """
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = given or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda:") and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        each = "torchrun gives each process a GPU of its own; give --device=cuda"
+        raise ValueError(f"--device={name}: {each}")
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError):
-        message = f"--device={name}: not available on this machine; use --device=cpu"
+        message = f"--device={given or name}: not available on this machine; use --device=cpu"
+        gpus = torch.cuda.device_count()
+        if gpus:
+            message += f", or fewer processes: it has {gpus}, and {name} was asked for"
         raise ValueError(message) from None
-    if name.startswith("cuda:"):
+    if name.startswith("cuda"):
         torch.cuda.set_device(name)  # streams and graphs are made on the current device
     return name
 
@@ -74,10 +83,6 @@ def start(device: str, dtype: str = "float32") -> tuple[str, str]:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 and dtype == "float32":
         return device, dtype
-    if device == "cuda" and size > 1:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-    if device.startswith("cuda"):
-        torch.cuda.set_device(device)
     if not dist.is_initialized():
         if size == 1:
             joined, rank_here = dist.HashStore(), 0

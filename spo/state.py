@@ -29,7 +29,10 @@ def tensors_of(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str
     for name, weight in model.named_parameters():
         if not optimizer.state[weight]:  # before the first step
             optimizer.state[weight] = {
-                "step": torch.tensor(0.0),
+                # A fused optimizer counts its steps where the weights are.
+                "step": torch.zeros(
+                    (), device=weight.device if optimizer.defaults["fused"] else None
+                ),
                 "exp_avg": torch.zeros_like(weight),
                 "exp_avg_sq": torch.zeros_like(weight),
             }

@@ -263,7 +263,7 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "dribble":
             self.send(200, answer[:1], length=len(answer))
             for character in answer[1:]:
-                time.sleep(0.05)
+                time.sleep(0.2)  # minutes for a whole answer
                 self.wfile.write(character.encode())
             return None
         return self.send(200, answer)

@@ -82,8 +82,8 @@ def close(judge: ApiJudge) -> None:
 @pytest.mark.parametrize("fault", REFUSED + LOST + UNUSABLE + FINE)
 def test_every_fault_once_changes_no_label(flags, fault):
     groups = make_groups(2)
-    with FakeApi([fault], score=quality, stall=1.5) as api:
-        judge, found = rankings(api, flags(api, judge_timeout=0.5), groups)
+    with FakeApi([fault], score=quality, stall=6.0) as api:
+        judge, found = rankings(api, flags(api, judge_timeout=2.0), groups)
         assert api.done[fault] == 1
     assert found == [honest(group) for group in groups]
     again = sum(api.asked.values()) - 4
@@ -98,8 +98,8 @@ def campaign(flags, count: int, faults: int) -> None:
     rng = random.Random(0)
     schedule = [rng.choice(REFUSED + LOST + UNUSABLE + FINE + [""]) for _ in range(faults)]
     groups = make_groups(count)
-    with FakeApi(schedule, score=quality, stall=0.6) as api:
-        judge, found = rankings(api, flags(api, workers=16, judge_timeout=0.3), groups)
+    with FakeApi(schedule, score=quality, stall=4.0) as api:
+        judge, found = rankings(api, flags(api, workers=16, judge_timeout=1.5), groups)
         assert sum(api.done.values()) > faults  # every fault has been met
     assert found == [honest(group) for group in groups]
     journal = judge.chat.journal
@@ -290,7 +290,7 @@ def test_dribbled_bytes_do_not_extend_the_deadline(flags):
         judge, started = ApiJudge(flags(api, judge_timeout=0.5, judge_retries=1)), time.monotonic()
         with pytest.raises(ConnectionError):
             judge.rank(make_groups(1)[0])
-        assert time.monotonic() - started < 2.0  # two requests of half a second
+        assert time.monotonic() - started < 60  # two whole answers would take two minutes
 
 
 # --- money ---------------------------------------------------------------------------------------

@@ -11,10 +11,11 @@ import torch
 from helpers import ROOT, plain_tiny, tiny
 
 from model import KVCache, TransformerBlock
-from spo import fast, fast_block, parallel
+from spo import fast, fast_block, parallel, state
 from spo.fast import attend_on_cpu
 from spo.fast_block import QUERIES_PER_BLOCK
 from spo.generate import generate
+from spo_train import TrainConfig, make_optimizer
 
 
 @pytest.fixture(autouse=True)
@@ -24,24 +25,26 @@ def restored():
 
 
 def test_float32_products_are_as_exact_after_the_choice_as_before():
-    said = fast.enable_fast_matmul("cpu")
-    a, b = torch.randn(64, 500), torch.randn(500, 64)
-    exact = a.double() @ b.double()
-    assert (a @ b - exact).norm() <= 1e-6 * exact.norm()
-    assert said.startswith("running on cpu with ") and "e-07" in said
+    exact = fast.matmul_error("highest", "cpu")
+    fast.enable_fast_matmul("cpu")
+    assert fast.matmul_error(torch.get_float32_matmul_precision(), "cpu") <= 2 * exact
 
 
-def test_what_rounds_is_not_chosen(monkeypatch):
-    errors = {"highest": 2e-7, "medium": 3e-3}
-
+@pytest.mark.parametrize("error,chosen", [(3e-3, "highest"), (3e-7, "medium")])
+def test_what_rounds_is_not_chosen(monkeypatch, error, chosen):
+    """3e-3 is what oneDNN has where a processor has AMX."""
+    errors = {"highest": 2e-7, "medium": error}
     monkeypatch.setattr(fast, "matmul_error", lambda precision, device: errors[precision])
-    assert fast.enable_fast_matmul("cpu").endswith(
-        "float32 products, not by oneDNN: its error of 3.0e-03 is too large"
-    )
-    assert torch.get_float32_matmul_precision() == "highest"
-    errors["medium"] = 3e-7
-    assert "oneDNN" in fast.enable_fast_matmul("cpu")
-    assert torch.get_float32_matmul_precision() == "medium"
+    fast.enable_fast_matmul("cpu")
+    assert torch.get_float32_matmul_precision() == chosen
+
+
+def test_the_first_line_says_what_runs_where_and_nothing_of_errors(monkeypatch):
+    lines = []
+    for error in (3e-3, 3e-7):
+        monkeypatch.setattr(fast, "matmul_error", lambda precision, device: error)
+        lines.append(fast.enable_fast_matmul("cpu"))
+    assert lines == [f"running on cpu with {torch.get_num_threads()} threads in float32"] * 2
 
 
 def test_a_cpu_computes_in_float32_unless_asked():
@@ -54,6 +57,101 @@ def test_a_gpu_computes_in_bfloat16_if_it_can(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: can)
         assert parallel.pick_dtype("", "cuda:1") == dtype
         assert parallel.pick_dtype("float32", "cuda") == "float32"
+
+
+# --- a GPU's first lines, on a CUDA that is pretended --------------------------------------------
+
+
+@pytest.fixture
+def pretended_cuda(monkeypatch):
+    """What torch.cuda answers on a machine with four GPUs, and its own check of set_device's index.
+
+    Returns the numbers that set_device was called with.
+    """
+    from torch.cuda._utils import _get_device_index
+
+    set_to, empty = [], torch.empty
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda d: set_to.append(_get_device_index(d)))
+    monkeypatch.setattr(torch, "empty", lambda *shape, device: empty(*shape))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    return set_to
+
+
+@pytest.mark.parametrize("dtype", ["", "float32"])
+@pytest.mark.parametrize(
+    "processes,rank,given,number",
+    [
+        (1, "", "", 0),
+        (1, "", "cuda", 0),
+        (1, "", "cuda:1", 1),
+        (4, "3", "", 3),
+        (4, "0", "cuda", 0),
+    ],
+)
+def test_every_process_starts_on_a_gpu_of_its_own(
+    pretended_cuda, monkeypatch, processes, rank, given, number, dtype
+):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    monkeypatch.setenv("LOCAL_RANK", rank) if rank else monkeypatch.delenv("LOCAL_RANK", False)
+    assert parallel.start(given, dtype) == (f"cuda:{number}", dtype or "bfloat16")
+    assert pretended_cuda == [number]
+
+
+def test_several_processes_do_not_share_one_gpu(pretended_cuda, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match="^--device=cuda:1: torchrun gives each process"):
+        parallel.start("cuda:1", "")
+    assert not pretended_cuda
+
+
+def test_on_a_gpu_the_optimizer_is_fused_and_its_state_is_saved_and_read(tmp_path):
+    """A fused AdamW needs no copy of the weights, and counts its steps where the weights are."""
+    for device, fused in (("cuda:0", True), ("cpu", None)):
+        model = plain_tiny()
+        config = TrainConfig(device=device)
+        optimizer = make_optimizer(config, model)
+        assert optimizer.defaults["fused"] is fused
+        state.tensors_of(model, optimizer)  # as at step 0
+        model(torch.tensor([[1, 2]])).sum().backward()
+        optimizer.step()
+        expected = {name: t.clone() for name, t in state.tensors_of(model, optimizer).items()}
+        assert expected["optimizer.norm.weight.step"] == 1
+        state.save_state(str(tmp_path), 1, expected, {})
+        optimizer.step()
+        tensors = state.tensors_of(model, optimizer)
+        state.load_state(str(tmp_path / "step_00000001"), tensors)
+        assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+
+
+def test_compiled_layers_are_one_graph_each_whatever_the_length(monkeypatch):
+    """A graph break inside a layer costs more than compiling gains, and nothing says so."""
+    graphs, ran = [], 0
+    compiler = torch.compile
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+
+        def run(*inputs):
+            nonlocal ran
+            ran += 1
+            return graph.forward(*inputs)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", lambda f, **how: compiler(f, backend=counting, **how))
+    torch._dynamo.reset()
+    model = plain_tiny(max_seq_len=64)
+    parallel.compile_layers(model)
+    new_graphs = []
+    for rows, length in ((8, 64), (8, 48), (5, 32), (16, 24), (2, 64)):
+        before, ran = len(graphs), 0
+        model.hidden(torch.randint(0, 64, (rows, length))).sum().backward()
+        new_graphs.append(len(graphs) - before)
+        assert ran == len(model.layers), (rows, length)
+    assert new_graphs[2:] == [0, 0, 0]
+    torch._dynamo.reset()
 
 
 # --- attention and generation on a CPU ---------------------------------------------------------
@@ -76,8 +174,11 @@ def test_a_block_equals_the_models_and_so_does_its_gradient(kv, length, dtype, t
         y = forward(layer, x, model.freqs_cos[:length], model.freqs_sin[:length], None)
         gradients = torch.autograd.grad(y, [x, *layer.parameters()], upstream)
         results.append([y, *gradients])
+    largest = max(float(expected.detach().norm()) for expected in results[0])
     for expected, found in zip(*results, strict=True):
-        assert (found - expected).norm() <= tolerance * expected.norm()
+        # Some gradients are 0 at length 1. What is there instead is rounding of the others' size.
+        size = max(float(expected.detach().norm()), 0.01 * largest)
+        assert (found - expected).norm() <= tolerance * size
 
 
 def test_the_blocks_gradients_are_those_of_finite_differences():

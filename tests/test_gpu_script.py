@@ -47,11 +47,11 @@ def test_the_script_runs_to_its_end_at_tiny_shapes(tmp_path):
 
 def test_a_part_that_fails_or_hangs_is_a_row_and_the_next_one_runs(tmp_path, monkeypatch):
     listed = [
-        gpu.Part("tests", "echo some; exit 3", 60),
+        gpu.Part("tests", "echo some; exit 3", 3600),
         gpu.Part("W4", "sleep 600 & sleep 600", 1),
-        gpu.Part("generation", "no_such_command", 60),
+        gpu.Part("generation", "no_such_command", 3600),
         gpu.Part("7B", "", 60, "it needs something that is not here"),
-        gpu.Part("head", """echo '{"what": "figure", "error": "7"}'; echo the end""", 60),
+        gpu.Part("head", """echo '{"what": "figure", "error": "7"}'; echo the end""", 3600),
     ]
     monkeypatch.setattr(gpu, "parts", lambda tiny: listed)
     gpu.main([f"--out={tmp_path}", "--tiny"])

@@ -166,8 +166,8 @@ def killed_at(processes: int, flags: list[str], after_lines: int, rng: random.Ra
         env=os.environ | ONE_THREAD,
         start_new_session=True,
     )
-    log, deadline = f"{folder}/log.jsonl", time.monotonic() + 60
-    while process.poll() is None and time.monotonic() < deadline:
+    log = f"{folder}/log.jsonl"
+    while process.poll() is None:
         if os.path.exists(log) and open(log, "rb").read().count(b"\n") >= after_lines:
             break
         time.sleep(0.001)
@@ -225,7 +225,7 @@ def test_sigterm_keeps_the_state_and_exits_0(flags):
     while not os.path.exists("out/log.jsonl") or len(log_of("out")) < 4:
         time.sleep(0.005)
     process.send_signal(signal.SIGTERM)
-    printed, _ = process.communicate(timeout=30)
+    printed, _ = process.communicate()
     assert process.returncode == 0 and "stopped by SIGTERM before step" in printed
     run(1, flags("spo_rank", "out", "--max_iters=40", "--eval_interval=40", "--resume"))
     assert_same_runs("unbroken", "out")
@@ -249,7 +249,7 @@ def test_torchrun_recovers_from_a_lost_worker(flags):
         ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
     ).stdout.split()
     os.kill(int(workers[0]), signal.SIGKILL)
-    _, errors = process.communicate(timeout=100)
+    _, errors = process.communicate()
     assert process.returncode == 0, errors[-2000:]
     assert_same_runs("unbroken", "out")
 

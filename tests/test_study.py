@@ -61,7 +61,7 @@ def rows_without_times(path):
 
 def test_a_study_that_is_killed_and_cut_goes_on_to_the_rows_of_an_unbroken_one(flags):
     asked = [*flags, "--only=learning"]
-    subprocess.run(command(asked), check=True, timeout=900)
+    subprocess.run(command(asked), check=True)
     unbroken = rows_without_times("study.jsonl")
     assert len(unbroken) == 2 + 2 * len(study.LOSSES)
     os.remove("study.jsonl")
@@ -73,11 +73,11 @@ def test_a_study_that_is_killed_and_cut_goes_on_to_the_rows_of_an_unbroken_one(f
     killed.wait()
     with open("study.jsonl", "r+b") as f:
         f.truncate(os.path.getsize("study.jsonl") - 9)  # and its last line was half-written
-    again = subprocess.run(command(asked), capture_output=True, text=True, timeout=900)
+    again = subprocess.run(command(asked), capture_output=True, text=True)
     assert again.returncode == 0 and "its last line is cut" in again.stdout
     assert rows_without_times("study.jsonl") == unbroken
     before = os.path.getmtime("study.jsonl")
-    subprocess.run(command(asked), check=True, timeout=900)
+    subprocess.run(command(asked), check=True)
     assert os.path.getmtime("study.jsonl") == before  # what is there is not run again
 
 
