@@ -441,7 +441,8 @@ def evaluate_and_save(
         shown = f"{verdict}\n    {verdict.besides}\n    {verdict.sample}"
         run.say(f"step {step}: win-rate over {evaluation.name} {shown}")
     run.evaluated = step
-    run.save_state(step, samples.groups)
+    if step > 0:  # before it there is nothing to continue
+        run.save_state(step, samples.groups)
 
 
 def final_report(run: RunFolder, evaluation: Evaluation, policy: Transformer) -> None:

@@ -141,11 +141,7 @@ def load_rows(model: Transformer, source, device: str, rank: int = 0, size: int 
         model.output.weight = model.tok_embeddings.weight
     for name, weight in model.named_parameters():
         local = parallel.local(weight)
-        start = 0
-        if len(local) < len(weight):  # as FSDP2 deals rows out
-            rows_each = math.ceil(len(weight) / size)
-            start = min(rank * rows_each, len(weight))
-        rows = source.rows(name, slice(start, start + len(local)))
+        rows = source.rows(name, parallel.rows_of(weight, rank, size))
         if rows.shape != local.shape:
             found, expected = tuple(rows.shape), tuple(local.shape)
             raise ValueError(f"{source.path}: {name} is of shape {found}, expected {expected}")

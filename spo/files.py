@@ -101,9 +101,9 @@ def named_errors(path: str, size: int = 0, temporary: str = "") -> Iterator[None
     """
     try:
         yield
-    except (ValueError, KeyboardInterrupt, GeneratorExit, SystemExit):
+    except ValueError:
         raise
-    except BaseException as error:  # torch's CheckpointException is no Exception
+    except Exception as error:
         number = system_error(error)
         if number is None:
             raise
@@ -113,16 +113,13 @@ def named_errors(path: str, size: int = 0, temporary: str = "") -> Iterator[None
 def system_error(error: BaseException | None) -> int | None:
     """Return the operating system's number of what went wrong, at the bottom of an exception.
 
-    torch, safetensors and torch.distributed.checkpoint wrap it, each in its own way.
+    torch and safetensors wrap it, each in its own way.
     """
     while error is not None:
         if isinstance(error, OSError) and error.errno:
             return error.errno
         if spelled := re.search(r"os error (\d+)", str(error)):  # safetensors
             return int(spelled[1])
-        for inner, _ in getattr(error, "failures", {}).values():  # CheckpointException
-            if number := system_error(inner):
-                return number
         error = error.__cause__ or error.__context__
     return None
 

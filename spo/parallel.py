@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import functools
 import gc
+import math
 import os
 import sys
 import time
@@ -381,6 +382,15 @@ def refuse_non_finite(model: Transformer) -> None:
 def local(tensor: Tensor) -> Tensor:
     """Return this process's part of a tensor that may be sharded."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def rows_of(tensor: Tensor, rank: int, size: int) -> slice:
+    """Return which rows of a tensor are those of a process, of `size`: as FSDP2 deals them out."""
+    mine = len(local(tensor))
+    if mine == len(tensor):  # it is not sharded
+        return slice(0, mine)
+    start = min(rank * math.ceil(len(tensor) / size), len(tensor))
+    return slice(start, start + mine)
 
 
 def clip_gradient(model: Transformer, limit: float) -> float:

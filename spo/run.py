@@ -38,7 +38,14 @@ from spo.files import (
 from spo.groups import EncodedGroup
 from spo.plot import draw_curves
 from spo.progress import progress
-from spo.state import find_state, load_state, read_metadata, save_state, tensors_of
+from spo.state import (
+    find_state,
+    load_state,
+    read_metadata,
+    save_state,
+    states_in,
+    tensors_of,
+)
 from spo.tokenizer import Tokenizer, copy_tokenizer
 
 SECONDS_FOR_A_DYING_RUN = 30  # a resumed or restarted run may overlap the one it continues
@@ -225,6 +232,10 @@ class RunFolder:
 
         ValueError, naming the flag, if not.
         """
+        began = description_of_run(self.config.out_dir) is not None
+        if self.config.resume == "newest" and began and not states_in(self.path("state")):
+            print(f"{self.config.out_dir}: the run ended before its first state; it begins anew")
+            return None
         path = find_state(self.path("state"), self.config.resume)
         if path is None:
             return None

@@ -1,19 +1,20 @@
 """The states of a run on disk: what --resume continues from.
 
-A state is a folder of safetensors (weights and optimizer, written by torch.distributed.checkpoint:
-each process writes its part, and any number of processes can read it) with a state.json and the
-SHA-256 of every file. Nothing in it can run code.
+A state is a folder: each process writes its rows of every weight and moment into a safetensors file
+of its own, one tensor at a time, and any number of processes can read them. Beside these files
+stand state.json and the SHA-256 of each. Nothing in a state can run code.
 """
 
-import contextlib
 import glob
+import hashlib
 import json
+import math
 import os
 import shutil
-import warnings
-from collections.abc import Iterator
+import struct
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from model import Transformer
@@ -46,24 +47,31 @@ def save_state(folder: str, step: int, tensors: dict[str, Tensor], metadata: dic
     """Write folder/step_N, under that name when all of it is on the disk. Collective.
 
     metadata  what JSON can hold, the same in every process
-    OSError, naming the folder, if it cannot be written.
+    OSError, naming the folder, in every process if one of them cannot write.
     """
     path = os.path.join(folder, f"step_{step:08d}")
     temporary = f"{path}.tmp"
-    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    part = f"part-{parallel.rank() + 1:05d}-of-{parallel.world_size():05d}.safetensors"
+    size = sum(parallel.local(tensor).nbytes for tensor in tensors.values())
 
     def begin() -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         os.makedirs(temporary)
 
+    def write_part() -> tuple[str, str] | OSError:
+        try:
+            with named_errors(path, size, temporary):
+                return part, write_tensors(os.path.join(temporary, part), tensors)
+        except OSError as error:
+            return error
+
     def finish() -> None:
         with open(os.path.join(temporary, "state.json"), "w", encoding="utf-8") as f:
             json.dump(metadata | {"step": step}, f)
-        names = sorted(os.listdir(temporary))
-        hashes = {name: file_sha256(os.path.join(temporary, name)) for name in names}
+        hashes = dict(parts) | {"state.json": file_sha256(os.path.join(temporary, "state.json"))}
         with open(os.path.join(temporary, "SHA256SUMS"), "w", encoding="utf-8") as f:
             f.writelines(f"{digest}  {name}\n" for name, digest in hashes.items())
-        for name in [*names, "SHA256SUMS", "."]:
+        for name in ("state.json", "SHA256SUMS", "."):
             flush(os.path.join(temporary, name))
         shutil.rmtree(path, ignore_errors=True)
         os.rename(temporary, path)
@@ -74,13 +82,42 @@ def save_state(folder: str, step: int, tensors: dict[str, Tensor], metadata: dic
     try:
         with named_errors(path, size, temporary):
             parallel.on_rank_0(begin)
-            with distributed_checkpoint() as dcp:
-                writer = dcp.HuggingFaceStorageWriter(temporary, save_distributed=True)
-                dcp.save(tensors, storage_writer=writer, no_dist=parallel.world_size() == 1)
+            parts = parallel.all_gather(write_part())
+            for failed in parts:
+                if isinstance(failed, OSError):
+                    raise failed
             parallel.on_rank_0(finish)
     except OSError:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def write_tensors(path: str, tensors: dict[str, Tensor]) -> str:
+    """Write this process's rows of tensors as a safetensors file; return its SHA-256.
+
+    One tensor is copied at a time, and none that lies on the CPU: safetensors' own save_file would
+    hold a copy of everything that is on a GPU.
+    """
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        local = parallel.local(tensor)
+        dtype = {torch.float32: "F32", torch.float64: "F64"}[local.dtype]
+        offsets = [end, end + local.nbytes]
+        header[name] = {"dtype": dtype, "shape": list(local.shape), "data_offsets": offsets}
+        end += local.nbytes
+    encoded = json.dumps(header).encode()
+    encoded = encoded.ljust(math.ceil(len(encoded) / 8) * 8)  # tensors begin at a multiple of 8
+    digest = hashlib.sha256()
+    with open(path, "wb") as f:
+        for content in (struct.pack("<Q", len(encoded)), encoded):
+            f.write(content)
+            digest.update(content)
+        for tensor in tensors.values():
+            content = parallel.local(tensor).detach().cpu().contiguous().flatten().numpy().data
+            f.write(content)
+            digest.update(content)
+    flush(path)
+    return digest.hexdigest()
 
 
 def states_in(folder: str) -> list[str]:
@@ -125,6 +162,8 @@ def damage(path: str) -> str | None:
             expected = dict(reversed(line.rstrip("\n").split("  ", 1)) for line in f)
     except (OSError, ValueError):
         return "damaged: its SHA256SUMS cannot be read"
+    if not any(name.startswith("part-") for name in expected):
+        return "written by an earlier version, which kept states in another format"
     if "state.json" not in expected or set(expected) | {"SHA256SUMS"} != set(os.listdir(path)):
         return "damaged: its files are not those of SHA256SUMS"
     for name, digest in expected.items():
@@ -139,18 +178,23 @@ def read_metadata(path: str) -> dict:
 
 
 def load_state(path: str, tensors: dict[str, Tensor]) -> None:
-    """Read a state into tensors of the same names, on any number of processes. Collective."""
-    with distributed_checkpoint() as dcp:
-        reader = dcp.HuggingFaceStorageReader(path)
-        dcp.load(tensors, storage_reader=reader, no_dist=parallel.world_size() == 1)
-
-
-@contextlib.contextmanager
-def distributed_checkpoint() -> Iterator:
-    """torch.distributed.checkpoint, without its warning that there is but one process."""
-    # Imported here because it takes as long as everything else together, even for --help.
-    import torch.distributed.checkpoint as dcp
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
-        yield dcp
+    """Read a state into tensors of the same names. Each process reads its rows, and no others."""
+    parts = [
+        safe_open(file, "pt")
+        for file in sorted(glob.glob(os.path.join(glob.escape(path), "part-*")))
+    ]
+    for name, tensor in tensors.items():
+        local = parallel.local(tensor)
+        if tensor.dim() == 0:  # a count of steps, which all parts hold
+            local.copy_(parts[0].get_tensor(name))
+            continue
+        wanted = parallel.rows_of(tensor, parallel.rank(), parallel.world_size())
+        start = 0  # of the part's first row, in the whole tensor
+        for part in parts:
+            rows = part.get_slice(name)
+            count = rows.get_shape()[0]
+            first, last = max(wanted.start, start), min(wanted.stop, start + count)
+            if first < last:
+                here = rows[first - start : last - start]
+                local[first - wanted.start : last - wanted.start].copy_(here)
+            start += count

@@ -312,10 +312,93 @@ def test_only_the_very_run_is_resumed(workshop, tmp_path):
 def test_a_new_run_leaves_no_state_of_the_former(workshop):
     workshop("dpo_rank")
     workshop("dpo_rank", "--max_iters=2")
-    assert [os.path.basename(p) for p in state.states_in("out/state")] == [
-        "step_00000000",
-        "step_00000002",
-    ]
+    assert [os.path.basename(p) for p in state.states_in("out/state")] == ["step_00000002"]
+
+
+def test_a_run_that_ended_before_its_first_state_begins_anew_and_says_so(workshop, capsys):
+    """At step 0 nothing is kept: its state would be as large as the run, and hold no work."""
+    workshop("dpo_rank", "--max_iters=4")
+    unbroken = weights_of("out")
+    for path in state.states_in("out/state"):
+        shutil.rmtree(path)
+    capsys.readouterr()
+    workshop("dpo_rank", "--max_iters=4", "--resume")
+    printed = capsys.readouterr().out
+    assert "out: the run ended before its first state; it begins anew" in printed
+    assert all(torch.equal(weight, weights_of("out")[name]) for name, weight in unbroken.items())
+    os.makedirs("empty")
+    with pytest.raises(ValueError, match="there is no state of a run in empty/state"):
+        workshop("dpo_rank", "--resume", "--out_dir=empty")
+
+
+def test_a_state_of_an_earlier_version_is_refused_in_words(workshop):
+    workshop("dpo_rank", "--max_iters=2")
+    (path,) = state.states_in("out/state")
+    (part,) = [name for name in os.listdir(path) if name.startswith("part-")]
+    os.rename(f"{path}/{part}", f"{path}/shard-00001-model-00001-of-00001.safetensors")
+    sums = open(f"{path}/SHA256SUMS").read()
+    open(f"{path}/SHA256SUMS", "w").write(sums.replace(part, "shard-00001-model-00001-of-00001"))
+    with pytest.raises(ValueError, match="written by an earlier version, .*start anew without"):
+        workshop("dpo_rank", "--max_iters=2", "--resume")
+
+
+SAVES_30M = """
+import sys, torch
+import spo
+from spo import state
+from model import ModelArgs, Transformer
+
+def peak():  # resident at most since the last reset, in bytes
+    lines = open("/proc/self/status").read().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+torch.manual_seed(0)
+model = Transformer(ModelArgs(dim=512, n_layers=6, n_heads=8, vocab_size=16384, hidden_dim=1408))
+optimizer = torch.optim.AdamW(model.parameters())
+tensors = state.tensors_of(model, optimizer)
+for tensor in tensors.values():
+    tensor.add_(1.0)  # its memory is there from now on
+state.save_state(sys.argv[1], 1, {"small": torch.zeros(8)}, {})  # what the first call imports
+open("/proc/self/clear_refs", "w").write("5")  # the peak begins here
+before = peak()
+state.save_state(sys.argv[1], 2, tensors, {})
+largest = max(tensor.nbytes for tensor in tensors.values())
+print(peak() - before, largest, sum(tensor.numel() for tensor in tensors.values()))
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="no /proc to read peaks in")
+def test_saving_a_state_takes_at_most_the_memory_of_its_largest_tensor(tmp_path):
+    """30M weights with two moments each: 3 times 115 MB, the largest tensor 34 MB."""
+    words = [sys.executable, "-c", SAVES_30M, str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    more, largest, numbers = map(int, done.stdout.split())
+    assert more <= largest < 4 * numbers / 9
+
+
+def test_a_process_that_cannot_write_its_part_ends_all_in_one_line(flags, monkeypatch, tmp_path):
+    (tmp_path / "full.py").write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {ROOT!r})\n"
+        "import spo_train\n"
+        "from spo import parallel, state\n"
+        "from spo.config import main_program\n"
+        "write = state.write_tensors\n"
+        "def full(path, tensors):\n"
+        "    if parallel.rank() == 1:\n"
+        "        raise OSError(28, 'No space left on device', path)\n"
+        "    return write(path, tensors)\n"
+        "state.write_tensors = full\n"
+        "main_program(spo_train.main)\n"
+    )
+    words = command(2, *flags("dpo_rank", "out", "--eval_stories=0"))
+    words = [str(tmp_path / "full.py") if word.endswith("spo_train.py") else word for word in words]
+    words = [word for word in words if not word.startswith("--eval_pool")]
+    done = subprocess.run(words, capture_output=True, text=True, env=os.environ | ONE_THREAD)
+    assert done.returncode != 0
+    assert "out/state/step_00000003: No space left on device" in done.stderr
+    assert os.listdir("out/state") == []
 
 
 def test_a_state_holds_nothing_that_could_run_code(workshop):
@@ -326,9 +409,9 @@ def test_a_state_holds_nothing_that_could_run_code(workshop):
 
 
 def test_a_full_disk_leaves_the_former_state(workshop, monkeypatch):
-    workshop("dpo_rank", "--max_iters=4")
+    workshop("dpo_rank", "--max_iters=8")
     before = {p: state.damage(p) for p in state.states_in("out/state")}
-    shutil.rmtree("out/state/step_00000004")
+    shutil.rmtree("out/state/step_00000008")
 
     def full(*_):
         raise OSError(28, "No space left on device", "out/state")
@@ -336,8 +419,8 @@ def test_a_full_disk_leaves_the_former_state(workshop, monkeypatch):
     with monkeypatch.context() as broken:
         broken.setattr(state, "flush", full)
         with pytest.raises(OSError, match="No space left"):
-            workshop("dpo_rank", "--max_iters=4", "--resume")
+            workshop("dpo_rank", "--max_iters=8", "--resume")
     assert [state.damage(p) for p in state.states_in("out/state")] == [None]
-    workshop("dpo_rank", "--max_iters=4", "--resume")
+    workshop("dpo_rank", "--max_iters=8", "--resume")
     assert {p: state.damage(p) for p in state.states_in("out/state")} == before
     assert not [name for name in os.listdir("out/state") if name.endswith(".tmp")]
