@@ -39,7 +39,7 @@ from spo.groups import Batch, EncodedGroup, load_dataset, micro_batches, padding
 from spo.order import batch_indices, indices_of_run
 from spo.parallel import print0
 from spo.passes import passes_and_mean
-from spo.reference import PolicySamples, add_reference_logps
+from spo.reference import PolicySamples, add_reference_logps, kl_of_rounding
 from spo.run import RunFolder
 from spo.tokenizer import Tokenizer, load_tokenizer
 from tinystories_data import build_demo, pool_folder
@@ -108,6 +108,9 @@ class TrainConfig(JudgeFlags):
     stop_kl: float | None = flag(None, "end when the KL passes this, in nats", above=0, free=True)
     report: bool = flag(True, "end with a table on twice as many fresh stories", free=True)
     curves: bool = flag(True, "draw curves.png into out_dir at the end", free=True)
+    save_dtype: str = flag(
+        "", "of ckpt.pt, best.pt; default: float32, above 2 GB the run's", choices=DTYPES, free=True
+    )
     keep_checkpoints: bool = flag(False, "keep every evaluation's weights, as step_N.pt", free=True)
     log_interval: int = flag(5, "steps between log lines", least=1, free=True)
     device: str = flag("", "cpu, cuda, cuda:1, mps; default: cuda", free=True, heading="system")
@@ -193,7 +196,9 @@ def train(config: TrainConfig) -> bool:
     if "reference_logps" in objective.reads:  # the policy still equals the reference
         groups = add_reference_logps(groups, indices_of_run(config, len(groups)), policy, config)
     optimizer = make_optimizer(config, policy)
-    run.start(policy, optimizer)
+    run.start(policy, optimizer, weights)
+    if evaluation:
+        evaluation.kl_rounding = run.kl_rounding
     prompts = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
     samples = PolicySamples.of(run.samples, reference, config.micro_batch_size)
 
@@ -209,6 +214,8 @@ def train(config: TrainConfig) -> bool:
         # Every kl_interval steps (T in the paper), draw fresh samples from the policy itself.
         if objective.online and step % config.kl_interval == 0:
             samples = draw_samples(config, policy, reference, prompts, step)
+            if run.kl_rounding is None:
+                run.kl_rounding = kl_of_rounding(reference, samples.groups, config.seed)
 
         started = time.perf_counter()
         indices = batch_indices(len(groups), config.batch_size, step, config.seed)
@@ -433,13 +440,15 @@ def evaluate_and_save(
     verdict = evaluation.evaluate(policy, step, "select") if evaluation else None
     # The first of equals stays the best. Where nobody judges, the latest is.
     improved = verdict is None or verdict.rate > run.best_rate
-    whole = parallel.full_model(policy, run.config.dtype)  # all weights, on rank 0
+    whole = parallel.full_model(policy, run.save_dtype())  # all weights, on rank 0
     parallel.on_rank_0(lambda: run.save_evaluation(step, whole, verdict, improved, save_llama2c))
     if verdict is not None:
         run.best_rate, run.kl = max(run.best_rate, verdict.rate), verdict.kl
+        run.kl_rounding = verdict.kl_rounding
         run.record(step, verdict.logged("eval"))
         shown = f"{verdict}\n    {verdict.besides}\n    {verdict.sample}"
         run.say(f"step {step}: win-rate over {evaluation.name} {shown}")
+    run.say_what_is_lost(step)
     run.evaluated = step
     if step > 0:  # before it there is nothing to continue
         run.save_state(step, samples.groups)

@@ -177,6 +177,24 @@ def load_and_shard(
         load_rows(model, source, device, parallel.rank(), processes)
 
 
+@torch.no_grad()
+def movement_kept(model: Transformer, source, dtype: str) -> float:
+    """Return the share of the weights moved since `source` that differ from it in `dtype`, too.
+
+    Collective: each process compares its own rows.
+    """
+    low = getattr(torch, dtype)
+    counts = torch.zeros(2, dtype=torch.float64)
+    for name, weight in model.named_parameters():
+        rows = parallel.rows_of(weight, parallel.rank(), parallel.world_size())
+        now = parallel.local(weight)
+        before = source.rows(name, rows).to(now)
+        kept = (now.to(low) != before.to(low)) & (now != before)
+        counts += torch.stack([(now != before).sum(), kept.sum()]).cpu()
+    moved, kept = parallel.all_reduce_sum(counts).tolist()
+    return kept / moved if moved else 1.0
+
+
 def is_tied(weights: dict[str, Tensor]) -> bool:
     """Tell whether the classifier is the embedding: absent, or equal to it."""
     output = weights.get("output.weight")

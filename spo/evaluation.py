@@ -28,6 +28,7 @@ from spo.generate import (
 from spo.groups import EncodedGroup, micro_batches
 from spo.parallel import print0
 from spo.records import read_groups
+from spo.reference import kl_of_rounding
 from spo.tokenizer import Tokenizer
 from spo.win_rate import WinRate, all_pairs, length_controlled_rate, win_rate
 
@@ -41,6 +42,7 @@ class Verdict:
     win_rate     None where the judge could not be asked any more: `reason` says why
     score        the offline judge's mean score;  second, second_score: spo/second_judge.py's
     kl           to the reference, in nats per story;  kl_error: its standard error
+    kl_rounding  the KL that bfloat16 alone shows (reference.kl_of_rounding); None in float32
     entropy      of the policy on its own stories, in nats per token
     coherence    their mean log-prob a token under the reference
     """
@@ -55,6 +57,7 @@ class Verdict:
     coherence: float
     diversity: Diversity
     stories: list[dict]
+    kl_rounding: float | None = None
     reason: str = ""
 
     @property
@@ -70,6 +73,8 @@ class Verdict:
             values |= {"win_rate": rate.rate, "low": rate.low, "high": rate.high}
             values |= {"length_controlled": rate.length_controlled}
         values |= {"score": self.score, "kl": self.kl, "kl_error": self.kl_error}
+        if self.kl_rounding is not None:
+            values["kl_rounding"] = self.kl_rounding
         values |= {"entropy": self.entropy, "reference_logp": self.coherence}
         values |= self.diversity.logged()
         values |= {"second_win_rate": second.rate, "second_low": second.low}
@@ -83,6 +88,8 @@ class Verdict:
         if self.win_rate and self.win_rate.trusted:
             rate += f", {self.win_rate.length_controlled:.1%} length-controlled"
         kl = f"KL {self.kl:.2f} \u00b1 {self.kl_error:.2f} nats"
+        if self.kl_rounding is not None:
+            kl += f" (bfloat16 alone shows {self.kl_rounding:.2f})"
         return f"{rate:<57} score {self.score:.2f}, {kl}, entropy {self.entropy:.2f} nats a token"
 
     @property
@@ -148,6 +155,7 @@ class Evaluation:
         self.max_new_tokens = max_new_tokens
         self.judge = judge
         self.has_judged = False
+        self.kl_rounding: float | None = None  # measured once, on the first samples
         self.name = "the reference"
         self.whose = "the stories of the model that you started from"
         counts = {"select": eval_stories, "report": 2 * eval_stories}
@@ -212,6 +220,8 @@ class Evaluation:
         if not math.isfinite(kl):
             kept = "ckpt.pt holds the last evaluation, a lower --learning_rate may help"
             raise ValueError(f"step {step}: the KL is {kl}, the weights are not finite; {kept}")
+        if self.kl_rounding is None:
+            self.kl_rounding = kl_of_rounding(self.reference, samples, self.seed)
         records = self._records(samples, prompts, step, purpose)
         texts = self._texts(records)
         scores = list(map(offline_judge.score, texts))
@@ -229,6 +239,7 @@ class Evaluation:
             coherence,
             Diversity.of([record["text"] for record in records], scores),
             records,
+            self.kl_rounding,
             reason,
         )
 

@@ -284,6 +284,7 @@ def shard(model: Transformer, dtype: str = "float32") -> None:
     One process in float32 keeps the model as it is. Gradients are SUMS over the processes, so a
     loss is divided by the number of all groups and by nothing else.
     """
+    model.low_precision = dtype == "bfloat16"
     if world_size() == 1 and dtype == "float32":
         return
     # Imported here because it takes as long as everything else together, even for --help.
@@ -321,6 +322,39 @@ def is_sharded(model: Transformer) -> bool:
     return hasattr(model, "unshard")  # fully_shard gave it that
 
 
+def computes_in_bfloat16(model: Transformer) -> bool:
+    return getattr(model, "low_precision", False)
+
+
+@contextlib.contextmanager
+def moved_by_rounding(model: Transformer, seed: int) -> Iterator[None]:
+    """Move the weights of a model for a while, so that about a quarter round to another bfloat16.
+
+    A weight moves by at most half the distance between two bfloat16 numbers. Published weights are
+    such numbers themselves: they would all round back, so they are first put anywhere within the
+    interval that rounds to them.
+    """
+    generator = torch.Generator(model.device).manual_seed(seed)
+    before = []
+    for weight in model.parameters():
+        mine, rows = local(weight).detach(), rows_of(weight, rank(), world_size())
+        before.append((mine, mine.to("cpu", copy=True)))
+        draw = functools.partial(
+            torch.rand, weight.shape, generator=generator, device=generator.device
+        )
+        steps = draw()[rows] - 0.5
+        spread = draw()[rows] - 0.5
+        steps += spread * (mine == mine.bfloat16())
+        # frexp: |weight| is in [2^(exponent - 1), 2^exponent), where numbers of 8 bits lie
+        # 2^(exponent - 8) apart.
+        mine += torch.ldexp(steps, torch.frexp(mine).exponent - 8)
+    try:
+        yield
+    finally:
+        for mine, original in before:
+            mine.copy_(original)
+
+
 @contextlib.contextmanager
 def unsharded(*models: Transformer) -> Iterator[None]:
     """Give every process all weights for a phase without training, each at its own pace."""
@@ -345,12 +379,11 @@ def full_tensor(tensor: Tensor) -> Tensor:
 def full_model(model: Transformer, dtype: str) -> Transformer | None:
     """Return a model with all weights on rank 0, and None on the others. Collective.
 
-    In a bfloat16 run the copy is bfloat16, as the layers compute, so that nobody holds a large
-    model in float32. The float32 weights stay sharded, in the state of the run. None on the other
-    ranks. ValueError, in all, if a weight is not finite.
+    dtype  of the copy; the model's own weights are float32, and stay so
+    ValueError, in all, if a weight is not finite.
     """
     refuse_non_finite(model)
-    if not is_sharded(model):
+    if not is_sharded(model) and dtype == "float32":
         return model if rank() == 0 else None
     weights = {}
     for name, weight in model.state_dict().items():  # one at a time

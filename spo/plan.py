@@ -37,6 +37,7 @@ PHASES = {
         "whole reference to judge",
         "weights laid out to generate",
         "key-value cache",
+        "weights kept while rounding is measured",
     ),
 }
 
@@ -164,6 +165,8 @@ def memory(args: ModelArgs, tied: bool, load: Load) -> dict[str, int]:
         kinds["classifier for the KL"] = width * classifier if load.online else 0
         kinds["whole policy to generate"] = width * numbers
         kinds["whole reference to judge"] = width * numbers if load.eval_stories else 0
+    if on_cpu and width == 2 and load.reference:  # on a GPU they are kept in the CPU's memory
+        kinds["weights kept while rounding is measured"] = 4 * share
     if on_cpu:
         kinds["weights laid out to generate"] = width * numbers
     return kinds

@@ -145,6 +145,32 @@ def complete(
     return [replace(group, reference_logps=found.get(i)) for i, group in enumerate(groups)]
 
 
+@torch.no_grad()
+def kl_of_rounding(
+    reference: Transformer, groups: Sequence[EncodedGroup], seed: int
+) -> float | None:
+    """Return the KL, in nats a sample, that bfloat16 shows where there is none; None in float32.
+
+    It is the KL of the reference to itself, after its weights moved by a rounding: layers in
+    bfloat16 compute both with errors of their own. No smaller KL can be told from 0. Collective.
+
+    groups  samples of all processes
+    """
+    if not parallel.computes_in_bfloat16(reference):
+        return None
+    mine = groups[parallel.share(len(groups))]
+    with parallel.alone():  # nothing is sharded below, so the others may have other batches
+        batches = micro_batches(mine, None, reference) if mine else []
+    with parallel.unsharded(reference):
+        states = [head.reference_states(reference, batch) for batch in batches]
+    total = torch.zeros((), dtype=torch.float64)
+    with parallel.moved_by_rounding(reference, seed), parallel.unsharded(reference):
+        for batch, state in zip(batches, states, strict=True):
+            kl, _ = head.token_kl(reference, batch, state)
+            total += kl.double().sum().cpu()
+    return float(parallel.all_reduce_sum(total)) / len(groups)
+
+
 # --- of the policy's samples ---------------------------------------------------------------------
 
 

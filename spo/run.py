@@ -49,6 +49,7 @@ from spo.state import (
 from spo.tokenizer import Tokenizer, copy_tokenizer
 
 SECONDS_FOR_A_DYING_RUN = 30  # a resumed or restarted run may overlap the one it continues
+LARGEST_IN_FLOAT32 = 2e9  # bytes of a checkpoint; a larger one is of the run's dtype
 NATS_OF_DIVERGENCE = 300  # that a response's log-prob falls in a run that forgets how to write
 RUN_OF = {"run_of": "spo_train.py"}  # what run.json says of a folder that is ours
 FILES_OF_A_RUN = (
@@ -135,6 +136,7 @@ class RunFolder:
         self.evaluated = -1  # the last step that was evaluated
         self.best_rate = -1.0
         self.kl = 0.0  # at the last evaluation
+        self.kl_rounding: float | None = None  # of reference.kl_of_rounding, once it is known
         self.best_step = self.saved_step = 0  # of best.pt, and of the newest state
         self.samples: list[EncodedGroup] | None = None  # the policy's, from the state
         self.stopped = False
@@ -258,10 +260,11 @@ class RunFolder:
             raise ValueError(f"--max_iters={self.max_iters}: {path} is of step {step}; {mend}")
         return path
 
-    def start(self, policy: Transformer, optimizer: torch.optim.Optimizer) -> None:
-        """Load the state, if there is one. Collective."""
+    def start(self, policy: Transformer, optimizer: torch.optim.Optimizer, weights) -> None:
+        """Load the state, if there is one. Collective. weights: where the policy came from."""
         self.policy = policy
         self.optimizer = optimizer
+        self.weights = weights
         if self.state is not None:
             self._load_state(self.state)
 
@@ -270,6 +273,7 @@ class RunFolder:
         self.first_step = self.saved_step = metadata["step"]
         self.best_rate, self.best_step = metadata["best_rate"], metadata.get("best_step", 0)
         self.evaluated, self.kl = metadata["evaluated"], metadata.get("kl", 0.0)
+        self.kl_rounding = metadata.get("kl_rounding")
         load_state(path, tensors_of(self.policy, self.optimizer))
         if metadata["online"] is not None:
             self.samples = [EncodedGroup(*group) for group in metadata["online"]]
@@ -346,6 +350,12 @@ class RunFolder:
         limit = self.config.stop_kl
         if limit is None or self.evaluated != step or self.kl <= limit:
             return False
+        if self.kl <= (self.kl_rounding or 0.0):
+            if "noise" not in self._said:
+                self._said.add("noise")
+                noise = f"a KL of {self.kl:.2g}: bfloat16 alone shows {self.kl_rounding:.2g}"
+                self.say(f"step {step}: --stop_kl={limit:g} does not act on {noise}")
+            return False
         self.say(f"step {step}: KL {self.kl:.2f} nats is past --stop_kl={limit:g}; the run ends")
         return True
 
@@ -367,7 +377,10 @@ class RunFolder:
         self._say_if_it_diverges(step, metrics)
         if step % self.config.log_interval == 0 or step == self.max_iters - 1:
             self.record(step, metrics)
-            shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+            texts = {name: f"{name} {value:.4g}" for name, value in metrics.items()}
+            if "kl" in texts and self.kl_rounding is not None:
+                texts["kl"] += f" (bfloat16 alone shows {self.kl_rounding:.2g})"
+            shown = ", ".join(texts.values())
             self.say(f"step {step}: {shown}")
 
     def _say_if_it_diverges(self, step: int, metrics: dict[str, float]) -> None:
@@ -385,6 +398,25 @@ class RunFolder:
             self._said.add("fallen")
             forgets = f"the chosen responses' log-prob has fallen by {fallen:.0f} nats"
             self.say(f"step {step}: {forgets}: the policy diverges; {lower}")
+
+    def save_dtype(self) -> str:
+        """Return the dtype of ckpt.pt and best.pt: float32, but of a large model the run's."""
+        if self.config.save_dtype:
+            return self.config.save_dtype
+        numbers = sum(weight.numel() for weight in self.policy.parameters())
+        return "float32" if 4 * numbers <= LARGEST_IN_FLOAT32 else self.config.dtype
+
+    def say_what_is_lost(self, step: int) -> None:
+        """Say how much of what was learned a checkpoint in bfloat16 has lost. Collective.
+
+        A learning rate of 1e-6 moves nearly all weights by less than bfloat16 can tell apart.
+        """
+        dtype = self.save_dtype()
+        if dtype == "float32" or self.weights is None or step == 0:
+            return
+        kept = checkpoint.movement_kept(self.policy, self.weights, dtype)
+        lost = f"of the weights that moved {kept:.1%} differ from their start in ckpt.pt"
+        self.say(f"step {step}: {lost}, which is {dtype}; --save_dtype=float32 keeps all")
 
     def save_checkpoint(self, name: str, model: Transformer, step: int, **more) -> None:
         """Write a .pt into the folder; more: as in checkpoint.save_pt."""
@@ -427,6 +459,7 @@ class RunFolder:
             "best_rate": self.best_rate,
             "best_step": self.best_step,
             "kl": self.kl,
+            "kl_rounding": self.kl_rounding,
             "evaluated": self.evaluated,
             "log_bytes": os.path.getsize(log) if os.path.exists(log) else 0,
             "online": groups,

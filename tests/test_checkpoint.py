@@ -288,8 +288,9 @@ def test_two_processes_train_from_a_folder_as_one_does(tmp_path, tokenizer, monk
     assert_close_runs("three", "four", 2e-4)
 
 
-def test_a_bfloat16_run_keeps_bfloat16_checkpoints_that_load_and_export(
-    tmp_path, tokenizer, monkeypatch
+@pytest.mark.parametrize("save_dtype", ["", "bfloat16"])
+def test_a_bfloat16_run_keeps_checkpoints_in_the_dtype_that_is_asked_for(
+    tmp_path, tokenizer, monkeypatch, save_dtype
 ):
     monkeypatch.chdir(tmp_path)
     model = tiny(tied=False, vocab_size=512)
@@ -309,18 +310,20 @@ def test_a_bfloat16_run_keeps_bfloat16_checkpoints_that_load_and_export(
             "--kl_batch_size=4",
             "--learning_rate=0",
             "--dtype=bfloat16",
+            f"--save_dtype={save_dtype}",
             "--out_dir=out",
         ],
     )
+    dtype = getattr(torch, save_dtype or "float32")
     weights = torch.load("out/best.pt", weights_only=True)["model"]
-    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    assert {weight.dtype for weight in weights.values()} == {dtype}
     loaded, exported = (
         checkpoint.load("out/best.pt"),
         checkpoint.load("out/model.bin"),
     )
     for name, weight in model.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], weight.bfloat16().float()), name
-        assert torch.equal(exported.state_dict()[name], weight.bfloat16().float()), name
+        assert torch.equal(loaded.state_dict()[name], weight.to(dtype).float()), name
+        assert torch.equal(exported.state_dict()[name], weight.to(dtype).float()), name
 
 
 # --- Llama 3's tokenizer -------------------------------------------------------------------------

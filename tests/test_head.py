@@ -39,6 +39,22 @@ def problem(dtype, seed=0):
     return random(5, 60, D), random(V, D), random(5, 60, D), random(V, D), tokens, mask
 
 
+def test_logits_of_bfloat16_states_are_not_rounded(block):
+    """Rounded, they would make a KL of 0.04 nats a story out of none."""
+    hidden, classifier, other, other_classifier, tokens, mask = (
+        x.detach() for x in problem(torch.bfloat16)
+    )
+    results = []
+    for dtype in (torch.bfloat16, torch.float64):
+        reference = ReferenceStates(other.to(dtype), other_classifier.to(dtype))
+        policy = hidden.to(dtype), classifier.to(dtype)
+        logps = head.logps_from_hidden(*policy, tokens, mask)
+        results.append([logps, *head.kl_from_hidden(*policy, reference, mask)])
+    for mine, exact in zip(*results, strict=True):
+        assert mine.dtype == torch.float32
+        assert torch.allclose(mine.double(), exact, rtol=1e-5, atol=1e-4)
+
+
 def both(ours, formula, inputs):
     """[(value, gradients...)] of the two, under the same uneven weights of the sequences."""
     results = []

@@ -1,8 +1,10 @@
 """Several processes equal one; a run that was killed equals one that was not."""
 
+import copy
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -20,12 +22,14 @@ from helpers import (
     command,
     log_of,
     run,
+    tiny,
     weights_of,
     write,
 )
+from safetensors import safe_open
 
 from losses import LOSSES, REGULARIZERS
-from spo import parallel, state
+from spo import checkpoint, parallel, state
 
 
 @pytest.fixture
@@ -130,6 +134,63 @@ def test_bfloat16_is_close_to_float32_and_its_kl_begins_at_0(flags, processes):
     )
     run(processes, flags("spo_rank", "again", "--max_iters=4", "--dtype=bfloat16", "--resume=auto"))
     assert_same_runs("low", "again")
+
+
+def test_moved_by_rounding_moves_a_quarter_of_the_weights_and_puts_them_back():
+    """Weights of a run lie anywhere, published ones are bfloat16 numbers: as many move of both."""
+    for published in (False, True):
+        model = tiny(dim=64, hidden_dim=96)
+        if published:
+            model.load_state_dict({n: w.bfloat16().float() for n, w in model.state_dict().items()})
+        before = copy.deepcopy(model.state_dict())
+        with parallel.moved_by_rounding(model, seed=7):
+            moved = copy.deepcopy(model.state_dict())
+        weight, other = before["tok_embeddings.weight"], moved["tok_embeddings.weight"]
+        neighbours = (weight.bfloat16() != other.bfloat16()).float().mean()
+        assert 0.2 < neighbours < 0.3, published
+        half_a_unit = torch.exp2(torch.floor(torch.log2(weight.abs())) - 8)
+        assert ((other - weight).abs() <= (2 if published else 1) * half_a_unit * 1.0001).all()
+        assert all(torch.equal(w, model.state_dict()[name]) for name, w in before.items())
+
+
+@pytest.mark.parametrize("stories", [pytest.param(0, marks=pytest.mark.slow), 4])
+def test_a_bfloat16_run_says_what_its_rounding_alone_would_show_and_does_not_stop_on_it(
+    flags, stories
+):
+    """A policy that hardly moves, with a limit far below what bfloat16 can tell from 0."""
+    more = [
+        "--max_iters=4",
+        "--dtype=bfloat16",
+        f"--eval_stories={stories}",
+        "--learning_rate=5e-5",
+    ]
+    limit = "--stop_kl=1e-9"
+    words = flags("spo_rank", "out", *more, *([limit] if stories else []))
+    if not stories:
+        words = [word for word in words if not word.startswith("--eval_pool")]
+    printed = run(1, words)
+    assert "(bfloat16 alone shows 0.0" in printed and log_of("out")[-1]["step"] >= 3
+    noise = {entry["eval/kl_rounding"] for entry in log_of("out") if "eval/kl_rounding" in entry}
+    assert len(noise) == (1 if stories else 0) and all(value > 0 for value in noise)
+    if stories:
+        assert "--stop_kl=1e-09 does not act on a KL of" in printed
+        run(1, flags("spo_rank", "exact", "--max_iters=4"))
+        assert not any("eval/kl_rounding" in entry for entry in log_of("exact"))
+
+
+def test_what_a_bfloat16_run_learned_is_in_its_checkpoints(flags):
+    """At a learning rate of 1e-6 nearly nothing would be left in bfloat16, and that is said."""
+    more = ["--max_iters=4", "--dtype=bfloat16", "--eval_interval=4", "--learning_rate=1e-6"]
+    assert "--save_dtype" not in run(1, flags("dpo_rank", "out", *more))
+    (path,) = state.states_in("out/state")
+    saved, start = weights_of("out"), checkpoint.load("start.pt").state_dict()
+    with safe_open(f"{path}/part-00001-of-00001.safetensors", "pt") as f:
+        learned = {name: f.get_tensor(f"model.{name}") for name in saved if name != "output.weight"}
+    assert all(torch.equal(saved[name], weight) for name, weight in learned.items())
+    assert not torch.equal(saved["norm.weight"], start["norm.weight"])
+    printed = run(1, flags("dpo_rank", "low", *more, "--save_dtype=bfloat16"))
+    share = re.search(r"step 4: of the weights that moved (.*)% differ from their start", printed)
+    assert float(share[1]) < 5
 
 
 @pytest.mark.parametrize("stories", [1, 3])
