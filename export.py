@@ -29,7 +29,14 @@ from spo.config import flag, main_program, parse
 from spo.files import atomic_path, atomic_write, check_output, file_sha256, write_text
 from spo.folders import has_rotated_heads, hf_name
 from spo.hf_tokenizer import tokenizer_json
-from spo.tokenizer import Tokenizer, copy_tokenizer, find_tokenizer, load_tokenizer
+from spo.templates import read_template
+from spo.tokenizer import (
+    Tokenizer,
+    copy_tokenizer,
+    files_of_tokenizer,
+    find_tokenizer,
+    load_tokenizer,
+)
 
 OTHERS_ENDINGS = {
     ".gguf": "is llama.cpp's format; write a folder (--version=-1), and convert it with its "
@@ -198,6 +205,10 @@ def save_hf_tokenizer(path: str, tokenizer: Tokenizer, eos_id: int) -> None:
         "unk_token": tokenizer.model.id_to_piece(tokenizer.model.unk_id()),
         "clean_up_tokenization_spaces": False,
     }
+    template, tokens = read_template(tokenizer.path)
+    if template:  # it writes its tokens by the names that the model came with
+        names = {name: token for name, token in tokens.items() if token in tokenizer.special}
+        config |= names | {"chat_template": template}
     write_text(os.path.join(path, "tokenizer_config.json"), json.dumps(config, indent=1))
     written = "tokenizer.json, tokenizer_config.json" if content else "tokenizer_config.json"
     print(f"  beside it: {written} for transformers, tokenizer.model for our own scripts")
@@ -248,11 +259,14 @@ def main(argv: list[str]) -> None:
     tokenizer = None
     if config.tokenizer or find_tokenizer(sources[0]):
         tokenizer = load_tokenizer(config.tokenizer, sources[0], weights)
+        # A folder for transformers has a tokenizer_config.json of its own, with the template in it.
+        beside = not is_folder or tokenizer.kind != "sentencepiece"
+        files_of_tokenizer(tokenizer, folder, beside)  # refuses another model's, before the work
     write_model(config, weights, tokenizer)
     if tokenizer is None:
         print("  no tokenizer beside the checkpoint; give --tokenizer to have it written as well")
         return
-    copy_tokenizer(tokenizer, folder)
+    copy_tokenizer(tokenizer, folder, beside)
     if is_folder:
         save_hf_tokenizer(folder, tokenizer, weights.eos_ids[0])
         return

@@ -47,7 +47,11 @@ class JsonTokenizer:
         try:
             self._read_model(content["model"])
             self._refuse(content.get("normalizer"), "normalizer")
+            self.is_of_bytes = False  # until a stage says so
             self.stages = self._stages(content.get("pre_tokenizer"))
+            if not self.is_of_bytes:
+                lacks = "its pre_tokenizer has no stage ByteLevel, so it is no byte-level BPE"
+                raise ValueError(f"{path}: {lacks}; only that is read")
             self._read_added(content.get("added_tokens") or [])
             self._read_ends(content.get("post_processor"))
         except (KeyError, TypeError, AttributeError, IndexError) as error:
@@ -64,10 +68,10 @@ class JsonTokenizer:
         for name in ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix"):
             self._refuse(model.get(name), name)
         self.vocab: dict[str, int] = model["vocab"]
-        missing = [byte for byte, letter in enumerate(LETTERS) if letter not in self.vocab]
-        if missing:
-            lacks = f"its vocabulary lacks the byte {missing[0]}"
-            raise ValueError(f"{self.path}: {lacks}, so it is no byte-level BPE; only that is read")
+        # All SmolLM2 vocabularies lack 21 bytes. The tokenizers package drops them from a text,
+        # too, unless there is a token for what is unknown.
+        self.bytes_lacking = sum(letter not in self.vocab for letter in LETTERS)
+        self._refuse(self.bytes_lacking and model.get("unk_token"), "unk_token")
         pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
         self.ranks = {pair: rank for rank, pair in enumerate(pairs)}
         self.ignore_merges = bool(model.get("ignore_merges"))
@@ -96,6 +100,7 @@ class JsonTokenizer:
         return [isolate(r"\p{N}" if description.get("individual_digits") else r"\p{N}+")]
 
     def _byte_level(self, description: dict) -> list[Stage]:
+        self.is_of_bytes = True
         stages: list[Stage] = []
         if description.get("add_prefix_space"):
             stages.append(lambda parts: [p if p[:1] == " " else f" {p}" for p in parts])
@@ -167,7 +172,8 @@ class JsonTokenizer:
                 self.cache.clear()
             letters = "".join(LETTERS[byte] for byte in piece.encode("utf-8", "surrogatepass"))
             whole = self.ignore_merges and letters in self.vocab
-            parts = [letters] if whole else self._merge(list(letters))
+            known = [letter for letter in letters if letter in self.vocab]
+            parts = [letters] if whole else self._merge(known)
             self.cache[piece] = [self.vocab[part] for part in parts]
         return self.cache[piece]
 

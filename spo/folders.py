@@ -257,15 +257,36 @@ class HuggingFaceFolder:
         return {name: parameters[name] for name in LLAMA3_SCALING}
 
     def _eos_ids(self, config: dict) -> tuple[int, ...]:
-        """Return every terminator that config.json and generation_config.json name."""
-        ids = token_ids_or_none(self.path, config.get("eos_token_id", 2), self.args)
+        """Return every terminator that config.json and generation_config.json name.
+
+        Where both name none it is tokenizer_config.json's, and else 2, as in transformers.
+        """
+        ids = token_ids_or_none(self.path, config.get("eos_token_id"), self.args)
         generation = os.path.join(self.path, "generation_config.json")
         if os.path.isfile(generation):
             more = read_json_object(generation).get("eos_token_id")
             ids += token_ids_or_none(generation, more, self.args)
+        default = None if "eos_token_id" in config else 2  # null says that there is none
+        ids = ids or token_ids_or_none(self.path, self._eos_of_tokenizer() or default, self.args)
         if not ids:
             raise ValueError(f"{self.path}: config.json has no eos_token_id, which ends a response")
         return tuple(dict.fromkeys(ids))  # each once, in their order
+
+    def _eos_of_tokenizer(self) -> int | None:
+        """Return the id of tokenizer_config.json's eos_token; None where no file says it."""
+        path = os.path.join(self.path, "tokenizer_config.json")
+        if not os.path.isfile(path):
+            return None
+        config = read_json_object(path)
+        eos = config.get("eos_token")
+        eos = eos.get("content") if isinstance(eos, dict) else eos
+        try:
+            added = [t | {"id": int(i)} for i, t in config.get("added_tokens_decoder", {}).items()]
+            if os.path.isfile(other := os.path.join(self.path, "tokenizer.json")):
+                added += read_json_object(other).get("added_tokens", [])
+            return next((t["id"] for t in added if t["content"] == eos), None)
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise ValueError(f"{self.path}: its added tokens have no content and id") from None
 
     def _open_files(self) -> dict:
         """Return {published name: a slice of its mapped file}.

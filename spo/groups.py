@@ -19,7 +19,7 @@ from model import Transformer
 from spo import parallel
 from spo.files import BadRecords, check_sha256
 from spo.records import RankedGroup, read_groups, remarks, require
-from spo.templates import FIXED_DATE, MARKED, OPEN
+from spo.templates import FIXED_DATE, MARKED, OPEN, Llama2Format
 from spo.tokenizer import Tokenizer
 
 # Micro-batches are a multiple of this wide: oneDNN keeps code and memory for every shape that it
@@ -193,6 +193,9 @@ def load_dataset(
     groups = require(read_groups(path, template, bad), need, path, loss, bad)
     for line in [*filter(None, [bad.report]), *remarks(path, groups)]:
         parallel.print0(line)
+    if any(group.is_chat for group in groups):
+        writer = template or Llama2Format()
+        parallel.print0(f"{path}: messages are written by {writer.name}")
     if template is not None and template.asks_for_the_date:
         parallel.print0(f"{tokenizer.path}: its chat template gets a fixed date, {FIXED_DATE}")
     encoded, drops = encode_groups(groups, tokenizer, model.eos_ids, context)

@@ -53,7 +53,8 @@ class Llama2Format:
     """Llama 2's format, for a model whose folder brings no template: `[INST] question [/INST]`."""
 
     asks_for_the_date = False
-    name = path = "Llama 2's chat format"
+    name = "Llama 2's chat format, since no chat template stands beside the tokenizer"
+    path = "Llama 2's chat format"
 
     def pair(self, prompt: list[dict], answer: list[dict]) -> tuple[str, str]:
         """Return (prompt, response): what is asked, with the turns before it, and the answer."""

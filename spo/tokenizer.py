@@ -18,11 +18,8 @@ FEW = 8  # embeddings without a piece that training may have added, such as [PAD
 ROUNDED_TO = (64, 128)  # a larger number of them, if they fill the vocabulary up to a multiple
 
 
-BESIDE_TOKENIZER_JSON = (
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
+# What belongs to a tokenizer of any kind: how messages are written, and which tokens are special.
+BESIDE_A_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 class Llama3:
@@ -101,6 +98,8 @@ class Tokenizer:
             )
         self.path = path
         self.kind, self.model = self._open(path)
+        if self.kind == "json" and self.model.bytes_lacking:
+            say_that_bytes_are_dropped(path, self.model.bytes_lacking)
         self.adds_bos: bool = self.kind != "json" or self.model.adds_bos
         self.vocab_size: int = self.model.vocab_size()
         self.bos_id: int = self.model.bos_id()
@@ -222,32 +221,53 @@ class Tokenizer:
         )
 
 
-def copy_tokenizer(tokenizer: Tokenizer, folder: str) -> None:
-    """Write tokenizer.model and, for run.c, tokenizer.bin into a folder; or tokenizer.json with the
-    files that belong to it.
+@functools.cache  # once
+def say_that_bytes_are_dropped(path: str, count: int) -> None:
+    lacks = f"{path}: its vocabulary lacks {count} of the 256 bytes"
+    note0(f"{lacks}; they are left out of texts, as the tokenizers package does")
 
-    ValueError if the tokenizer of another model is there already.
+
+def files_of_tokenizer(
+    tokenizer: Tokenizer, folder: str, beside: bool = True
+) -> dict[str, bytes | None]:
+    """Return {name: content} of the files of a tokenizer that a folder is to have; None: of none.
+
+    beside  those that say how messages are written, too
+    ValueError if a file of another model's tokenizer is there already.
     """
     name = "tokenizer.json" if tokenizer.kind == "json" else "tokenizer.model"
-    path = os.path.join(folder, name)
-    with open(tokenizer.path, "rb") as f:
-        content = f.read()
-    if os.path.isfile(path):
-        with open(path, "rb") as f:
-            if f.read() != content:
-                mend = "choose another folder, or remove it"
-                raise ValueError(f"{path} is the tokenizer of another model; {mend}")
-    contents = {path: content}
-    for other in BESIDE_TOKENIZER_JSON if tokenizer.kind == "json" else ():
-        source = os.path.join(os.path.dirname(tokenizer.path), other)
-        if os.path.isfile(source):
-            with open(source, "rb") as f:
-                contents[os.path.join(folder, other)] = f.read()
-    if tokenizer.kind == "sentencepiece":  # run.c reads no other
-        contents[os.path.join(folder, "tokenizer.bin")] = tokenizer.to_llama2c()
+    sources = {name: tokenizer.path}
+    for other in BESIDE_A_TOKENIZER if beside else ():
+        sources[other] = os.path.join(os.path.dirname(tokenizer.path), other)
+    contents = {out: read_bytes(source) for out, source in sources.items()}
     for out, content in contents.items():
-        with atomic_write(out, len(content)) as f:
-            f.write(content)
+        path = os.path.join(folder, out)
+        if read_bytes(path) not in (None, content):
+            mend = "choose another folder, or remove it"
+            raise ValueError(f"{path} belongs to the tokenizer of another model; {mend}")
+    return contents
+
+
+def copy_tokenizer(tokenizer: Tokenizer, folder: str, beside: bool = True) -> None:
+    """Write tokenizer.model and, for run.c, tokenizer.bin into a folder; or tokenizer.json.
+
+    The arguments and errors are those of files_of_tokenizer.
+    """
+    contents = files_of_tokenizer(tokenizer, folder, beside)
+    if tokenizer.kind == "sentencepiece":  # run.c reads no other
+        contents["tokenizer.bin"] = tokenizer.to_llama2c()
+    for out, content in contents.items():
+        if content is not None:
+            with atomic_write(os.path.join(folder, out), len(content)) as f:
+                f.write(content)
+
+
+def read_bytes(path: str) -> bytes | None:
+    """Return what a file holds; None if there is no file."""
+    if not os.path.isfile(path):
+        return None
+    with open(path, "rb") as f:
+        return f.read()
 
 
 def find_tokenizer(checkpoint_path: str) -> str | None:

@@ -81,6 +81,16 @@ def gradients_of(model: Transformer) -> list[torch.Tensor]:
     return [p.grad.clone() for p in model.parameters()]
 
 
+def real_chat_model() -> str:
+    """The folder of a published chat model; a test that needs it is skipped where it is not."""
+    folder = os.environ.get("SPO_CHAT_MODEL")
+    if not folder:
+        pytest.skip(
+            "SPO_CHAT_MODEL is unset: it names the folder of HuggingFaceTB/SmolLM2-135M-Instruct"
+        )
+    return folder
+
+
 # --- files ---------------------------------------------------------------------------------------
 
 

@@ -3,11 +3,12 @@ installed.
 """
 
 import json
+import os
 import random
 
 import pytest
 import torch
-from helpers import plain_tiny
+from helpers import plain_tiny, real_chat_model
 from test_checkpoint import hf_folder
 
 import sample
@@ -134,7 +135,9 @@ def test_added_tokens_that_are_not_special_are_found_in_a_text(tmp_path):
         ({"pre_tokenizer": SPLIT | {"behavior": "MergedWithNext"}}, "Split's behavior"),
         ({"post_processor": {"type": "BertProcessing"}}, "a post_processor 'BertProcessing'"),
         ({"model": {}}, "no tokenizer.json of a byte-level BPE: KeyError"),
-        ({"model": {"vocab": {"a": 1}, "merges": []}}, "its vocabulary lacks the byte 0"),
+        ({"pre_tokenizer": DIGITS}, "its pre_tokenizer has no stage ByteLevel"),
+        ({"pre_tokenizer": None}, "its pre_tokenizer has no stage ByteLevel"),
+        ({"model": {"vocab": {}, "merges": [], "unk_token": "?"}}, "unk_token '.' is not known"),
     ],
 )
 def test_what_is_not_known_is_refused_in_words(tmp_path, changes, message):
@@ -153,6 +156,54 @@ def test_byte_fallback_and_ends_after_a_text_are_refused(tmp_path):
     after = {"type": "TemplateProcessing", "single": single}
     with pytest.raises(ValueError, match="a post_processor that puts after a text"):
         Tokenizer(write_json(tmp_path, MERGES, post_processor=after))
+
+
+# The bytes that HuggingFaceTB/SmolLM2-135M-Instruct's vocabulary lacks.
+LACKING = [4, 6, 19, 20, 22, 29, 192, 193, 241, 242, *range(245, 256)]
+
+
+def lacking_json(folder) -> str:
+    path = write_json(folder, MERGES)
+    with open(path, encoding="utf-8") as f:
+        content = json.load(f)
+    for byte in LACKING:
+        del content["model"]["vocab"][LETTERS[byte]]
+    with open(path, "w", encoding="utf-8") as f:
+        json.dump(content, f)
+    return path
+
+
+def test_bytes_that_a_vocabulary_lacks_are_dropped_and_said_once(tmp_path, capsys):
+    """The ids are tokenizers 0.23.3's: Tokenizer.from_file(path).encode(text).ids."""
+    path = lacking_json(tmp_path)
+    texts = {
+        "the owl": [260, 264],
+        "t\x04he\x06 owl": [119, 107, 104, 264],
+        "\U00040000a": [131, 131, 131, 100],
+        " \x1d\n\x13": [35, 13],
+        "\x04": [],
+    }
+    tokenizer = Tokenizer(path)
+    assert {text: tokenizer.encode(text) for text in texts} == texts
+    Tokenizer(path)
+    said = "its vocabulary lacks 21 of the 256 bytes; they are left out of texts"
+    assert capsys.readouterr().err.count(said) == 1
+
+
+@pytest.mark.slow
+def test_the_real_smollm2_is_read_as_tokenizers_reads_it():
+    """On 1,000 texts of many scripts, control characters and unassigned planes."""
+    tokenizers = pytest.importorskip("tokenizers")
+    path = os.path.join(real_chat_model(), "tokenizer.json")
+    theirs, ours = tokenizers.Tokenizer.from_file(path), JsonTokenizer(path)
+    rng = random.Random(5)
+    planes = [chr(rng.randrange(0xE000, 0x110000)) for _ in range(200)]
+    noise = [*map(chr, range(0x250)), *planes]
+    texts = random_texts(500, 4)
+    texts += ["".join(rng.choices(noise, k=rng.randrange(1, 120))) for _ in range(500)]
+    for text in texts:
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids, text
+    assert ours.bytes_lacking == len(LACKING)
 
 
 # --- a model of SmolLM2's shape ------------------------------------------------------------------

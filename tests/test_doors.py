@@ -128,6 +128,29 @@ def test_a_git_lfs_pointer_is_called_so(tmp_path, name):
         checkpoint.load(str(folder))
 
 
+def test_a_terminator_that_a_file_names_comes_before_the_default(tmp_path):
+    """config.json, generation_config.json, tokenizer_config.json; then 2, as in transformers."""
+    folder = tmp_path / "m"
+    hf_folder(folder, plain_tiny())
+    config = json.loads((folder / "config.json").read_text())
+    named = dict(config, eos_token_id=9)
+    del config["eos_token_id"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert checkpoint.load(str(folder)).eos_ids == (2,)
+    by_name = {"eos_token": {"content": "<end>"}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(by_name))
+    (folder / "tokenizer.json").write_text('{"added_tokens": [{"id": 7, "content": "<end>"}]}')
+    assert checkpoint.load(str(folder)).eos_ids == (7,)
+    (folder / "tokenizer.json").unlink()
+    here = by_name | {"added_tokens_decoder": {"6": {"content": "<end>"}}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(here))
+    assert checkpoint.load(str(folder)).eos_ids == (6,)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 5]}')
+    assert checkpoint.load(str(folder)).eos_ids == (1, 5)
+    (folder / "config.json").write_text(json.dumps(named))
+    assert checkpoint.load(str(folder)).eos_ids == (9, 1, 5)
+
+
 def test_a_mark_before_config_json_and_nulls_in_it_are_read(tmp_path):
     folder, model = tmp_path / "m", plain_tiny()
     nulls = {"head_dim": None, "rope_scaling": None, "sliding_window": None, "eos_token_id": None}

@@ -1,6 +1,7 @@
 """Chat templates: as transformers renders them; special tokens only where they wrote them."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -163,6 +164,105 @@ def test_a_chat_model_trains_and_is_judged_without_marks(tmp_path, monkeypatch, 
     printed = capsys.readouterr().out
     for text in (printed, json.dumps(stories, ensure_ascii=False)):
         assert OPEN not in text and CLOSE not in text
+
+
+# --- a template beside a sentencepiece model -----------------------------------------------------
+
+# Roles in letters and the end as a special token, as TinyLlama-1.1B-Chat's folder has them.
+ZEPHYR = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' + message['content'] "
+    "+ eos_token + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+)
+
+
+def sentencepiece_folder(path, tokenizer, alone: bool) -> str:
+    """A folder as TinyLlama-Chat is published: tokenizer.model, and a template beside it."""
+    hf_folder(path, plain_tiny(vocab_size=512, max_seq_len=128, eos_id=2), eos_token_id=2)
+    (path / "model-00001-of-00001.safetensors").rename(path / "model.safetensors")
+    shutil.copy(tokenizer.path, path / "tokenizer.model")
+    config = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    if alone:
+        (path / "chat_template.jinja").write_text(ZEPHYR)
+    else:
+        config["chat_template"] = ZEPHYR
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    return str(path)
+
+
+def ids_of(path: str, data: str) -> list[tuple[list[int], list[list[int]]]]:
+    """What is trained of a file of messages, by the tokenizer that belongs to a model."""
+    model = checkpoint.load(path)
+    groups, _ = load_dataset(data, "dpo", "pair", load_tokenizer("", path, model), model)
+    return [(group.prompt, group.responses) for group in groups]
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_template_travels_with_a_sentencepiece_model(
+    tmp_path, monkeypatch, capsys, tokenizer, alone
+):
+    """SFT, then DPO on its checkpoint, then exports of every kind: one format from door to door."""
+    monkeypatch.chdir(tmp_path)
+    sentencepiece_folder(tmp_path / "m", tokenizer, alone)
+    write(tmp_path / "d.jsonl", *[{"prompt": [ASKS], "chosen": SAYS, "rejected": OTHER}] * 4)
+    write(tmp_path / "s.jsonl", *[{"prompt": [ASKS], "completion": SAYS}] * 4)
+    expected = ids_of("m", "d.jsonl")
+    assert expected[0][1][0].count(2) == 1 and expected[0][0].count(2) == 1  # </s>, each once
+    flags = ["--max_iters=1", "--batch_size=4", "--eval_stories=0"]
+    spo_train.main(["--loss=sft", "--init_from=m", "--data=s.jsonl", "--out_dir=sft", *flags])
+    spo_train.main(["--loss=dpo", "--init_from=sft/ckpt.pt", "--data=d.jsonl", *flags])
+    printed = capsys.readouterr().out
+    for folder, data in (("m", "s"), ("sft", "d")):
+        beside = f"the chat template beside {folder}/tokenizer.model"
+        assert f"{data}.jsonl: messages are written by {beside}" in printed
+    export.main(["hf", "--checkpoint=out/ckpt.pt", "--version=-1"])
+    export.main(["hf", "--checkpoint=out/ckpt.pt", "--version=-1"])  # again, over the first one
+    (tmp_path / "pt").mkdir()
+    export.main(["pt/model.pt", "--checkpoint=out/ckpt.pt"])
+    for path in ("sft/ckpt.pt", "out/ckpt.pt", "hf", "pt/model.pt"):
+        assert ids_of(path, "d.jsonl") == expected, path
+    config = json.loads((tmp_path / "hf/tokenizer_config.json").read_text())
+    assert config["chat_template"] == ZEPHYR and config["eos_token"] == "</s>"
+
+
+def test_without_a_template_a_sentencepiece_model_says_whose_format_it_is(
+    tmp_path, tokenizer, capsys
+):
+    hf_folder(tmp_path / "m", plain_tiny(vocab_size=512, max_seq_len=128, eos_id=2), eos_token_id=2)
+    shutil.copy(tokenizer.path, tmp_path / "m/tokenizer.model")
+    data = write(tmp_path / "d.jsonl", {"prompt": [ASKS], "chosen": SAYS, "rejected": OTHER})
+    ids_of(str(tmp_path / "m"), data)
+    said = "written by Llama 2's chat format, since no chat template stands beside the tokenizer"
+    assert said in capsys.readouterr().out
+
+
+def test_a_template_of_another_model_is_not_mixed_in(tmp_path, monkeypatch, tokenizer):
+    """Llama 2 and its chat model have one tokenizer.model, and only one of them a template."""
+    monkeypatch.chdir(tmp_path)
+    sentencepiece_folder(tmp_path / "chat", tokenizer, alone=True)
+    hf_folder(tmp_path / "base", plain_tiny(vocab_size=512, eos_id=2), eos_token_id=2)
+    shutil.copy(tokenizer.path, tmp_path / "base/tokenizer.model")
+    (tmp_path / "both").mkdir()
+    export.main(["both/chat.pt", "--hf=chat"])
+    with pytest.raises(ValueError, match="both/.* belongs to the tokenizer of another model"):
+        export.main(["both/base.pt", "--hf=base"])
+    assert not (tmp_path / "both/base.pt").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("alone", [False, True])
+def test_transformers_writes_messages_of_an_exported_sentencepiece_folder_alike(
+    tmp_path, monkeypatch, tokenizer, alone
+):
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    sentencepiece_folder(tmp_path / "m", tokenizer, alone)
+    export.main(["hf", "--hf=m", "--version=-1"])
+    chat = [ASKS, *SAYS, ASKS]
+    theirs = transformers.AutoTokenizer.from_pretrained("hf")
+    text = theirs.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    ours = Tokenizer("m/tokenizer.model").chat_template()
+    assert text == unmark(ours.render(chat, answer_next=True))
 
 
 @pytest.mark.slow
