@@ -232,6 +232,7 @@ class JudgeFlags(ChatFlags):
         "",
         "another prompt for the API judge: a file that says {stories} and {conclusion}",
         path=True,
+        heading="judge",
     )
     judge_attempts: int = flag(
         2,

@@ -721,7 +721,8 @@ def settings_of(loss: Callable) -> dict[str, float | str]:
     settings_of(ipo) -> {"tau": 0.1, "norm": "sum"}
     """
     parameters = inspect.signature(loss).parameters.values()
-    return {p.name: p.default for p in parameters if isinstance(p.default, float | str)}
+    tuned = (p for p in parameters if isinstance(p.default, int | float | str))
+    return {p.name: p.default for p in tuned if not isinstance(p.default, bool)}
 
 
 def call(function: Callable, values: dict):

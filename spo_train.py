@@ -9,9 +9,9 @@ train() is Algorithm 1 of the paper. Each step takes a batch of ranked groups an
 
     mean(preference loss)  +  beta * mean(KL(policy || reference), on samples of the policy itself)
 
-A run writes to out_dir: ckpt.pt (latest), best.pt (highest win-rate), model.bin (the best one, for
-run.c), log.jsonl, config.json, the stories of every evaluation, and state/, from which --resume
-continues.
+A run writes to out_dir: ckpt.pt (latest), best.pt (highest win-rate, where there is a judge),
+model.bin (the best one, for run.c), log.jsonl, config.json, the stories of every evaluation, and
+state/, from which --resume continues.
 """
 
 import spo  # isort: skip  # noqa: F401  (sets OpenMP's waiting; must precede torch)
@@ -31,7 +31,16 @@ from judge import JudgeFlags, OfflineJudge, make_judge
 from losses import LOSSES, REGULARIZERS, Objective, call, preference_metrics, settings_of
 from model import ModelArgs, Transformer
 from spo import checkpoint, fast, head, parallel, plan, pool
-from spo.config import counted, flag, main_program, non_default, parse, refuse_if
+from spo.config import (
+    counted,
+    extended,
+    flag,
+    flags_of,
+    main_program,
+    non_default,
+    parse,
+    refuse_if,
+)
 from spo.evaluation import Evaluation, report
 from spo.failure import one_reason
 from spo.generate import PURPOSE_KL, sample
@@ -104,6 +113,9 @@ class TrainConfig(JudgeFlags):
     eval_interval: int = flag(20, "steps between evaluations", least=1, heading="evaluation")
     eval_stories: int = flag(128, "stories judged at an evaluation; 0: none", least=0)
     eval_pool: int = flag(1024, "the reference's, each judged against all; 0: one to one", least=0)
+    judge: str = flag(
+        "", "offline (a formula for stories), a model's name, or none; default: offline for stories"
+    )
     baseline: str = flag("", "stories to win against; default: the reference's own", path=True)
     stop_kl: float | None = flag(None, "end when the KL passes this, in nats", above=0, free=True)
     report: bool = flag(True, "end with a table on twice as many fresh stories", free=True)
@@ -150,19 +162,63 @@ class TrainConfig(JudgeFlags):
             refuse_if(name in given and not objective.online, draws)
         for name in ["batch_size", "kl_batch_size"][: 1 + objective.online]:
             parallel.refuse_uneven(name, getattr(self, name))
-        nothing = "nothing is judged with --eval_stories=0"
-        asked = self.judge != "offline" and self.eval_stories == 0
-        refuse_if(asked, f"--judge={self.judge}: {nothing}; leave it out")
-        for name in ("baseline", "stop_kl", "eval_pool"):
-            none = f"--{name}: {nothing} or --init_from=scratch; leave it out"
-            refuse_if(name in given and not self.judged, none)
+        asked = self.judge not in ("", "offline", "none") and self.eval_stories == 0
+        refuse_if(
+            asked, f"--judge={self.judge}: nothing is judged with --eval_stories=0; leave it out"
+        )
+        self._refuse_what_no_judge_reads()
         one_to_one = "--eval_pool: --baseline and an API judge compare one to one; leave it out"
-        refuse_if("eval_pool" in given and (self.baseline or self.judge != "offline"), one_to_one)
+        api = self.judge not in ("", "offline")
+        refuse_if("eval_pool" in given and (self.baseline or api), one_to_one)
+
+    def _refuse_what_no_judge_reads(self) -> None:
+        """ValueError, naming the flag, for one that is about judging where nothing is judged."""
+        if self.judged:
+            return
+        given = non_default(self)
+        judging = [name for name in non_default(self, JudgeFlags) if name != "judge"]
+        why = "with --eval_stories=0 or --init_from=scratch; leave it out"
+        if self.judge == "none":
+            judging += ["eval_stories"] if self.eval_stories else []
+            why = "with --judge=none, the default for data with prompts; leave it out or name one"
+        for name in ("baseline", "stop_kl", "eval_pool", *judging):
+            refuse_if(name in given, f"--{name}: nothing is judged {why}")
+
+    def with_judge(self, are_stories: bool) -> "TrainConfig":
+        """Return the config with the judge that --judge="" stands for; print it if that is none.
+
+        The offline judge is a formula about stories for children. It says nothing of answers.
+        """
+        if self.judge or not self.judged:
+            return self
+        config = replace(self, judge="offline" if are_stories else "none")
+        config._refuse_what_no_judge_reads()
+        if not are_stories:
+            stories = "the offline judge knows only stories, and these data have prompts"
+            asks = "--judge=MODEL asks a model, --judge=offline the formula all the same"
+            print0(f"nothing is judged, and there will be no best.pt: {stories}; {asks}")
+        return config
 
     @property
     def judged(self) -> bool:
         """Is the policy judged? A model from scratch has no reference worth beating."""
-        return self.eval_stories > 0 and self.init_from != "scratch"
+        return self.eval_stories > 0 and self.init_from != "scratch" and self.judge != "none"
+
+
+def flags_of_settings(declared: set[str]) -> dict[str, tuple[type, str]]:
+    """Return {name: (kind, help)} of the settings that losses take and that have no flag yet."""
+    flags = {}
+    for name in SETTINGS:
+        defaults = {loss: settings_of(LOSSES[loss]).get(name) for loss in LOSSES}
+        takers = {loss: default for loss, default in defaults.items() if default is not None}
+        if name not in declared:
+            text = ", ".join(f"{loss}: default {default}" for loss, default in takers.items())
+            flags[name] = type(next(iter(takers.values()))), text
+    return flags
+
+
+# A loss of your own may take a number of its own: its flag comes from its signature.
+TrainConfig = extended(TrainConfig, flags_of_settings(flags_of(TrainConfig).keys()))
 
 
 # --- Algorithm 1 ---------------------------------------------------------------------------------
@@ -173,7 +229,9 @@ def train(config: TrainConfig) -> bool:
     objective = config.objective()
     policy, tokenizer, weights = load_policy(config)
     need, skip_bad = objective.loss.data, config.skip_bad
-    groups, prompts = load_dataset(config.data, config.loss, need, tokenizer, policy, skip_bad)
+    dataset = load_dataset(config.data, config.loss, need, tokenizer, policy, skip_bad)
+    groups, prompts, are_stories = dataset
+    config = config.with_judge(are_stories)
     if config.max_iters is None:
         config = replace(config, max_iters=math.ceil(len(groups) / config.batch_size))  # one epoch
     if config.plan is not None:
@@ -466,7 +524,13 @@ def final_report(run: RunFolder, evaluation: Evaluation, policy: Transformer) ->
     before, last = (evaluation.reference, 0), (policy, run.evaluated)
     policies = {"before": before, "best": (best, weights.step), "last": last}
     report(evaluation, policies, run.record)
-    sample_it = f"python sample.py --checkpoint={run.path('best.pt')}"
+    name = "best.pt"
+    if weights.step == 0:
+        name = "ckpt.pt"
+        print0(
+            "\nnothing got better: best.pt is the model you started from; ckpt.pt is the last one"
+        )
+    sample_it = f"python sample.py --checkpoint={run.path(name)}"
     print0(f"\n{config.out_dir}: best.pt, ckpt.pt, model.bin, curves.png; `{sample_it}`")
 
 

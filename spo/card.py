@@ -2,11 +2,23 @@
 
 import os
 
+from losses import LOSSES, Objective, settings_of
+
 CITATION = (
     "Sharifnassab, Salehkaleybar, Ghiassian, Kanoria, Schuurmans: Soft Preference Optimization: "
     "Aligning Language Models to Expert Distributions. arXiv 2405.00747, 2024."
 )
-SETTINGS = ("regularizer", "alpha", "beta", "gamma", "eta", "tau", "lambda_d", "lambda_u")
+
+
+def objective_of(config: dict) -> str:
+    """Return the loss of a run's flags, with all that it was tuned with; else its bare name."""
+    loss = config["loss"]
+    try:
+        names = {"beta", *settings_of(LOSSES[loss])}
+        given = {name: config[name] for name in names if name in config}
+        return str(Objective(loss, config.get("regularizer", ""), **given))
+    except (KeyError, TypeError, ValueError):  # of a program that has other losses
+        return str(loss)
 
 
 def model_card(name: str, config: dict, step: int, evaluation: dict, sha256: str) -> str:
@@ -18,10 +30,8 @@ def model_card(name: str, config: dict, step: int, evaluation: dict, sha256: str
     """
     lines = [f"# {name}", "", "A Llama in Hugging Face's format.", ""]
     if config.get("loss"):
-        given = [f"{key} {config[key]}" for key in SETTINGS if config.get(key) not in (None, "")]
-        settings = f" ({', '.join(given)})" if given else ""
         lines.append(f"- aligned from: {os.path.basename(config.get('init_from', ''))}")
-        lines.append(f"- objective: {config['loss']}{settings}, {step} steps")
+        lines.append(f"- objective: {objective_of(config)}, {step} steps")
         lines.append(f"- data: {os.path.basename(config.get('data', ''))}")
     if "win_rate" in evaluation:
         rate, low, high = (evaluation[key] for key in ("win_rate", "low", "high"))
@@ -35,6 +45,9 @@ def model_card(name: str, config: dict, step: int, evaluation: dict, sha256: str
         lines.append(f"- KL to it: {evaluation['kl']:.2f} ± {error:.2f} nats a story")
     lines.append(f"- SHA-256 of model.safetensors: {sha256}")
     if config.get("loss"):
+        if step == 0:
+            nothing = "These are the weights that the run began with: no evaluation was better."
+            lines += ["", nothing]
         if evaluation:
             lines += ["", "This evaluation chose the checkpoint; on fresh stories expect less."]
         lines += ["", CITATION]

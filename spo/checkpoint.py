@@ -97,6 +97,9 @@ def where_to_get(path: str) -> str:
         folder = path.split("/")[1]
         fetch = f"`hf download {path} --local-dir {folder}` fetches it from the Hugging Face hub"
         return f"{fetch}, and then its name here is {folder}"
+    latest = os.path.join(os.path.dirname(path), "ckpt.pt")
+    if os.path.basename(path) == "best.pt" and os.path.isfile(latest):
+        return f"a run that judges nothing has no best.pt; {latest} is there"
     return "expected a .pt, a llama2.c .bin, or a folder as Meta or Hugging Face publish it"
 
 

@@ -57,6 +57,14 @@ def non_default(config, config_class=None) -> dict[str, object]:
     return {f.name: values[f.name] for f in fields if values[f.name] != f.default}
 
 
+def extended(config_class, flags: dict[str, tuple[type, str]]):
+    """Return a dataclass of flags with more of them: {name: (kind, help)}, None by default."""
+    fields = [(name, kind | None, flag(None, text)) for name, (kind, text) in flags.items()]
+    made = dataclasses.make_dataclass(config_class.__name__, fields, bases=(config_class,))
+    made.__module__ = config_class.__module__
+    return made
+
+
 # --- bounds --------------------------------------------------------------------------------------
 
 
@@ -157,16 +165,17 @@ def parse(config_class, argv: list[str], prog: str, description: str = ""):
     usage = " ".join(words)
     parser = OneLineParser(prog=prog, usage=usage, description=description, allow_abbrev=False)
     hints = typing.get_type_hints(config_class)
-    # A class's own flags first, then those that it inherits.
+    # A class's own flags first, those that it declares anew among them, then those it inherits.
     owners = [vars(owner).get("__annotations__", {}) for owner in config_class.__mro__]
-    fields = sorted(
-        dataclasses.fields(config_class),
-        key=lambda field: [field.name in names for names in owners].index(True),
-    )
-    section = parser
+    order = list(dict.fromkeys(name for names in owners for name in names))
+    fields = sorted(dataclasses.fields(config_class), key=lambda field: order.index(field.name))
+    section, sections = parser, {}
     for field in fields:
         heading = field.metadata["flag"].heading
-        section = parser.add_argument_group(heading) if heading else section
+        if heading:
+            if heading not in sections:
+                sections[heading] = parser.add_argument_group(heading)
+            section = sections[heading]
         _add_argument(section, field, hints[field.name])
     values, unknown = parser.parse_known_args([underscored(word) for word in argv])
     if unknown:

@@ -363,6 +363,16 @@ def side_by_side(left: str, right: str, titles: tuple[str, str], width: int = 48
     return "\n".join(f"{a:<{width}}   {b}".rstrip() for a, b in rows)
 
 
+def claim(rate: WinRate, whose: str) -> str:
+    """Return what the interval of best.pt's win-rate allows to say."""
+    interval = f"{rate.rate:.0%} [{rate.low:.0%}, {rate.high:.0%}] against {whose}"
+    if rate.low > 0.5:
+        return f"best.pt is better: it wins {interval}"
+    if rate.high < 0.5:
+        return f"best.pt is worse: it wins {interval}"
+    return f"no difference shown: best.pt wins {interval}"
+
+
 def report(
     evaluation: Evaluation, policies: dict[str, tuple[Transformer, int]], record: Callable
 ) -> None:
@@ -386,10 +396,8 @@ def report(
     print0("what that judge does not see")
     for name, verdict in verdicts.items():
         print0(f"  {name:<8} {verdict.besides}")
-    best = verdicts["best"].rate
-    if best >= 0:
-        wins = f"best.pt wins {best:.0%} against {evaluation.whose}"
-        print0(f"{wins}; 50% would be no difference")
+    if verdicts["best"].rate >= 0:
+        print0(claim(verdicts["best"].win_rate, evaluation.whose))
     if judge.note:
         print0(judge.note)
     stories = [verdict.stories[0]["text"] for verdict in verdicts.values()]

@@ -175,8 +175,9 @@ def load_dataset(
     tokenizer: Tokenizer,
     model: Transformer,
     skip_bad: bool | None = None,
-) -> tuple[Sequence[EncodedGroup], list[str]]:
-    """Read a dataset; return its encoded groups, and the different prompts of usable ones.
+) -> tuple[Sequence[EncodedGroup], list[str], bool]:
+    """Read a dataset; return its encoded groups, the different prompts of usable ones, and whether
+    it is of stories: texts without prompts that no chat template wrote.
 
     need      what the loss has to know of a group, as in losses.Loss.data
     skip_bad  leave out and name what is malformed or does not suit the loss
@@ -187,7 +188,7 @@ def load_dataset(
         if need != "text":
             kind = "token files are text for --loss=sft"
             raise ValueError(f"--data={path}: {kind}; {loss} needs groups (JSONL)")
-        return TokenWindows(path, context, model.args.vocab_size), [""]
+        return TokenWindows(path, context, model.args.vocab_size), [""], True
     template = tokenizer.chat_template()
     bad = BadRecords(skip_bad)
     groups = require(read_groups(path, template, bad), need, path, loss, bad)
@@ -206,7 +207,8 @@ def load_dataset(
         reasons = ", ".join(drops)
         raise ValueError(f"{path}: none of its {len(groups)} groups can be used: {reasons}")
     used = {group.line for group in encoded}
-    return encoded, sorted({group.prompt for group in groups if group.line in used})
+    prompts = sorted({group.prompt for group in groups if group.line in used})
+    return encoded, prompts, prompts == [""] and not any(group.is_chat for group in groups)
 
 
 # --- micro-batches -------------------------------------------------------------------------------

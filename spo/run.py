@@ -338,7 +338,9 @@ class RunFolder:
             if self.config.judged and step > 0:
                 hints[0] += f", and with --resume --max_iters={step} ends there with its table"
         if os.path.isfile(self.path("best.pt")):
-            hints.append(f"{self.path('best.pt')} is the best so far, of step {self.best_step}")
+            start = "" if self.best_step else ", the model you started from"
+            of_step = f"is the best so far, of step {self.best_step}{start}"
+            hints.append(f"{self.path('best.pt')} {of_step}")
         raise KeyboardInterrupt("; ".join(hints))
 
     def stop_requested(self) -> bool:
@@ -476,7 +478,7 @@ class RunFolder:
                     draw_curves([self.config.out_dir], self.path("curves.png"))
             self._lock.close()
         if not self.config.judged and not self.stopped and self.config.report:
-            parallel.print0(
-                f"{self.path('ckpt.pt')}: the model after {counted(self.max_iters, 'step')}"
-            )
+            steps = counted(self.max_iters, "step")
+            unjudged = "nothing was judged, so there is no best.pt"
+            parallel.print0(f"{self.path('ckpt.pt')}: the model after {steps}; {unjudged}")
         return not self.stopped

@@ -71,6 +71,7 @@ def workshop(tmp_path, tokenizer, monkeypatch):
             "--log_interval=1",
             "--learning_rate=3e-4",
             "--warmup_iters=1",
+            "--judge=offline",  # of prompts, too
             "--curves=false",  # a second each
             "--out_dir=out",
         ]

@@ -227,17 +227,17 @@ def test_a_smollm_trains_samples_and_is_exported(smol, capsys):
             f.write(json.dumps({"prompt": "the", "responses": group, "ranking": [0, 1, 2, 3]}))
             f.write("\n")
     flags = ["--init_from=smol", "--data=ranked.jsonl", "--max_iters=2", "--batch_size=4"]
-    flags += ["--eval_stories=4", "--eval_pool=16", "--max_new_tokens=12"]
+    flags += ["--max_new_tokens=12"]
     spo_train.main(["--loss=spo_rank", *flags])
     captured = capsys.readouterr()
     assert "tokenizer: smol/tokenizer.json" in captured.err
     assert "smol has 54 more embeddings than smol/tokenizer.json has pieces" in captured.err
     printed = captured.out
     assert "left out: out/model.bin: run.c knows theta 10000 only" in printed
-    sample.main(["--checkpoint=out/best.pt", "--prompt=the owl", "--max_new_tokens=8"])
+    sample.main(["--checkpoint=out/ckpt.pt", "--prompt=the owl", "--max_new_tokens=8"])
     assert capsys.readouterr().out.startswith("the owl")
     with pytest.raises(ValueError, match="an empty prompt, and the model's tokenizer puts no BOS"):
-        sample.main(["--checkpoint=out/best.pt"])
+        sample.main(["--checkpoint=out/ckpt.pt"])
     with open("empty.jsonl", "w") as f:
         f.write(json.dumps({"responses": texts[0], "ranking": [0, 1, 2, 3]}) + "\n")
     with pytest.raises(ValueError, match="an empty prompt, and the tokenizer puts no BOS before"):

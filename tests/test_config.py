@@ -1,8 +1,12 @@
 """Flags from a dataclass."""
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
+from helpers import ONE_THREAD, ROOT, log_of
 
 from spo.config import flag, parse
 
@@ -54,3 +58,41 @@ def test_help_lists_every_flag_with_its_default(capsys):
     assert stop.value.code == 0 and "100% typed" in text and "how many; default: 3" in text
     assert "a file; one of a, b" in text
     assert all(f"--{name}" in text for name in ("out", "beta", "steps", "decay", "data"))
+
+
+OWN_LOSS = """
+import sys
+import spo, losses, torch
+
+@losses.objective(data="pair")
+def hinge(policy_logps, *, delta: float = 1.0, power: int = 1):
+    return torch.relu(delta - (policy_logps[:, 0] - policy_logps[:, 1])) ** power
+
+import spo_train
+spo_train.main(sys.argv[1:])
+"""
+
+
+def test_a_loss_of_ones_own_brings_its_flags(workshop, tokenizer, tmp_path):
+    """And its numbers are in the log's values, in config.json and in the card."""
+    (tmp_path / "own.py").write_text(OWN_LOSS)
+    flags = ["--init_from=start.pt", f"--tokenizer={tokenizer.path}", "--eval_stories=0"]
+    flags += ["--max_iters=2", "--batch_size=4", "--log_interval=1", "--data=pair.jsonl"]
+
+    def run(*more: str) -> subprocess.CompletedProcess:
+        words = [sys.executable, "own.py", *flags, *more]
+        environment = os.environ | ONE_THREAD | {"PYTHONPATH": ROOT}
+        return subprocess.run(words, capture_output=True, text=True, env=environment)
+
+    losses = []
+    for delta in (1.0, 3.0):
+        done = run("--loss=hinge", f"--delta={delta}")
+        assert done.returncode == 0 and f"hinge(delta {delta}, power 1)" in done.stdout, done.stderr
+        losses.append(log_of("out")[0])
+    assert losses[1]["loss"] > losses[0]["loss"]
+    assert run("--loss=dpo").returncode == 0  # the other losses do not take it, and run
+    assert (
+        "--delta: dpo with regularizer none does not take it"
+        in run("--loss=dpo", "--delta=1").stderr
+    )
+    assert "hinge: default 1.0" in run("--help").stdout

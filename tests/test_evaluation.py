@@ -19,9 +19,9 @@ import spo_train
 import tinystories_data as data
 from losses import token_kl
 from spo import diversity, generate, offline_judge, pool, second_judge
-from spo.evaluation import Evaluation, by_prompt
+from spo.evaluation import Evaluation, by_prompt, claim
 from spo.groups import make_batch
-from spo.win_rate import all_pairs, student
+from spo.win_rate import WinRate, all_pairs, student
 
 # --- every story against a pool ------------------------------------------------------------------
 
@@ -54,6 +54,20 @@ def test_at_0_at_1_and_of_equals_the_interval_is_wilsons(scores, rate):
     result = all_pairs({"": scores * 8}, {"": [3] * 40 if rate == 0.5 else [1, 2] * 20})
     assert result.rate == rate and 0 <= result.low <= rate <= result.high <= 1
     assert result.high - result.low == pytest.approx(0.194 if rate != 0.5 else 0.440, abs=0.002)
+
+
+@pytest.mark.parametrize(
+    "low,high,begins",
+    [
+        (0.51, 0.62, "best.pt is better: it wins 55% [51%, 62%] against it"),
+        (0.44, 0.64, "no difference shown: best.pt wins 55% [44%, 64%] against it"),
+        (0.50, 0.60, "no difference shown"),
+        (0.30, 0.49, "best.pt is worse"),
+    ],
+)
+def test_the_last_line_claims_what_its_interval_allows(low, high, begins):
+    rate = WinRate(0.55, low, high, count=100, ties=0, invalid=0)
+    assert claim(rate, "it").startswith(begins)
 
 
 def test_students_t():

@@ -39,7 +39,8 @@ def test_a_run_says_what_to_look_at_and_what_came_out(workshop, capsys):
     workshop("dpo_rank", "--max_iters=2")
     printed = capsys.readouterr().out
     assert "look at the win-rates below; the loss of one step is mostly noise" in printed
-    found = re.search(r"best.pt wins (\d+)% against the stories of the model that you", printed)
+    claim = r"best.pt (?:is \w+: it )?wins (\d+)% \[.*\] against the stories of the model that you"
+    found = re.search(claim, printed)
     rate = re.search(r"  best \(step \d+\) +([\d.]+)%", printed)
     assert int(found[1]) == round(float(rate[1]))
     workshop("dpo_rank", "--max_iters=2", "--eval_stories=0")

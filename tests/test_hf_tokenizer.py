@@ -11,6 +11,7 @@ from helpers import tiny
 
 import export
 from spo import checkpoint, generate
+from spo.card import model_card
 from spo.hf_tokenizer import tokenizer_json
 from spo.tokenizer import Tokenizer
 
@@ -97,7 +98,7 @@ def test_a_card_says_what_the_checkpoint_knows_and_no_more(workshop, tmp_path):
     export.main(["hf", "--checkpoint=out/best.pt", "--version=-1"])
     card = (tmp_path / "hf/README.md").read_text()
     numbers = checkpoint.open_weights("out/best.pt").evaluation
-    assert "- aligned from: start.pt" in card and "- objective: dpo_rank, " in card
+    assert "- aligned from: start.pt" in card and "- objective: dpo_rank(beta 0.01), " in card
     assert f"{numbers['win_rate']:.1%} [{numbers['low']:.1%}, {numbers['high']:.1%}]" in card
     assert "judge offline" in card and "arXiv 2405.00747" in card
     export.main(["plain", "--checkpoint=start.pt", "--version=-1"])
@@ -106,6 +107,35 @@ def test_a_card_says_what_the_checkpoint_knows_and_no_more(workshop, tmp_path):
     (tmp_path / "hf/README.md").write_text("mine")
     export.main(["hf", "--checkpoint=out/best.pt", "--version=-1"])
     assert (tmp_path / "hf/README.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "loss,flags,objective",
+    [
+        ("cdpo", ["--label_smoothing=0.2"], "cdpo(beta 0.1, label_smoothing 0.2)"),
+        ("ipo", ["--norm=mean"], "ipo(tau 0.1, norm mean)"),
+        ("cpo", ["--nll=mean", "--alpha=0.5"], "cpo(beta 0.1, alpha 0.5, nll mean)"),
+        ("spo", ["--beta=0.3"], "spo(alpha 0.001, gamma 0.01) + 0.3 * global_kl"),
+    ],
+)
+def test_a_card_names_everything_that_the_loss_was_tuned_with(
+    workshop, tmp_path, loss, flags, objective
+):
+    workshop(loss, *flags, "--max_iters=1", "--eval_stories=0")
+    export.main(["hf", "--checkpoint=out/ckpt.pt", "--version=-1"])
+    card = (tmp_path / "hf/README.md").read_text()
+    assert f"- objective: {objective}, 1 steps" in card
+    assert card_of({"loss": "hinge", "delta": 1.0}, 3).count("- objective: hinge, 3 steps") == 1
+
+
+def card_of(config: dict, step: int) -> str:
+    return model_card("m", config, step, {}, "0")
+
+
+def test_a_card_of_step_0_says_that_nothing_was_better():
+    said = "the weights that the run began with: no evaluation was better"
+    assert said in card_of({"loss": "dpo"}, 0) and said not in card_of({"loss": "dpo"}, 8)
+    assert said not in card_of({}, 0)  # of no run of ours
 
 
 @pytest.mark.parametrize("name", ["m.gguf", "m.safetensors", "m.pth"])

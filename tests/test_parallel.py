@@ -53,6 +53,7 @@ def flags(workshop, tokenizer, tmp_path):
             "--eval_interval=3",
             "--eval_stories=4",
             "--eval_pool=32",
+            "--judge=offline",
             "--max_new_tokens=16",
             "--log_interval=1",
             "--learning_rate=1e-3",

@@ -13,6 +13,7 @@ import torch
 from helpers import ONE_THREAD, ROOT, command, log_of, run, write
 
 import export
+import sample
 import spo_train
 import tinystories_data as data
 from spo import checkpoint, files, parallel
@@ -468,3 +469,60 @@ def test_constants_of_waiting():
     """Minutes for a process that does not answer; half a minute for a run that dies."""
     assert parallel.timeout().total_seconds() == 600
     assert run_folder.SECONDS_FOR_A_DYING_RUN == 30
+
+
+# --- who judges ----------------------------------------------------------------------------------
+
+NO_JUDGE = ["--init_from=start.pt", "--max_iters=4", "--batch_size=4", "--eval_interval=2"]
+
+
+def with_prompts(tmp_path) -> None:
+    lines = [json.loads(line) for line in open("pair.jsonl", encoding="utf-8")]
+    write(tmp_path / "asked.jsonl", *(line | {"prompt": "where is the owl?"} for line in lines))
+
+
+def test_data_with_prompts_are_judged_only_if_somebody_is_asked(
+    workshop, tokenizer, tmp_path, capsys
+):
+    """The offline judge rates stories for children: by it an untrained chat model would be best."""
+    with_prompts(tmp_path)
+    flags = [*NO_JUDGE, f"--tokenizer={tokenizer.path}", "--data=asked.jsonl"]
+    spo_train.main(["--loss=dpo", *flags])
+    printed = capsys.readouterr().out
+    assert "nothing is judged, and there will be no best.pt: the offline judge knows" in printed
+    assert "look at the win-rates" not in printed and "win-rate over" not in printed
+    last = printed.strip().splitlines()[-1]
+    assert (
+        last == "out/ckpt.pt: the model after 4 steps; nothing was judged, so there is no best.pt"
+    )
+    assert os.path.isfile("out/ckpt.pt") and os.path.isfile("out/model.bin")
+    assert not os.path.exists("out/best.pt") and os.listdir("out/stories") == []
+    with pytest.raises(
+        ValueError, match="a run that judges nothing has no best.pt; out/ckpt.pt is"
+    ):
+        sample.main(["--checkpoint=out/best.pt"])
+    for flag in ("--stop_kl=1", "--eval_pool=8", "--eval_stories=4", "--baseline=pair.jsonl"):
+        name = flag.split("=")[0]
+        with pytest.raises(
+            ValueError, match=f"^{name}: nothing is judged with --judge=none, the d"
+        ):
+            spo_train.main(["--loss=dpo", *flags, flag, "--out_dir=other"])
+    assert not os.path.exists("other")
+    spo_train.main(["--loss=dpo", *flags, "--judge=offline", "--eval_stories=4", "--eval_pool=8"])
+    assert os.path.isfile("out/best.pt")
+
+
+def test_messages_without_a_prompt_are_no_stories_either(workshop, tokenizer, tmp_path, capsys):
+    chat = [{"role": "user", "content": "an owl?"}, {"role": "assistant", "content": "it sang"}]
+    write(tmp_path / "chat.jsonl", *[{"messages": chat}] * 4)
+    flags = [*NO_JUDGE, f"--tokenizer={tokenizer.path}", "--data=chat.jsonl"]
+    spo_train.main(["--loss=sft", *flags])
+    assert "nothing is judged" in capsys.readouterr().out and not os.path.exists("out/best.pt")
+
+
+def test_a_best_checkpoint_of_step_0_is_said_to_be_that(workshop, capsys):
+    workshop("dpo_rank", "--learning_rate=0")
+    printed = capsys.readouterr().out
+    assert "best (step 0)" in printed
+    assert "nothing got better: best.pt is the model you started from; ckpt.pt is the" in printed
+    assert "`python sample.py --checkpoint=out/ckpt.pt`" in printed

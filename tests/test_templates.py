@@ -145,8 +145,8 @@ def test_a_template_that_asks_for_the_date_gets_a_fixed_one_and_that_is_said(tmp
     model.eos_ids = (0,)
     tokenizer = load_tokenizer("", path, model)
     data = write(tmp_path / "d.jsonl", {"prompt": [ASKS], "chosen": SAYS, "rejected": OTHER})
-    groups, prompts = load_dataset(data, "dpo", "pair", tokenizer, model)
-    assert prompts[0].startswith("26 Jul 2024\n") and len(groups) == 1
+    groups, prompts, stories = load_dataset(data, "dpo", "pair", tokenizer, model)
+    assert prompts[0].startswith("26 Jul 2024\n") and len(groups) == 1 and not stories
     assert capsys.readouterr().out.count("gets a fixed date, 26 Jul 2024") == 1
 
 
@@ -156,7 +156,7 @@ def test_a_chat_model_trains_and_is_judged_without_marks(tmp_path, monkeypatch, 
     record = {"prompt": [ASKS], "chosen": SAYS, "rejected": OTHER}
     write(tmp_path / "d.jsonl", *[record] * 8)
     flags = ["--init_from=m", "--data=d.jsonl", "--max_iters=2", "--batch_size=4"]
-    flags += ["--eval_stories=4", "--eval_pool=8", "--max_new_tokens=12"]
+    flags += ["--judge=offline", "--eval_stories=4", "--eval_pool=8", "--max_new_tokens=12"]
     spo_train.main(["--loss=spo", *flags])
     with open("out/stories/step_000002.jsonl", encoding="utf-8") as f:
         stories = [json.loads(line) for line in f]
@@ -193,7 +193,7 @@ def sentencepiece_folder(path, tokenizer, alone: bool) -> str:
 def ids_of(path: str, data: str) -> list[tuple[list[int], list[list[int]]]]:
     """What is trained of a file of messages, by the tokenizer that belongs to a model."""
     model = checkpoint.load(path)
-    groups, _ = load_dataset(data, "dpo", "pair", load_tokenizer("", path, model), model)
+    groups, *_ = load_dataset(data, "dpo", "pair", load_tokenizer("", path, model), model)
     return [(group.prompt, group.responses) for group in groups]
 
 
@@ -314,9 +314,9 @@ def aligned(tmp_path, monkeypatch, like: str) -> str:
     shaped(tmp_path / "m", like)
     write(tmp_path / "d.jsonl", *[{"prompt": [ASKS], "chosen": SAYS, "rejected": OTHER}] * 8)
     flags = ["--init_from=m", "--data=d.jsonl", "--max_iters=4", "--batch_size=4"]
-    flags += ["--eval_stories=4", "--eval_pool=8", "--max_new_tokens=12", "--learning_rate=1e-2"]
+    flags += ["--max_new_tokens=12", "--learning_rate=1e-2"]
     spo_train.main(["--loss=spo", *flags])
-    export.main(["out/hf", "--checkpoint=out/best.pt", "--version=-1"])
+    export.main(["out/hf", "--checkpoint=out/ckpt.pt", "--version=-1"])
     return "out/hf"
 
 
