@@ -16,7 +16,7 @@ import numpy as np
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import study
-from matched_kl import BUDGETS, Contrast, bootstrap, contrasts, spread
+from matched_kl import BUDGETS, LEVEL, MARGIN, Contrast, bootstrap, contrasts, spread
 from study_reading import (
     EQUAL_RATE,
     Study,
@@ -119,7 +119,8 @@ def e6(runs: Study) -> str:
             rows.append([str(step), name, cells[0], f"{rankings:.2f}", *cells[1:]])
     head = ["step", "of what", "two pairwise losses, one batch", "spo_rank and dpo_rank, one batch"]
     head += ["any two, one batch", "one loss, two batches"]
-    seeds = f"Means over {len(runs.cosines)} seeds, the smallest and largest cosine in brackets."
+    brackets = "in brackets the smallest and the largest of these means"
+    seeds = f"Means over {len(runs.cosines)} seeds; {brackets}."
     return f"{answer}\n\n{seeds}\n\n{table(head, rows)}"
 
 
@@ -165,11 +166,48 @@ def e1_contrasts(runs: Study, what: str = "win_rate", without: int | None = None
     return contrasts(found)
 
 
+def e1_readings(runs: Study) -> dict[str, list[Contrast]]:
+    """Return the contrasts in every reading of the runs: as claims.md says, and three others."""
+    return {
+        "as claimed": e1_contrasts(runs),
+        "without seed 0": e1_contrasts(runs, without=0),
+        "without 0.5 nats": e1_contrasts(runs.reading(budgets=BUDGETS[1:])),
+        "by straight lines": e1_contrasts(runs.reading(straight=True)),
+    }
+
+
+def in_every_reading(runs: Study) -> dict[str, str]:
+    """Return, of each contrast, the verdict of all readings, or that it depends on them."""
+    verdicts: dict[str, set[str]] = {}
+    for found in e1_readings(runs).values():
+        for contrast in found:
+            verdicts.setdefault(contrast.name, set()).add(contrast.verdict)
+    return {
+        name: given.pop() if len(given) == 1 else "depends on the reading"
+        for name, given in verdicts.items()
+    }
+
+
+def compared_up_to(runs: Study) -> dict[str, str]:
+    """Return, of each contrast, the largest KL that all its seeds reach with both objectives."""
+    found = {}
+    for name, both in e1_pairs(runs).items():
+        counts = runs.reached(*both)
+        nats = max(x for x, count in zip(BUDGETS, counts, strict=True) if count == counts[0])
+        found[name] = f"{nats:g} nat{'' if nats == 1 else 's'}"
+    return found
+
+
 def e1_answer(runs: Study) -> str:
-    found = e1_contrasts(runs)
-    needs(found)
-    seeds = " or ".join(sorted({str(contrast.seeds) for contrast in found}))
-    return f"**Of {len(found)} contrasts at equal KL, {seeds} seeds each:** {decided(found)}."
+    everywhere = in_every_reading(runs)
+    needs(everywhere)
+    up_to = compared_up_to(runs)
+    by_verdict: dict[str, list[str]] = {}
+    for name, verdict in everywhere.items():
+        by_verdict.setdefault(verdict, []).append(f"{name} (up to {up_to[name]})")
+    order = sorted(by_verdict, key=["depends on the reading", "not decided"].__contains__)
+    listed = "; ".join(f"{verdict}: {', '.join(by_verdict[verdict])}" for verdict in order)
+    return f"**Of {len(everywhere)} contrasts at equal KL, in every reading:** {listed}."
 
 
 def e1(runs: Study) -> str:
@@ -180,15 +218,35 @@ def e1(runs: Study) -> str:
         rows.append([loss, *shown, cells_at(runs, mine, 2.0, SECOND)])
     head = ["objective", *(f"at {nats:g}" for nats in BUDGETS), "second judge, at 2"]
     second = {c.name: str(c) for c in e1_contrasts(runs, SECOND)}
-    reached = {name: runs.reached(*both) for name, both in e1_pairs(runs).items()}
+    reached = {n: " ".join(map(str, runs.reached(*both))) for n, both in e1_pairs(runs).items()}
     more = {"seeds_at_0.5_1_2_4_nats": reached, "second_judge,_points": second}
     tested = contrast_table(e1_contrasts(runs), **more)
-    checked = (
-        f"Without seed 0, which chose the learning rates: {decided(e1_contrasts(runs, without=0))}."
-    )
     title = "Win-rates over the reference, %, at 0.5 to 4 nats:"
-    blocks = [answer, title, table(head, rows), gain(runs), tested, checked]
+    blocks = [answer, title, table(head, rows), gain(runs), tested, margin(runs), readings(runs)]
     return "\n\n".join([*blocks, by_kl(runs), rates(runs)])
+
+
+def margin(runs: Study) -> str:
+    """Return what the margin is of what there is to gain."""
+    gains = [known(runs.at(row, x) for row in runs.runs("dpo", E1_SEEDS).values()) for x in BUDGETS]
+    means = [float(np.mean(values)) - 50 for values in gains]
+    shares = 100 * MARGIN / np.mean(means), 100 * MARGIN / means[0]
+    of = "{:.0f}% of what dpo gains over 50% on average, and {:.0f}% at 0.5 nats".format(*shares)
+    return f"The margin of {MARGIN:g} points is {of}."
+
+
+def readings(runs: Study) -> str:
+    """Return the verdicts in every reading, with the p of a difference as large as the margin."""
+    found = e1_readings(runs)
+    cells: dict[str, list[str]] = {}
+    for contrasts_there in found.values():
+        for c in contrasts_there:
+            cells.setdefault(c.name, []).append(f"{c.verdict} ({shown_p(c.p_margin)})")
+    everywhere = in_every_reading(runs)
+    head = ["shown (p of 3)", *found, "in every reading"]
+    lines = table(head, [[name, *mine, everywhere[name]] for name, mine in cells.items()])
+    needed = f"'No difference' needs a p below {LEVEL / 2:g}. Seed 0 chose the learning rates."
+    return f"The same in other readings. {needed}\n\n{lines}"
 
 
 def gain(runs: Study) -> str:
@@ -518,8 +576,10 @@ def summary(runs: Study) -> str:
     found = e1_contrasts(runs)
     needs(found)
     seeds = " or ".join(sorted({str(contrast.seeds) for contrast in found}))
-    head = [f"at equal KL, {seeds} seeds", "points of win-rate [95%]", "shown"]
-    return table(head, [[c.name, str(c), c.verdict] for c in found])
+    everywhere, up_to = in_every_reading(runs), compared_up_to(runs)
+    head = [f"at equal KL, {seeds} seeds", "points of win-rate [95%]", "all seeds up to"]
+    rows = [[c.name, str(c), up_to[c.name], everywhere[c.name]] for c in found]
+    return table([*head, "shown in every reading"], rows)
 
 
 def answers(runs: Study) -> str:

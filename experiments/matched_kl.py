@@ -35,11 +35,19 @@ def fit(kls: Sequence[float], values: Sequence[float]) -> np.ndarray | None:
     return np.polyfit(distances, values[:end], DEGREE)
 
 
-def read(kls: Sequence[float], values: Sequence[float], nats: float) -> float | None:
-    """Return the value at `nats` on a run's curve; None where that would be extrapolated."""
+def read(
+    kls: Sequence[float], values: Sequence[float], nats: float, straight: bool = False
+) -> float | None:
+    """Return the value at `nats` on a run's curve; None where that would be extrapolated.
+
+    straight  by straight lines, in sqrt(KL), from checkpoint to checkpoint, not by the quadratic
+    """
     curve = fit(kls, values)
     if curve is None or max(kls) < nats:
         return None
+    if straight:
+        by_distance = sorted(zip(np.sqrt(np.maximum(kls, 0.0)), values, strict=True))
+        return float(np.interp(math.sqrt(nats), *zip(*by_distance, strict=True)))
     return float(np.polyval(curve, math.sqrt(nats)))
 
 

@@ -1,5 +1,6 @@
 """The runs of experiments/study.jsonl, found by what they are; numbers and tables of them."""
 
+import copy
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -28,12 +29,20 @@ class Study:
     """The runs, found by what they are, and the numbers that are read off them."""
 
     def __init__(self, rows: Sequence[dict]):
+        self.budgets: Sequence[float] = BUDGETS  # the nats that contrasts are means over
+        self.straight = False  # curves are read by straight lines
         self.rows = {study.key_of(row): row for row in rows if "run" in row}
         self.cosines = [row for row in rows if "cosines" in row]
         self.pool = next((row["scores"] for row in rows if "pool" in row), [])
         self.rates = {loss: study.chosen_rate(rows, loss) for loss in study.LOSSES}
         self.rates |= dict.fromkeys(("cdpo", "dpo_robust"), self.rates["dpo"])
         self.rates["spo_basic"] = self.rates["spo"]
+
+    def reading(self, budgets: Sequence[float] = BUDGETS, straight: bool = False) -> "Study":
+        """Return the same runs, read another way."""
+        other = copy.copy(self)
+        other.budgets, other.straight = budgets, straight
+        return other
 
     def runs(self, loss: str, seeds: Iterable[int] = range(64), **spec) -> dict[int, dict]:
         """Return {seed: row} of the runs of one objective and setting that are there."""
@@ -58,7 +67,7 @@ class Study:
         return [factor * point[what] for point in row["checkpoints"]]
 
     def at(self, row: dict, nats: float, what: str = "win_rate") -> float | None:
-        return read(kls_of(row), self.values(row, what), nats)
+        return read(kls_of(row), self.values(row, what), nats, self.straight)
 
     def at_equal_rate(self, row: dict, what: str, rate: float = EQUAL_RATE) -> float | None:
         """Return a value where the run's win-rate first reaches `rate` percent."""
@@ -72,7 +81,7 @@ class Study:
         """Return, of each seed that both have, the mean difference over the KLs that both reach."""
         found = []
         for seed in sorted(set(ours) & set(theirs)):
-            both = known(self.difference(ours[seed], theirs[seed], x, what) for x in BUDGETS)
+            both = known(self.difference(ours[seed], theirs[seed], x, what) for x in self.budgets)
             if both:
                 found.append(float(np.mean(both)))
         return found
@@ -81,14 +90,14 @@ class Study:
         a, b = self.at(ours, nats, what), self.at(theirs, nats, what)
         return None if a is None or b is None else a - b
 
-    def reached(self, ours: dict[int, dict], theirs: dict[int, dict]) -> str:
-        """Return how many seeds reach each KL with both: "6 6 4 0"."""
+    def reached(self, ours: dict[int, dict], theirs: dict[int, dict]) -> list[int]:
+        """Return how many seeds reach each KL with both runs: [6, 6, 4, 0]."""
         seeds = set(ours) & set(theirs)
         counts = []
         for nats in BUDGETS:
             both = [self.difference(ours[seed], theirs[seed], nats, "win_rate") for seed in seeds]
             counts.append(len(known(both)))
-        return " ".join(map(str, counts))
+        return counts
 
 
 def known(values: Iterable[float | None]) -> list[float]:

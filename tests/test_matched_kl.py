@@ -16,6 +16,14 @@ def test_a_quadratic_in_the_root_of_the_kl_is_read_back_exactly():
     )
 
 
+def test_a_curve_read_by_straight_lines_goes_through_its_checkpoints():
+    """Between sqrt(KL) 1 and 2, at sqrt(2.25) = 1.5: half way from 60 to 70."""
+    kls, values = [0.0, 1.0, 4.0, 4.41], [50.0, 60.0, 70.0, 71.0]
+    assert m.read(kls, values, 2.25, straight=True) == pytest.approx(65.0)
+    assert [m.read(kls, values, x, straight=True) for x in (1.0, 4.0)] == [60.0, 70.0]
+    assert m.read(kls, values, 5.0, straight=True) is None
+
+
 def test_what_would_be_extrapolated_is_missing():
     kls, values = [0.0, 0.1, 0.4, 0.9, 1.9], [50.0, 51.0, 52.0, 53.0, 54.0]
     assert m.read(kls, values, 1.0) is not None

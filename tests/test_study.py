@@ -14,6 +14,7 @@ import pytest
 import study
 import study_run
 import torch
+from matched_kl import Contrast
 from study_run import Run
 
 import spo_train
@@ -218,6 +219,19 @@ def test_stories_of_other_flags_and_unknown_questions_are_refused(flags, world):
         study.make_world(config, *study.inputs_of(config))
     with pytest.raises(ValueError, match="--only=E9: no such question"):
         study.main([*flags, "--only=E9"])
+
+
+def test_only_what_every_reading_shows_is_called_shown(monkeypatch):
+    """Three contrasts in two readings: alike, unlike, and alike undecided."""
+
+    def contrast(name: str, p_margin: float) -> Contrast:
+        return Contrast(name, 6, 0.1, -1.0, 1.2, 1.0, 1.0, p_margin)
+
+    first = [contrast("a", 0.01), contrast("b", 0.024), contrast("c", 0.3)]
+    second = [contrast("a", 0.02), contrast("b", 0.026), contrast("c", 0.9)]
+    monkeypatch.setattr(findings, "e1_readings", lambda _: {"one": first, "two": second})
+    expected = {"a": "no difference", "b": "depends on the reading", "c": "not decided"}
+    assert findings.in_every_reading(None) == expected
 
 
 def test_every_number_of_the_documents_is_that_of_the_runs(capsys):
