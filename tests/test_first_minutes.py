@@ -1,17 +1,19 @@
 """What a newcomer sees: where the program is, what to look at, and advice that is right."""
 
 import io
+import os
+import random
 import re
 import subprocess
 import sys
 
 import pytest
-from helpers import command, write
+from helpers import ROOT, command, write
 
 import judge
 import spo_train
 import tinystories_data as data
-from spo import checkpoint, progress
+from spo import checkpoint, demo_stories, progress
 
 
 def test_a_captured_log_has_no_control_characters(workshop, tokenizer):
@@ -156,3 +158,10 @@ def test_a_byte_order_mark_and_columns_of_nulls_are_read(workshop, tmp_path, cap
     printed = capsys.readouterr().out
     assert "2 of 2 responses, known of their order: ranking" in printed
     assert "2 of 1 response, known of their order: text" in printed
+
+
+def test_the_readmes_prompt_is_one_that_the_demos_grammar_knows():
+    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as f:
+        (prompt,) = re.findall(r'sample.py --checkpoint=out/best.pt --prompt="(.*?)"', f.read())
+    stories = [demo_stories.story(random.Random(seed)) for seed in range(300)]
+    assert sum(story.startswith(prompt) for story in stories) > 3
