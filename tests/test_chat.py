@@ -313,6 +313,14 @@ def test_the_budget_is_never_passed_and_can_be_raised(flags):
         assert judge.chat.journal.spent == pytest.approx(4.8)
 
 
+def test_the_bound_of_a_request_is_a_token_for_every_byte(flags):
+    """A token is a byte at least, and a letter such as \u00e9 has two; 64 are the template's."""
+    with FakeApi(score=quality) as api:
+        chat = ApiJudge(flags(api, judge_max_tokens=50, **PRICES)).chat
+    for text, size in (("e" * 1000, 1000), ("\u00e9" * 1000, 2000), ("\u4f60" * 10, 30), ("", 0)):
+        assert chat.bound(text) == pytest.approx(((size + 64) * 100 + 50 * 1000) / 1e6)
+
+
 def test_what_was_lost_on_the_way_counts_as_spent(flags):
     with FakeApi(["reset after", "503"], score=quality) as api:
         judge, _ = rankings(api, flags(api, workers=1, **PRICES), make_groups(1))

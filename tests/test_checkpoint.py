@@ -22,6 +22,7 @@ from spo import checkpoint
 from spo.checkpoint import load_rows, open_weights, without_weights
 from spo.folders import HF_NAMES, interleave
 from spo.tokenizer import Tokenizer, copy_tokenizer
+from spo.weights import shapes_of
 
 TOKENS = torch.randint(0, 512, (2, 20), generator=torch.Generator().manual_seed(0))
 
@@ -232,6 +233,43 @@ def test_every_terminator_is_kept_and_the_first_is_trained(tmp_path):
     export.main([str(tmp_path / "hf"), f"--checkpoint={tmp_path / 'm.pt'}", "--version=-1"])
     assert json.loads((tmp_path / "hf/config.json").read_text())["eos_token_id"] == [7, 9, 11]
     assert checkpoint.load(str(tmp_path / "hf")).eos_ids == (7, 9, 11)
+
+
+def test_an_exported_folder_has_the_models_own_numbers(tmp_path):
+    model = tiny(norm_eps=1e-3, rope_theta=5e5)
+    checkpoint.save_pt(str(tmp_path / "m.pt"), model)
+    export.main([str(tmp_path / "hf"), f"--checkpoint={tmp_path / 'm.pt'}", "--version=-1"])
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    assert config["rms_norm_eps"] == 1e-3 and config["rope_theta"] == 5e5
+    assert checkpoint.load(str(tmp_path / "hf")).args == model.args
+
+
+@pytest.mark.parametrize(
+    "kind", ["pt", "v0", "v1", "v2", "hf", "meta", "meta of 3", "meta of 3, llama3"]
+)
+def test_rows_of_a_weight_are_those_of_the_whole(tmp_path, kind):
+    """A sharded load reads its rows only: from the middle, to the end, and none."""
+    shape = {"n_heads": 6, "n_kv_heads": 3, "dim": 48, "hidden_dim": 96, "vocab_size": 66}
+    model = tiny(tied=False, **shape)
+    path = str(tmp_path / "m.pt")
+    checkpoint.save_pt(path, model)
+    if kind.startswith("v"):
+        export.main([str(tmp_path / "m.bin"), f"--checkpoint={path}", f"--version={kind[1:]}"])
+        path = str(tmp_path / "m.bin")
+    elif kind == "hf":
+        path = hf_folder(tmp_path / "hf", model, files=2)
+    elif kind.startswith("meta"):
+        parts = 3 if "3" in kind else 1
+        path = meta_folder(tmp_path / "meta", model, parts, "llama3" in kind)
+    source = open_weights(path)
+    for name, shape in shapes_of(model.args, tied=False):
+        whole = source.rows(name, slice(0, shape[0]))
+        assert whole.shape == shape
+        if kind != "v2":
+            assert torch.equal(whole.float(), model.state_dict()[name]), name
+        for start, stop in ((0, 5), (7, 20), (shape[0] // 2, shape[0]), (5, 5)):
+            rows = source.rows(name, slice(start, stop))
+            assert torch.equal(rows, whole[start:stop]), (name, start, stop)
 
 
 def test_damaged_folders_are_refused_by_name(tmp_path):

@@ -223,6 +223,19 @@ def test_what_scales_nothing_is_read(tmp_path, config):
     assert same_weights(checkpoint.load(path), model)
 
 
+def test_the_theta_of_transformers_5_is_read(tmp_path):
+    """It writes rope_parameters in place of rope_theta and rope_scaling."""
+    model = plain_tiny(rope_theta=500000.0)
+    parameters = {"rope_type": "default", "rope_theta": 500000.0}
+    path = hf_folder(tmp_path / "m", model, rope_parameters=parameters)
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    config.pop("rope_theta", None)
+    (tmp_path / "m/config.json").write_text(json.dumps(config))
+    loaded, tokens = checkpoint.load(path), torch.tensor([[1, 5, 9, 2, 8]])
+    assert loaded.args.rope_theta == 500000.0
+    assert torch.allclose(loaded(tokens), model(tokens), atol=1e-5)
+
+
 def test_llama_3_1s_scaling_by_hand():
     """Pair i turns theta^(-2i/d) radians a token; in 64 tokens 10.2, 3.2, 1.02 and 0.32 times."""
     args = ModelArgs(dim=8, n_heads=1, max_seq_len=3, vocab_size=4, rope_scaling=LLAMA3)

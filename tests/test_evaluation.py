@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import log_of, perturbed, plain_tiny, tiny, write
-from test_offline_judge import FAKES, PLAIN, RICH
+from test_offline_judge import FAKES, PLAIN, RICH, TOLD, WORN
 
 import judge
 import sample
@@ -19,7 +19,7 @@ import spo_train
 import tinystories_data as data
 from losses import token_kl
 from spo import diversity, generate, offline_judge, pool, second_judge
-from spo.evaluation import Evaluation, by_prompt, claim
+from spo.evaluation import Evaluation, by_prompt, claim, report
 from spo.groups import make_batch
 from spo.win_rate import WinRate, all_pairs, student
 
@@ -154,6 +154,27 @@ def test_few_stories_a_prompt_a_baseline_or_an_api_judge_are_one_to_one(tokenize
         assert verdict.second.count == 4
 
 
+def test_the_final_table_judges_other_stories_than_those_that_chose(tokenizer):
+    """The best of many evaluations looks better than it is on the stories that chose it."""
+    seen = []
+
+    class Sees(judge.OfflineJudge):
+        def compare(self, policy, baseline, label=None):
+            seen.append((policy, baseline))
+            return super().compare(policy, baseline, label)
+
+    model = tiny(vocab_size=512)
+    ruler = evaluation(tokenizer, model, size=0, judge=Sees())
+    ruler.evaluate(perturbed(model), 2, "select")
+    policies = {"before": (model, 0), "best": (perturbed(model), 2), "last": (model, 4)}
+    report(ruler, policies, lambda *_: None)
+    (chose, against), *table = seen
+    assert len(table) == 3 and len(chose) == 4
+    for texts, others in table:
+        assert len(texts) == len(others) == 8
+        assert not set(texts) & set(chose) and not set(others) & set(against)
+
+
 def test_the_pool_is_neither_a_training_story_nor_the_policys(tokenizer):
     """All are of one model: only the random streams keep them apart."""
     model = tiny(vocab_size=512)
@@ -246,10 +267,12 @@ def test_good_stories_are_counted_once():
 
 def test_the_kl_has_its_standard_error(tokenizer):
     policy, reference = tiny(vocab_size=512), perturbed(tiny(vocab_size=512))
+    with torch.no_grad():  # far from it, so that the two models' log-probs are not alike
+        policy.output.weight.mul_(3)
     ruler = evaluation(tokenizer, reference, stories=6, size=0)
     verdict = ruler.evaluate(policy, 0, "select")
     prompts = [tokenizer.encode("", bos=True)] * 6
-    values, logp, tokens = [], 0.0, 0
+    values, logp, own, tokens = [], 0.0, 0.0, 0
     for group in generate.sample(policy, prompts, (1, generate.PURPOSE_SELECT, 1), 12):
         batch = make_batch([group])
         with torch.no_grad():
@@ -257,10 +280,13 @@ def test_the_kl_has_its_standard_error(tokenizer):
         values.append(float(token_kl(logits, others, batch.mask)))
         logps = others[:, :-1].log_softmax(-1).gather(-1, batch.tokens[:, 1:, None])[..., 0]
         logp += float(logps[batch.mask[:, 1:]].sum())
+        ours = logits[:, :-1].log_softmax(-1).gather(-1, batch.tokens[:, 1:, None])[..., 0]
+        own += float(ours[batch.mask[:, 1:]].sum())
         tokens += int(batch.mask.sum())
     assert verdict.kl == pytest.approx(statistics.mean(values), rel=1e-4)
     assert verdict.kl_error == pytest.approx(statistics.stdev(values) / math.sqrt(6), rel=1e-3)
     assert verdict.coherence == pytest.approx(logp / tokens, rel=1e-4)
+    assert verdict.coherence != pytest.approx(own / tokens, rel=0.01)  # it is not the policy's
     logged = verdict.logged("eval")
     assert logged["eval/kl_error"] == verdict.kl_error
     assert logged["eval/reference_logp"] == verdict.coherence
@@ -299,15 +325,34 @@ def test_the_second_judge_is_bounded_and_not_fooled_by_what_is_no_story():
     for name, text in FAKES.items():
         assert 0 <= second_judge.score(text) < 3.5, name
         assert all(0 <= value <= 1 for value in second_judge.features(text).values())
-    told = (
-        'Mia felt sad because her ball was lost. "Why are you sad?" asked Leo. "I want to find my '
-        'ball," she said. So Leo helped her. They looked all day long, under the beds and behind '
-        'every chair in the house. At last he found it! "Thank you," Mia smiled. "You are my best '
-        'friend." The next morning they shared it and laughed until night came.'
-    )
-    assert second_judge.score(told) > second_judge.score(RICH) > 2
-    assert second_judge.score(told) > second_judge.score(PLAIN)
-    assert offline_judge.score(RICH) > offline_judge.score(told)
+    assert second_judge.score(TOLD) > second_judge.score(RICH) > 2
+    assert second_judge.score(TOLD) > second_judge.score(PLAIN)
+    assert offline_judge.score(RICH) > offline_judge.score(TOLD)
+
+
+@pytest.mark.parametrize(
+    "text,parts,score",
+    [
+        (PLAIN, (0.368605, 0.214286, 0.975018, 0.0, 0.575), 2.171123),
+        (RICH, (0.0, 1.0, 0.260147, 0.0, 0.8875), 2.680511),
+        (TOLD, (1.0, 0.425926, 1.0, 1.0, 0.825), 7.065972),
+        (WORN, (0.625399, 0.611111, 1.0, 0.952381, 1.0), 7.621436),
+    ],
+)
+def test_the_second_judge_s_scores_of_four_texts_are_what_they_were(text, parts, score):
+    """mind, cohesion, rhythm, speech and length; the two other factors are 1."""
+    found = second_judge.features(text)
+    assert list(found.values()) == pytest.approx([*parts, 1.0, 1.0], abs=1e-6)
+    assert second_judge.score(text) == pytest.approx(score, abs=1e-6)
+    mind, cohesion, rhythm, speech, length = parts
+    by_hand = 10 * (0.35 * mind + 0.25 * cohesion + 0.2 * rhythm + 0.2 * speech) * length
+    assert score == pytest.approx(by_hand, abs=1e-4)
+
+
+def test_the_second_judge_s_factors_fall_for_repetition_and_for_what_is_no_prose():
+    said = "Mia said so. "
+    assert second_judge.features(said * 40)["no repetition"] == 0.0
+    assert second_judge.features("Mia had 1234567 of 89 and 10.")["prose"] < 0.01
 
 
 def test_the_two_judges_see_different_things(spo_data):

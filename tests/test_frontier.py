@@ -159,3 +159,17 @@ def test_an_argument_to_a_table_is_refused_and_nothing_runs(tmp_path, table):
     done = subprocess.run(["bash", script, "--help"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and "--help: takes no arguments" in done.stderr
     assert os.listdir(tmp_path) == []
+
+
+def test_a_sweep_on_a_ranking_trains_pairwise_losses_on_the_best_and_the_worst(tmp_path):
+    """And best-of-n losses on the group with its best named."""
+    data_file = tmp_path / "r.jsonl"
+    data_file.write_text(json.dumps({"responses": list("abcd"), "ranking": [3, 0, 2, 1]}) + "\n")
+    config = frontier.FrontierConfig(
+        data=str(data_file), init_from="m.pt", tokenizer="t.model", out_dir=str(tmp_path)
+    )
+    *_, files = frontier.files_for(config)
+    pair = json.loads(open(files["pair"]).read())
+    assert (pair["responses"], pair["ranking"]) == (["d", "b"], [0, 1])
+    best = json.loads(open(files["best"]).read())
+    assert (best["responses"], best["best"]) == (list("abcd"), 3)

@@ -54,6 +54,39 @@ def test_sampling_follows_the_distribution():
     assert set(sample_token(logits.clone(), uniforms, 1.0, top_p=0.6).tolist()) == {0}
 
 
+def shares(logits, count: int, **how) -> torch.Tensor:
+    """How often each id is drawn from one row of logits."""
+    uniforms = torch.rand(count, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    drawn = sample_token(logits.expand(count, -1).clone(), uniforms, **how)
+    return torch.bincount(drawn, minlength=logits.shape[-1]) / count
+
+
+SHUFFLED = torch.tensor([0.0, 2.0, -1.0, 1.0, 0.5])  # the likeliest ids are 1, 3, 4
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_a_temperature_divides_the_logits(temperature):
+    """Chi-square with 4 degrees of freedom: above 18.5 once in a thousand."""
+    count, expected = 20000, (SHUFFLED / temperature).softmax(0)
+    found = shares(SHUFFLED, count, temperature=temperature)
+    assert float((count * (found - expected) ** 2 / expected).sum()) < 18.5
+
+
+def test_truncation_keeps_the_likeliest_ids_wherever_they_stand():
+    """p = 0.08, 0.54, 0.03, 0.20, 0.12 (and what is left of a share of 1)."""
+    p = SHUFFLED.softmax(0)
+    for kept, how in (
+        ([1, 3], {"top_k": 2}),
+        ([1, 3], {"top_p": 0.7}),
+        ([1], {"top_p": 0.5}),
+        ([1, 3, 4], {"top_p": 0.8}),
+        ([1, 3], {"top_k": 3, "top_p": 0.7}),
+    ):
+        found = shares(SHUFFLED, 20000, temperature=1.0, **how)
+        assert found.nonzero().flatten().tolist() == kept, how
+        assert torch.allclose(found[kept], p[kept] / p[kept].sum(), atol=0.015), how
+
+
 def test_generate_ends_with_the_context_and_refuses_a_prompt_that_fills_it():
     assert [len(row) for row in generate(tiny(), [[1], [1] * 63], 500)] == [63, 1]
     with pytest.raises(ValueError, match="64 tokens leaves no room in a context of 64"):

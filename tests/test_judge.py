@@ -234,6 +234,19 @@ def test_another_prompt_is_another_question_and_has_to_have_its_places(monkeypat
         judge.read_template(str(mine))
 
 
+def test_replies_of_another_temperature_judge_or_field_are_other_questions(monkeypatch, tmp_path):
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    common = {"judge": "fake", "base_url": "http://127.0.0.1:1/v1"}
+    changes = [{}, {"judge_temperature": 0.7}, {"judge": "other"}, {"judge_extra": '{"a": 1}'}]
+    keys = []
+    for i, change in enumerate(changes):
+        path = str(tmp_path / f"j{i}.jsonl")
+        api_judge = judge.ApiJudge(JudgeFlags(**common | {"journal": path} | change))
+        keys += [api_judge.key([PLAIN, RICH]), api_judge.key([RICH, PLAIN])]
+        api_judge.chat.journal.file.close()
+    assert len(set(keys)) == len(keys) == 8
+
+
 # --- both orders ---------------------------------------------------------------------------------
 
 

@@ -117,3 +117,10 @@ def test_an_independent_reader_of_the_file_tells_the_same_greedy_story(spo_data)
 def test_llama2_tokenizer_is_exported_to_the_identical_file(spo_data, tmp_path):
     with open(f"{spo_data}/tokenizer.bin", "rb") as f:
         assert Tokenizer(f"{spo_data}/tokenizer.model").to_llama2c() == f.read()
+
+
+def test_the_hidden_width_is_llama2c_s():
+    """2/3 of 4 * dim, up to a multiple: 11,008 of Llama-2-7B, 768 of stories15M, 172 of 260K."""
+    assert ModelArgs(dim=4096).hidden_dim == 11008
+    assert ModelArgs(dim=288, n_heads=6, multiple_of=32).hidden_dim == 768
+    assert ModelArgs(dim=64, n_heads=8, multiple_of=4).hidden_dim == 172

@@ -19,6 +19,19 @@ RICH = (
     "refused to abandon hope. Before sunset he discovered the lantern beneath a willow, and an old sailor praised his "
     "patience. From that moment he understood that courage often begins with a single question."
 )
+TOLD = (
+    'Mia felt sad because her ball was lost. "Why are you sad?" asked Leo. "I want to find my '
+    'ball," she said. So Leo helped her. They looked all day long, under the beds and behind '
+    'every chair in the house. At last he found it! "Thank you," Mia smiled. "You are my best '
+    'friend." The next morning they shared it and laughed until night came.'
+)
+WORN = (
+    "Mia and Tom went to the quiet harbor and looked for the lost lantern, and they went to the "
+    "quiet harbor again. Long ago the old sailor had told them that the golden lantern was there, "
+    'and that nobody would find the golden lantern. the sailor smiled. "Why do you search?" he '
+    "asked. Mia and Tom went to the village with the map of a wide island. At last they saw it "
+    "beneath a willow, a bridge, a ladder, a river, and so The village was happy"
+)
 STORIES = [demo_stories.story(random.Random(seed)) for seed in range(40)]
 RICH_LIST = sorted(judge.RICH_WORDS)
 
@@ -75,6 +88,44 @@ def test_plain_prose_beats(name):
 def test_spoiling_any_story_makes_it_lose_to_itself(spoil):
     spoiled = [spoil(story) for story in STORIES]
     assert win_rate(STORIES, spoiled) > 0.95
+
+
+# (readability, vocabulary, variety), the factors that are not 1, and the score: all labels, all
+# win-rates and experiments/study.jsonl rest on these numbers.
+SCORED = [
+    (PLAIN, (0.34058, 0.0, 0.719876), {"length": 0.766667, "no salad": 0.596708}, 1.297298),
+    (
+        RICH,
+        (0.953052, 1.0, 1.0),
+        {"no lists": 0.901695, "function words": 0.454225},
+        4.043427,
+    ),
+    (TOLD, (0.481481, 0.063973, 1.0), {"sentences": 0.944444}, 4.001939),
+    (
+        WORN,
+        (0.812261, 0.888123, 0.768367),
+        {"no repetition": 0.955882, "spelling": 0.233716, "sentences": 0.738095, "ending": 0.8},
+        1.109451,
+    ),
+]
+
+
+@pytest.mark.parametrize("text,qualities,factors,score", SCORED)
+def test_the_scores_of_four_texts_are_what_they_were(text, qualities, factors, score):
+    found = judge.features(text)
+    named = ("readability", "vocabulary", "variety")
+    assert [found.pop(name) for name in named] == pytest.approx(qualities, abs=1e-6)
+    assert found == pytest.approx(dict.fromkeys(found, 1.0) | factors, abs=1e-6)
+    assert judge.score(text) == pytest.approx(score, abs=1e-6)
+
+
+def test_the_score_is_its_weighted_qualities_times_its_factors():
+    """Of TOLD: 0.3 * 0.481481 + 0.45 * 0.063973 + 0.25, times 0.944444; and the mean of all."""
+    quality = 0.3 * 0.481481 + 0.45 * 0.063973 + 0.25
+    mean = (0.481481 + 0.063973 + 0.944444 + 9) / 12
+    assert judge.score(TOLD) == pytest.approx(
+        10 * (0.999 * 0.944444 * quality + 0.001 * mean), abs=1e-5
+    )
 
 
 def test_length_alone_does_not_win():

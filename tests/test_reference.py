@@ -52,7 +52,9 @@ def test_only_what_is_wanted_is_computed_and_only_once(tmp_path, asked):
     assert said == ["the reference reads 1 groups, once"] and [both[0], both[2]] == first
 
 
-@pytest.mark.parametrize("what", ["data and tokenizer", "weights", "dtype", "damaged", "folder"])
+@pytest.mark.parametrize(
+    "what", ["data and tokenizer", "one word", "weights", "dtype", "damaged", "folder"]
+)
 def test_what_is_of_something_else_is_computed_anew_and_said(tmp_path, what, asked):
     model, groups, data, dtype = (
         tiny(),
@@ -65,6 +67,10 @@ def test_what_is_of_something_else_is_computed_anew_and_said(tmp_path, what, ask
     asked(groups, range(6), model, cache)
     if what == "data and tokenizer":
         groups = random_groups(6, 2, seed=5)
+    elif what == "one word":  # of one response: as many tokens as before
+        response = groups[2].responses[1]
+        groups[2].responses[1] = [response[0] + 1, *response[1:]]
+        what = "data and tokenizer"
     elif what == "weights":
         checkpoint.save_pt(start, model := perturbed(model))
     elif what == "dtype":

@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 from helpers import ONE_THREAD, ROOT, command, log_of, run, write
+from safetensors.torch import load_file, save_file
 
 import export
 import sample
@@ -236,7 +237,9 @@ def another(tokenizer, path: str) -> str:
     return path
 
 
-@pytest.mark.parametrize("what", ["data", "tokenizer", "baseline", "init_from", "prompt"])
+@pytest.mark.parametrize(
+    "what", ["data", "tokenizer", "baseline", "init_from", "init_from, one weight", "prompt"]
+)
 def test_every_input_belongs_to_a_run(workshop, tokenizer, tmp_path, what, monkeypatch):
     export.main(["model", "--checkpoint=start.pt", "--version=-1"])
     stories = [{"prompt": "", "text": f"The owl sang {i} songs."} for i in range(12)]
@@ -259,6 +262,12 @@ def test_every_input_belongs_to_a_run(workshop, tokenizer, tmp_path, what, monke
         write(tmp_path / "baseline.jsonl", *reversed(stories))
     elif what == "prompt":
         (tmp_path / "prompt.txt").write_text("{stories} {conclusion}")
+    elif what == "init_from, one weight":
+        what = "init_from"
+        weights = load_file("model/model.safetensors")
+        weights["model.norm.weight"][3] += 1e-3
+        save_file(weights, "model/model.safetensors", {"format": "pt"})
+        os.remove("model/model.safetensors.sha256")
     else:
         config = json.loads((tmp_path / "model/config.json").read_text())
         (tmp_path / "model/config.json").write_text(json.dumps(config | {"rope_theta": 9.0}))

@@ -46,6 +46,7 @@ from spo.win_rate import win_rate
 from spo_train import (
     PolicySamples,
     TrainConfig,
+    draw_samples,
     kl_gradient,
     learning_rate,
     preference_gradient,
@@ -249,6 +250,15 @@ def test_the_logged_metrics_are_those_of_the_definition():
     assert set(spo_train.preference_metrics(logps[:, :1], None)) == {"logps/chosen"}
 
 
+def test_the_margin_of_unpaired_responses_is_for_the_desirable_and_against_the_others():
+    """Log-ratios +2 and -3: of a desirable response +2 is right, of an undesirable one -3 is."""
+    logps, reference = torch.tensor([[-8.0], [-8.0], [-13.0]]), torch.tensor([[-10.0]] * 3)
+    desirable = torch.tensor([[True], [False], [False]])
+    metrics = spo_train.preference_metrics(logps, reference, desirable)
+    assert metrics["margin"].tolist() == [2, -2, 3] and metrics["accuracy"].tolist() == [1, 0, 1]
+    assert metrics["logps"].tolist() == [-8, -8, -13]
+
+
 # --- whole runs ----------------------------------------------------------------------------------
 
 
@@ -289,6 +299,29 @@ def test_every_regularizer_trains(workshop, name):
     )
 
 
+def test_each_epoch_is_a_permutation_and_each_seed_another():
+    def epoch(number: int, seed: int) -> list[int]:
+        steps = range(4 * number, 4 * (number + 1))
+        return [i for step in steps for i in batch_indices(20, 5, step, seed)]
+
+    orders = [epoch(0, 3), epoch(1, 3), epoch(0, 40), epoch(0, 3)]
+    assert all(sorted(order) == list(range(20)) for order in orders)
+    assert orders[0] == orders[3] and len(set(map(tuple, orders))) == 3
+    across = batch_indices(20, 8, 2, 3)  # the last 4 of one epoch, and 4 of the next
+    assert across == orders[0][16:] + orders[1][:4]
+
+
+def test_every_refresh_draws_its_samples_from_other_prompts():
+    policy, config = tiny(), TrainConfig(seed=3, kl_batch_size=8, max_new_tokens=4)
+    prompts = [[1, i] for i in range(2, 60)]
+    drawn = []
+    for step, seed in ((0, 3), (8, 3), (0, 3), (0, 90)):
+        config = dataclasses.replace(config, seed=seed)
+        samples = draw_samples(config, policy, policy, prompts, step)
+        drawn.append(tuple(tuple(group.prompt) for group in samples.groups))
+    assert drawn[0] == drawn[2] and len(set(drawn)) == 3
+
+
 @pytest.mark.parametrize("name", ["logp", "tokenwise", "importance"])
 def test_micro_batches_add_up_for_regularizers_on_the_dataset(name):
     reference = tiny().double()
@@ -296,6 +329,9 @@ def test_micro_batches_add_up_for_regularizers_on_the_dataset(name):
     objective = Objective("spo_basic", regularizer=name, beta=0.5)
     whole = gradients(objective, policy, reference, groups, 8)
     plain = gradients(Objective("spo_basic", "none"), policy, reference, groups, 8)
+    once = gradients(Objective("spo_basic", name, beta=1.0), policy, reference, groups, 8)
+    for half, none, full in zip(whole, plain, once, strict=True):  # beta weighs it
+        assert torch.allclose(2 * (half - none), full - none, rtol=1e-6, atol=1e-9)
     assert not all(torch.allclose(a, b) for a, b in zip(whole, plain, strict=True))
     for a, b in zip(whole, gradients(objective, policy, reference, groups, 3), strict=True):
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)

@@ -144,10 +144,17 @@ def test_all_objectives_see_the_same_groups_and_the_reference_read_them_right(wo
         assert group.reference_logps == pytest.approx(compute_logps([group], world.reference)[0])
 
 
+def test_pairs_are_the_best_and_the_worst_and_a_ranking_is_its_own_order():
+    for i in range(4):
+        assert study_run.orders(Run("dpo", 0, 1e-4), i, None) == [(0, 3)]
+        assert study_run.orders(Run("spo_rank", 0, 1e-4), i, None) == [(0, 1, 2, 3)]
+
+
 def test_noise_is_the_same_for_all_objectives_and_as_much_as_asked():
     count = 4000
     flipped = [study_run.orders(Run("dpo", 0, 1e-4, noise=0.4), i, None) for i in range(count)]
     assert np.mean([o == [(3, 0)] for o in flipped]) == pytest.approx(0.4, abs=0.02)
+    assert all(o in ([(3, 0)], [(0, 3)]) for o in flipped)
     shuffled = [
         study_run.orders(Run("spo_rank", 0, 1e-4, noise=0.4), i, None) for i in range(count)
     ]

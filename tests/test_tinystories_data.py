@@ -190,6 +190,19 @@ def test_a_ranking_is_indices_best_first_all_the_way_down(tmp_path):
     assert [g.responses for g in read_groups(every)] == [("b", "c"), ("b", "a"), ("c", "a")]
 
 
+def test_a_story_that_was_cut_stays_one_through_rank_best_of_n_and_pairs():
+    """No terminator is put behind it: it would be trained to stop there."""
+    members = [{"prompt": "", "text": t, "finished": t != "b"} for t in "abc"]
+    members[2].pop("finished")  # of a file that does not say: whole
+    record = data.agreed_records([members], [BothOrders([2, 1, 0], [2, 1, 0])])[0]
+    assert record["finished"] == [True, False, True] and record["ranking"] == [2, 1, 0]
+    assert data.to_best_of_n(record)["finished"] == [True, False, True]
+    (pair,) = data.to_pairs(record | {"ranking": [1, 0, 2]}, "best_worst")
+    assert pair["responses"] == ["b", "c"] and pair["finished"] == [False, True]
+    for pair in data.to_pairs(record, "all"):
+        assert pair["finished"] == [text != "b" for text in pair["responses"]]
+
+
 def test_groups_never_mix_prompts():
     stories = [{"prompt": p, "text": f"{p}{i}"} for p in "xyz" for i in range(3)]
     groups, left_out = data.group_stories(stories, 2)
