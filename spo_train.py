@@ -99,7 +99,7 @@ class TrainConfig(JudgeFlags):
     max_iters: int | None = flag(
         None, "optimizer steps; default: one epoch, demo: 80", least=1, also="steps epochs"
     )
-    learning_rate: float = flag(1e-4, "peak learning rate of AdamW", least=0)
+    learning_rate: float = flag(1e-4, "peak learning rate of AdamW", least=0, most=1e30)
     warmup_iters: int = flag(5, "steps of linear warm-up", least=0)
     decay_lr: bool = flag(True, "cosine decay of the learning rate to 0 at max_iters")
     weight_decay: float = flag(0.0, "AdamW's, on matrices only", least=0)

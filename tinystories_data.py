@@ -495,6 +495,7 @@ def settings_of_stories(config: GenerateConfig, tokenizer: Tokenizer) -> dict:
 class PartialFile:
     """OUT.part: the settings of a generate command in the first line, then its stories so far.
 
+    Every line ends in a tab and the first 16 digits of its SHA-256.
     If the command is interrupted, running it again continues where it stopped. A command with other
     settings refuses to, and so does one beside another that is at work.
     """
@@ -509,7 +510,7 @@ class PartialFile:
         self.lines = self.file.read().split(b"\n")[:-1]  # what has no newline was cut by a kill
         mend = "remove it, or give another --out"
         try:
-            former, *self.records = map(json.loads, self.lines) if self.lines else [self.header]
+            former, *self.records = map(self._read, self.lines) if self.lines else [self.header]
             differing = [f"--{k}" for k, v in settings.items() if former["settings"].get(k) != v]
             whole = all({"finished", "text"} <= record.keys() for record in self.records)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
@@ -526,13 +527,25 @@ class PartialFile:
         self.records = self.records[: len(self.records) // batch_size * batch_size]
         kept = self.lines[1 : 1 + len(self.records)]
         self.file.truncate(0)
-        self._append(files.jsonl_line(self.header).encode("utf-8"))
+        self._append(self._line(self.header))
         self._append(b"".join(line + b"\n" for line in kept))
         return len(self.records)
 
     def add(self, records: list[dict]) -> None:
-        self._append("".join(map(files.jsonl_line, records)).encode("utf-8"))
+        self._append(b"".join(map(self._line, records)))
         self.records += records
+
+    @staticmethod
+    def _line(record: dict) -> bytes:
+        content = json.dumps(record, ensure_ascii=False).encode("utf-8")
+        return b"%s\t%s\n" % (content, files.short_sha256(content))
+
+    @staticmethod
+    def _read(line: bytes) -> dict:
+        content, _, digest = line.rpartition(b"\t")
+        if digest != files.short_sha256(content):
+            raise ValueError("another content than was written")
+        return json.loads(content)
 
     def _append(self, data: bytes) -> None:
         with files.named_errors(self.path, len(data)):

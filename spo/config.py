@@ -5,7 +5,9 @@ import dataclasses
 import difflib
 import math
 import os
+import signal
 import sys
+import threading
 import types
 import typing
 from collections.abc import Callable
@@ -267,15 +269,28 @@ def exit_code(error: Exception) -> int:
     return 3 if isinstance(error, ConnectionError) else 2
 
 
+class Terminated(BaseException):
+    """SIGTERM, where nothing else listens to it."""
+
+
+def terminate(*_) -> None:
+    raise Terminated
+
+
 def main_program(main: Callable) -> None:
     """Call main(argv); what the user caused is one line on stderr, and an exit code.
 
-    SPO_DEBUG=1 shows the traceback instead. A character that the terminal or the pipe cannot show
-    is printed as its number: files are UTF-8, whatever the terminal is.
+    So are Ctrl-C and SIGTERM. Of several processes none listens to SIGTERM here: while one waits
+    for the others, it could not answer. SPO_DEBUG=1 shows the traceback instead. A character that
+    the terminal or the pipe cannot show is printed as its number: files are UTF-8, whatever the
+    terminal is.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # what tests put there may not be a text file
             stream.reconfigure(errors="backslashreplace")
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    if alone and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, terminate)
     try:
         main(sys.argv[1:])
     except (ValueError, OSError) as error:
@@ -287,3 +302,6 @@ def main_program(main: Callable) -> None:
         kept = str(interrupt) or "what was finished is kept"
         print(f"\nstopped by Ctrl-C; {kept}", file=sys.stderr)
         sys.exit(130)
+    except Terminated:
+        print("\nstopped by SIGTERM; what was finished is kept", file=sys.stderr)
+        sys.exit(143)

@@ -299,6 +299,11 @@ def text_fault(text) -> str:
 # --- hashes --------------------------------------------------------------------------------------
 
 
+def short_sha256(content: bytes) -> bytes:
+    """Return the first 16 hexadecimal digits of the SHA-256 of a content."""
+    return hashlib.sha256(content).hexdigest()[:16].encode()
+
+
 def file_sha256(path: str) -> str:
     """Return the SHA-256 of a file in hexadecimal digits."""
     with open(path, "rb") as f:

@@ -10,7 +10,7 @@ import struct
 from sentencepiece import SentencePieceProcessor
 
 from spo.bpe import JsonTokenizer
-from spo.files import atomic_write
+from spo.files import atomic_write, check_sha256
 from spo.parallel import note0
 from spo.templates import MARKED, ChatTemplate, NoTemplate, read_template
 
@@ -97,6 +97,7 @@ class Tokenizer:
                 f"{path}: no such tokenizer file; name the model's tokenizer.model with --tokenizer"
             )
         self.path = path
+        check_sha256(path)
         self.kind, self.model = self._open(path)
         if self.kind == "json" and self.model.bytes_lacking:
             say_that_bytes_are_dropped(path, self.model.bytes_lacking)
@@ -257,8 +258,9 @@ def copy_tokenizer(tokenizer: Tokenizer, folder: str, beside: bool = True) -> No
     if tokenizer.kind == "sentencepiece":  # run.c reads no other
         contents["tokenizer.bin"] = tokenizer.to_llama2c()
     for out, content in contents.items():
-        if content is not None:
-            with atomic_write(os.path.join(folder, out), len(content)) as f:
+        if content is not None:  # the tokenizer itself has its SHA-256 beside it
+            is_checked = out in ("tokenizer.model", "tokenizer.json")
+            with atomic_write(os.path.join(folder, out), len(content), is_checked) as f:
                 f.write(content)
 
 

@@ -170,6 +170,35 @@ def test_a_part_cut_anywhere_is_gone_on_with(tmp_path, common, monkeypatch):
         assert generated(tmp_path, common) == unbroken
 
 
+def test_a_part_with_a_flipped_bit_is_never_gone_on_with(tmp_path, common, monkeypatch):
+    """200 places: each is noticed, or cut off with the end of the file."""
+    unbroken = generated(tmp_path, common)
+    os.remove(tmp_path / "s.jsonl")
+    with monkeypatch.context() as broken:
+        broken.setattr(generation, "generate", interrupted_at(4, []))
+        with pytest.raises(KeyboardInterrupt):
+            data.main(common)
+    path, rng, read = tmp_path / "s.jsonl.part", random.Random(0), 0
+    part = path.read_bytes()
+    settings = json.loads(part.split(b"\t")[0])["settings"]
+    for _ in range(200):
+        content = bytearray(part)
+        content[rng.randrange(len(part))] ^= 1 << rng.randrange(8)
+        path.write_bytes(content)
+        try:
+            found = data.PartialFile(str(tmp_path / "s.jsonl"), settings)
+        except ValueError as error:
+            assert "s.jsonl.part: damaged" in str(error)
+            continue
+        read += 1
+        whole = [json.loads(line.split(b"\t")[0]) for line in part.split(b"\n")[1:-1]]
+        assert found.records == whole[: len(found.records)]
+        found.file.close()
+    assert read < 5
+    path.write_bytes(part)
+    assert generated(tmp_path, common) == unbroken
+
+
 def test_another_command_does_not_go_on_with_it(tmp_path, common, monkeypatch):
     with monkeypatch.context() as broken:
         broken.setattr(generation, "generate", interrupted_at(3, []))

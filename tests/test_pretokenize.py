@@ -45,6 +45,7 @@ def test_from_text_to_a_model_trained_on_it(folder, capsys):
         "data02.bin.sha256",
         "tokenizer.bin",
         "tokenizer.model",
+        "tokenizer.model.sha256",
     ]
     assert sorted(os.listdir("data")) == ["TinyStories_all_data", "tok400", "tok400.model"]
     tokenizer = Tokenizer("data/tok400/tokenizer.model")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ import tinystories_data as data
 from spo import checkpoint, files, parallel
 from spo import run as run_folder
 from spo.files import lock
+from spo.tokenizer import Tokenizer
 
 HOLD = """
 import json, os, sys, time
@@ -478,6 +480,61 @@ def test_constants_of_waiting():
     """Minutes for a process that does not answer; half a minute for a run that dies."""
     assert parallel.timeout().total_seconds() == 600
     assert run_folder.SECONDS_FOR_A_DYING_RUN == 30
+
+
+# --- before the loop -----------------------------------------------------------------------------
+
+BEFORE_THE_LOOP = """
+import sys, time
+import spo_train
+from spo.config import main_program
+
+def load_policy(config):
+    print("reading", flush=True)
+    time.sleep(600)
+
+spo_train.load_policy = load_policy
+main_program(spo_train.main)
+"""
+
+
+def test_sigterm_before_the_loop_ends_a_run_in_one_line(workshop, tokenizer):
+    words = ["--loss=dpo_rank", "--data=ranked.jsonl", "--init_from=start.pt"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", BEFORE_THE_LOOP, *words, f"--tokenizer={tokenizer.path}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | ONE_THREAD | {"PYTHONPATH": ROOT},
+    )
+    for line in process.stdout:
+        if line == "reading\n":
+            break
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate()
+    assert process.returncode == 143
+    assert errors.strip() == "stopped by SIGTERM; what was finished is kept"
+    assert not os.path.exists("out")
+
+
+def test_a_learning_rate_beyond_float32_is_one_line(workshop):
+    with pytest.raises(ValueError, match=r"--learning_rate=1e\+39: must be finite, .* most 1e\+30"):
+        workshop("dpo_rank", "--learning_rate=1e39")
+
+
+def test_a_flipped_bit_in_a_runs_tokenizer_is_refused(workshop):
+    workshop("dpo_rank", "--max_iters=1", "--eval_stories=0")
+    path = "out/tokenizer.model"
+    content = open(path, "rb").read()
+    rng = random.Random(0)
+    for _ in range(60):
+        flipped = bytearray(content)
+        flipped[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        open(path, "wb").write(flipped)
+        with pytest.raises(ValueError, match="out/tokenizer.model: damaged, or not the file that"):
+            Tokenizer(path)
+    open(path, "wb").write(content)
+    assert Tokenizer(path).vocab_size == 512
 
 
 # --- who judges ----------------------------------------------------------------------------------
