@@ -1,10 +1,12 @@
 """What several test files need: small models, groups, readers of a run's files."""
 
 import copy
+import functools
 import json
 import os
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pytest
@@ -141,14 +143,31 @@ def command(processes: int, *flags: str) -> list[str]:
     return [*torchrun, f"--nproc_per_node={processes}", script, *flags]
 
 
+@functools.cache
+def forks() -> subprocess.Popen:
+    """Start tests/forks.py, once; it ends with this process, whose pipe it reads."""
+    script = os.path.join(ROOT, "tests", "forks.py")
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, script], env=os.environ | ONE_THREAD, **pipes)
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
 def run(processes: int, flags: list[str]) -> str:
-    """Run spo_train.py to its end; return what it printed."""
-    environment = os.environ | ONE_THREAD
-    done = subprocess.run(
-        command(processes, *flags), capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    """Run spo_train.py to its end, in processes of its own; return what it printed."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = os.path.join(folder, "printed")
+        order = {"flags": flags, "processes": processes, "cwd": os.getcwd(), "out": out}
+        order["environment"] = dict(os.environ | ONE_THREAD)
+        print(json.dumps(order), file=forks().stdin, flush=True)
+        codes = json.loads(forks().stdout.readline())
+        with open(f"{out}.errors", encoding="utf-8", errors="replace") as f:
+            assert codes == [0] * processes, f.read()[-3000:]
+        texts = []
+        for rank in range(processes):
+            with open(f"{out}.{rank}", encoding="utf-8", errors="replace") as f:
+                texts.append(f.read())
+        return "".join(texts)
 
 
 # --- an independent reader of llama2.c's files ---------------------------------------------------

@@ -19,7 +19,7 @@ import spo_train
 import tinystories_data as data
 from losses import token_kl
 from spo import diversity, generate, offline_judge, pool, second_judge
-from spo.evaluation import Evaluation, by_prompt, claim, report
+from spo.evaluation import Evaluation, by_prompt, claim, preference, report
 from spo.groups import make_batch
 from spo.win_rate import WinRate, all_pairs, student
 
@@ -175,6 +175,10 @@ def test_the_final_table_judges_other_stories_than_those_that_chose(tokenizer):
         assert not set(texts) & set(chose) and not set(others) & set(against)
 
 
+def test_equal_scores_are_half_a_win():
+    assert [preference(*both) for both in ((2, 1), (1, 2), (1, 1), (0, 0))] == [1, 0, 0.5, 0.5]
+
+
 def test_the_pool_is_neither_a_training_story_nor_the_policys(tokenizer):
     """All are of one model: only the random streams keep them apart."""
     model = tiny(vocab_size=512)
@@ -206,15 +210,27 @@ def test_a_pool_is_drawn_once_and_anew_for_another_key(workshop, capsys, monkeyp
         f.write(content.replace("text", "textt", 3))
     workshop("dpo_rank", "--report=false", "--max_iters=12", "--resume")
     assert draws == [16, 16]  # what is damaged is drawn anew
+    lines = open(f"out/{kept}", encoding="utf-8").read().splitlines()
+    story = json.loads(lines[3])["text"]
+    lines[3] = json.dumps({"text": story + "!"})
+    open(f"out/{kept}", "w", encoding="utf-8").write("\n".join(lines) + "\n")
+    workshop("dpo_rank", "--report=false", "--max_iters=16", "--resume")
+    assert draws == [16, 16, 16]  # and so is a story that somebody has changed
     workshop("dpo_rank", *flags, "--seed=9")
-    assert draws == [16, 16, 16]
+    assert draws == [16, 16, 16, 16]
 
 
 def test_what_a_pool_depends_on(tokenizer, tmp_path):
     write(tmp_path / "m.bin", "weights")
     config = spo_train.TrainConfig(init_from=str(tmp_path / "m.bin"))
     keys = [pool.key_of(config, tokenizer.path, [""])]
-    for name, value in (("seed", 3), ("eval_pool", 8), ("max_new_tokens", 9), ("dtype", "x")):
+    for name, value in (
+        ("seed", 3),
+        ("eval_pool", 8),
+        ("max_new_tokens", 9),
+        ("dtype", "x"),
+        ("rope_factor", 8.0),
+    ):
         other = spo_train.TrainConfig(**{"init_from": config.init_from, name: value})
         keys.append(pool.key_of(other, tokenizer.path, [""]))
     keys.append(pool.key_of(config, config.init_from, [""]))
@@ -272,7 +288,7 @@ def test_the_kl_has_its_standard_error(tokenizer):
     ruler = evaluation(tokenizer, reference, stories=6, size=0)
     verdict = ruler.evaluate(policy, 0, "select")
     prompts = [tokenizer.encode("", bos=True)] * 6
-    values, logp, own, tokens = [], 0.0, 0.0, 0
+    values, logp, own, entropy, tokens = [], 0.0, 0.0, 0.0, 0
     for group in generate.sample(policy, prompts, (1, generate.PURPOSE_SELECT, 1), 12):
         batch = make_batch([group])
         with torch.no_grad():
@@ -282,11 +298,14 @@ def test_the_kl_has_its_standard_error(tokenizer):
         logp += float(logps[batch.mask[:, 1:]].sum())
         ours = logits[:, :-1].log_softmax(-1).gather(-1, batch.tokens[:, 1:, None])[..., 0]
         own += float(ours[batch.mask[:, 1:]].sum())
+        spread = -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)[:, :-1]
+        entropy += float(spread[batch.mask[:, 1:]].sum())
         tokens += int(batch.mask.sum())
     assert verdict.kl == pytest.approx(statistics.mean(values), rel=1e-4)
     assert verdict.kl_error == pytest.approx(statistics.stdev(values) / math.sqrt(6), rel=1e-3)
     assert verdict.coherence == pytest.approx(logp / tokens, rel=1e-4)
     assert verdict.coherence != pytest.approx(own / tokens, rel=0.01)  # it is not the policy's
+    assert verdict.entropy == pytest.approx(entropy / tokens, rel=1e-4)
     logged = verdict.logged("eval")
     assert logged["eval/kl_error"] == verdict.kl_error
     assert logged["eval/reference_logp"] == verdict.coherence

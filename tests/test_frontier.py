@@ -29,6 +29,7 @@ def flags(workshop, tokenizer):
     ]
 
 
+@pytest.mark.slow
 def test_a_sweep_ends_in_a_table_and_a_figure_and_is_not_run_twice(flags, tmp_path, capsys):
     frontier.main([*flags, "--methods=dpo_rank,spo_basic+none"])
     out = capsys.readouterr().out

@@ -17,6 +17,7 @@ from spo import generate as generation
 from spo.checkpoint import save_pt
 from spo.demo_stories import story
 from spo.generate import generate, sample_token
+from spo.groups import EncodedGroup
 from spo.pretokenize import train_tokenizer
 
 
@@ -39,6 +40,22 @@ def test_a_sequence_ends_with_its_terminator_and_never_holds_it_before():
     ended = [row for row in rows if row[-1] in (3, 8)]
     assert ended and all(len(row) == 30 for row in rows if row not in ended)
     assert not any(token in (3, 8) for row in rows for token in row[:-1])
+
+
+def test_a_terminator_in_a_prompt_ends_nothing():
+    """Prompts of unlike lengths are read side by side: the longer one's tokens are not drawn."""
+    rows = generate(tiny(), [[1], [1, 3, 3, 5]] * 4, 12, temperature=0, stop_ids=[3])
+    alone = generate(tiny(), [[1, 3, 3, 5]], 12, temperature=0, stop_ids=[3])
+    assert rows[1::2] == alone * 4 and len(alone[0]) > 1
+
+
+def test_a_character_that_the_limit_cuts_is_left_out_of_the_text(tokenizer):
+    """An owl emoji is four bytes, and so four tokens."""
+    begin, whole = tokenizer.encode("", bos=True), tokenizer.encode("owl \U0001f989")
+    for cut, text in ((0, "owl \U0001f989"), (1, "owl"), (3, "owl")):
+        group = EncodedGroup(begin, [whole[: len(whole) - cut]], 0)
+        (record,) = generation.story_records([group], [""], tokenizer, 1)
+        assert record["text"].strip() == text and record["finished"] is False
 
 
 def test_sampling_follows_the_distribution():
@@ -127,6 +144,10 @@ def interrupted_at(call: int, calls: list):
         return original(*arguments, **options)
 
     return generate
+
+
+def test_stories_do_not_depend_on_the_batch_size(tmp_path, common):
+    assert generated(tmp_path, common) == generated(tmp_path, [*common, "--batch_size=100"])
 
 
 def test_an_interrupted_run_goes_on_and_equals_an_unbroken_one(
@@ -262,6 +283,7 @@ def test_stories_of_a_prompts_file_continue_their_prompts(tmp_path, common):
     )
 
 
+@pytest.mark.slow
 def test_a_killed_process_goes_on(tmp_path, common):
     """kill -9, as soon as there is something to lose."""
     command = [

@@ -15,6 +15,7 @@ def results(folder) -> list[dict]:
         return [json.loads(line) for line in f]
 
 
+@pytest.mark.slow
 def test_the_script_runs_to_its_end_at_tiny_shapes(tmp_path):
     path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"  # the script calls python3
     environment = os.environ | {"OUT": str(tmp_path / "gpu"), "OMP_NUM_THREADS": "1", "PATH": path}

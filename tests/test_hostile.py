@@ -388,7 +388,7 @@ def test_a_full_disk_is_one_line_and_nothing_is_half_written(
     start, data = str(tmp_path / "start.pt"), str(tmp_path / "ranked.jsonl")
     all_whole = []
     for size in sizes:
-        for i in (0, 3, 5, 7) if kilobytes == 24 else range(8):
+        for i in (3, 7) if kilobytes == 24 else range(8):
             disk = small_disk(size)
             words = writers(disk, start, tokenizer.path, data)[i]
             all_whole.append(check_full_disk(words, disk))

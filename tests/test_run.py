@@ -415,7 +415,7 @@ def torchrun(folder, *flags: str, **environment: str) -> subprocess.Popen:
     )
 
 
-@pytest.mark.parametrize("how", ["fewer", "missing"])
+@pytest.mark.parametrize("how", ["fewer", pytest.param("missing", marks=pytest.mark.slow)])
 def test_a_rank_that_reads_something_else_ends_the_run(workshop, tokenizer, tmp_path, how):
     lines = (tmp_path / "ranked.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "0.jsonl").write_text("".join(lines))
@@ -430,6 +430,7 @@ def test_a_rank_that_reads_something_else_ends_the_run(workshop, tokenizer, tmp_
     assert not os.path.exists("out/log.jsonl")
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_stopped_but_alive_is_named(workshop, tokenizer, tmp_path):
     flags = ["--loss=dpo_rank", "--init_from=start.pt", f"--tokenizer={tokenizer.path}"]
     flags += ["--data=ranked.jsonl", "--max_iters=100000", "--eval_stories=0", "--batch_size=4"]

@@ -367,6 +367,7 @@ def test_a_run_leaves_its_files_and_they_agree(workshop, capsys):
         "stories",
         "state",
         "tokenizer.model",
+        "tokenizer.model.sha256",
         "tokenizer.bin",
     }
     assert {name for name in os.listdir(folder) if name[:5] != "pool-"} == names
@@ -642,6 +643,7 @@ def test_mu_is_the_same_whether_graphs_are_kept_or_there_is_a_pass_more(workshop
     assert_same_runs("2147483648", "0")
 
 
+@pytest.mark.slow
 def test_compiled_layers_train_alike(workshop):
     check_compiled(workshop, ["spo_rank"])
 
