@@ -130,6 +130,7 @@ class TrainConfig(JudgeFlags):
     activation_checkpointing: bool = flag(False, "recompute activations: less memory", free=True)
     compile: bool = flag(False, "torch.compile the layers: a slow start, then faster if narrow")
     plan: int | None = flag(None, "only print what each of PLAN processes needs", alone=1, least=1)
+    gpu_gib: float | None = flag(None, "with --plan: on GPUs of this memory, here or not", above=0)
     resume: str = flag(
         "",
         "continue from the newest state in out_dir, or from a named one; auto: if there is one",
@@ -162,6 +163,7 @@ class TrainConfig(JudgeFlags):
             refuse_if(name in given and not objective.online, draws)
         for name in ["batch_size", "kl_batch_size"][: 1 + objective.online]:
             parallel.refuse_uneven(name, getattr(self, name))
+        refuse_if(self.gpu_gib and self.plan is None, "--gpu_gib: goes with --plan")
         asked = self.judge not in ("", "offline", "none") and self.eval_stories == 0
         refuse_if(
             asked, f"--judge={self.judge}: nothing is judged with --eval_stories=0; leave it out"
@@ -537,6 +539,8 @@ def final_report(run: RunFolder, evaluation: Evaluation, policy: Transformer) ->
 def main(argv: list[str]) -> None:
     about = "Align a Llama with Soft Preference Optimization."
     config = parse(TrainConfig, argv, "spo_train.py", about)
+    if config.gpu_gib and not config.dtype:
+        config = replace(config, dtype="bfloat16")  # as on such a GPU
     device, dtype = parallel.start(config.device, config.dtype)
     config = replace(config, device=device, dtype=dtype)
     with one_reason():  # of several processes, one says why they end

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 
+import torch
 import torch.distributed as dist
 
 from spo import parallel
@@ -25,8 +26,9 @@ def one_reason() -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        error = lack_of_memory(error) or error
         if parallel.world_size() == 1 or parallel.store is None:
-            raise
+            raise error
         if is_of_another(error):
             silent = ranks_that_miss_no_other()
             if silent:
@@ -45,6 +47,16 @@ def one_reason() -> Iterator[None]:
         if for_torchrun and is_the_users:
             sys.exit(exit_code(error))
         raise error
+
+
+def lack_of_memory(error: Exception) -> ValueError | None:
+    """Return what to say of memory that could not be had, on a GPU or a CPU; None: other errors."""
+    is_gpu = isinstance(error, torch.OutOfMemoryError)
+    if not is_gpu and "can't allocate memory" not in str(error):  # torch's words on a CPU
+        return None
+    what = "GPU memory" if is_gpu else "memory"
+    helps = "--micro_batch_size=1, --activation_checkpointing and a shorter --max_seq_len help"
+    return ValueError(f"out of {what} at {parallel.place}: {helps}; --plan says what is needed")
 
 
 def ranks_that_miss_no_other() -> str:

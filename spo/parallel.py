@@ -288,6 +288,7 @@ def shard(model: Transformer, dtype: str = "float32") -> None:
     if world_size() == 1 and dtype == "float32":
         return
     # Imported here because it takes as long as everything else together, even for --help.
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import (
         FSDPModule,
         MixedPrecisionPolicy,
@@ -298,11 +299,13 @@ def shard(model: Transformer, dtype: str = "float32") -> None:
     # Inputs are not cast: the rotary tables would lose their precision.
     low = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     precision = {"mp_policy": low} if dtype == "bfloat16" else {}
+    # Without a mesh a run on the CPU of a machine with a GPU would be sharded over the GPU.
+    mesh = init_device_mesh("cuda" if dist.get_backend() == "nccl" else "cpu", (world_size(),))
     for layer in model.layers:
-        fully_shard(layer, **precision)
+        fully_shard(layer, mesh=mesh, **precision)
     # The root is resharded, too. It would otherwise stay gathered after a pass without gradient,
     # and the next pass would use it as it was before the optimizer's step.
-    fully_shard(model, reshard_after_forward=True, **precision)
+    fully_shard(model, mesh=mesh, reshard_after_forward=True, **precision)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)

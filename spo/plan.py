@@ -56,6 +56,7 @@ class Load:
     longest: int  # tokens of the longest of them
     new_tokens: int
     activation_checkpointing: bool
+    gpu_gib: float | None = None  # of a GPU that need not be here
 
 
 def first_groups(groups: Sequence[EncodedGroup]) -> list[EncodedGroup]:
@@ -65,15 +66,17 @@ def first_groups(groups: Sequence[EncodedGroup]) -> list[EncodedGroup]:
 
 def load_of(config, objective, args: ModelArgs, groups: Sequence[EncodedGroup]) -> Load:
     """Return what `spo_train.py` with these flags, this objective and this data works on."""
+    device = "cuda" if config.gpu_gib else config.device
     longest = max(group.longest for group in first_groups(groups))
     width = padded_width(longest, args.max_seq_len)
     n = len(groups[0].responses)
     groups_each = max(1, config.batch_size // config.plan)
-    device_type = config.device.split(":")[0]
+    device_type = device.split(":")[0]
     ends = split_groups([n * width] * groups_each, config.micro_batch_size, args.dim, device_type)
     return Load(
         processes=config.plan,
-        device=config.device,
+        device=device,
+        gpu_gib=config.gpu_gib,
         dtype=config.dtype,
         reference=objective.needs_reference or config.judged,
         online=config.kl_batch_size if objective.online else 0,
@@ -187,7 +190,10 @@ def report(args: ModelArgs, tied: bool, load: Load) -> str:
             lines.append(f"  {kind:<36}{size / GIB:9.3f} GiB")
     for phase, size in peaks(kinds).items():
         lines.append(f"  peak of {phase:<28}{size / GIB:9.3f} GiB")
-    there, what = available(load.device, load.processes)
+    if load.gpu_gib:
+        there, what = load.gpu_gib * GIB, "such a GPU"
+    else:
+        there, what = available(load.device, load.processes)
     verdict = "fits" if max(peaks(kinds).values()) <= 0.95 * there else "does not fit"
     lines.append(f"  {verdict}: {what} has {there / GIB:.1f} GiB for each")
     return "\n".join(lines)

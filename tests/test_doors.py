@@ -151,6 +151,16 @@ def test_a_terminator_that_a_file_names_comes_before_the_default(tmp_path):
     assert checkpoint.load(str(folder)).eos_ids == (9, 1, 5)
 
 
+def test_the_terminator_of_metas_folders_is_llama_2s_or_3s(tmp_path):
+    """Their files name none: </s> is 2, <|end_of_text|> is 128001."""
+    for size, eos_ids in ((512, (2,)), (128_256, (128_001,))):
+        model = plain_tiny(
+            tied=False, dim=8, n_heads=1, n_kv_heads=1, hidden_dim=8, vocab_size=size
+        )
+        path = meta_folder(tmp_path / str(size), model)
+        assert checkpoint.open_weights(path).eos_ids == eos_ids
+
+
 def test_a_mark_before_config_json_and_nulls_in_it_are_read(tmp_path):
     folder, model = tmp_path / "m", plain_tiny()
     nulls = {"head_dim": None, "rope_scaling": None, "sliding_window": None, "eos_token_id": None}

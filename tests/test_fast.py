@@ -12,6 +12,7 @@ from helpers import ROOT, plain_tiny, tiny
 
 from model import KVCache, TransformerBlock
 from spo import fast, fast_block, parallel, state
+from spo.failure import one_reason
 from spo.fast import attend_on_cpu
 from spo.fast_block import QUERIES_PER_BLOCK
 from spo.generate import generate
@@ -123,6 +124,38 @@ def test_on_a_gpu_the_optimizer_is_fused_and_its_state_is_saved_and_read(tmp_pat
         tensors = state.tensors_of(model, optimizer)
         state.load_state(str(tmp_path / "step_00000001"), tensors)
         assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+
+
+def test_a_model_is_sharded_over_the_processes_devices_whatever_the_machine_has(monkeypatch):
+    """FSDP2's own default is the GPU, if there is one, also of a run with --device=cpu."""
+    meshes = []
+    with monkeypatch.context() as seen:
+        seen.setattr(
+            "torch.distributed.fsdp.fully_shard", lambda module, mesh, **_: meshes.append(mesh)
+        )
+        seen.setattr("torch.distributed.fsdp.register_fsdp_forward_method", lambda *_: None)
+        parallel.start("cpu", "bfloat16")
+        try:
+            parallel.shard(plain_tiny(), "bfloat16")
+        finally:
+            parallel.end()
+    assert [mesh.device_type for mesh in meshes] == ["cpu"] * 3
+
+
+@pytest.mark.parametrize(
+    "error,what",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "GPU memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "memory"),
+    ],
+)
+def test_too_little_memory_is_one_line_with_the_flags_that_help(monkeypatch, error, what):
+    monkeypatch.setattr(parallel, "place", "step 12")
+    line = f"^out of {what} at step 12: --micro_batch_size=1, --activation_checkpointing and a "
+    with pytest.raises(ValueError, match=line), one_reason():
+        raise error
+    with pytest.raises(RuntimeError, match="something else"), one_reason():
+        raise RuntimeError("something else")
 
 
 def test_compiled_layers_are_one_graph_each_whatever_the_length(monkeypatch):

@@ -120,3 +120,16 @@ def test_the_flag_prints_and_trains_nothing(workshop, tmp_path, capsys):
         and "whole policy" not in printed
         and "key-value" not in printed
     )
+
+
+def test_a_gpu_that_is_not_here_can_be_planned_for(workshop, capsys):
+    """In its precision, with its way to sample, and its memory."""
+    workshop("spo_rank", "--plan=4", "--gpu_gib=80")
+    printed = capsys.readouterr().out
+    assert "memory of each of 4 processes, bfloat16, " in printed
+    assert "fits: such a GPU has 80.0 GiB for each" in printed
+    assert "weights laid out" not in printed and "gathered layers" in printed
+    workshop("spo_rank", "--plan=4", "--gpu_gib=0.00001")
+    assert "does not fit: such a GPU has" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--gpu_gib: goes with --plan"):
+        workshop("spo_rank", "--gpu_gib=80")
