@@ -18,7 +18,9 @@ import spo  # isort: skip  # noqa: F401  (sets OpenMP's waiting; must precede to
 
 import copy
 import functools
+import inspect
 import math
+import os
 import random
 import time
 from collections.abc import Sequence
@@ -53,6 +55,7 @@ from spo.run import RunFolder
 from spo.tokenizer import Tokenizer, load_tokenizer
 from tinystories_data import build_demo, pool_folder
 
+RESULTS_OF_A_RUN = ("best.pt", "ckpt.pt", "model.bin")
 SHAPE_FLAGS = ("dim", "n_layers", "n_heads", "n_kv_heads")
 DTYPES = ["", "float32", "bfloat16"]
 SETTINGS = sorted({"beta"}.union(*map(settings_of, LOSSES.values())))  # what losses are tuned with
@@ -182,7 +185,7 @@ class TrainConfig(JudgeFlags):
         why = "with --eval_stories=0 or --init_from=scratch; leave it out"
         if self.judge == "none":
             judging += ["eval_stories"] if self.eval_stories else []
-            why = "with --judge=none, the default for data with prompts; leave it out or name one"
+            why = "with --judge=none, the default for data with prompts; name one, or leave it out"
         for name in ("baseline", "stop_kl", "eval_pool", *judging):
             refuse_if(name in given, f"--{name}: nothing is judged {why}")
 
@@ -210,17 +213,17 @@ class TrainConfig(JudgeFlags):
 def flags_of_settings(declared: set[str]) -> dict[str, tuple[type, str]]:
     """Return {name: (kind, help)} of the settings that losses take and that have no flag yet."""
     flags = {}
-    for name in SETTINGS:
-        defaults = {loss: settings_of(LOSSES[loss]).get(name) for loss in LOSSES}
-        takers = {loss: default for loss, default in defaults.items() if default is not None}
-        if name not in declared:
-            text = ", ".join(f"{loss}: default {default}" for loss, default in takers.items())
-            flags[name] = type(next(iter(takers.values()))), text
+    for name in sorted(set(SETTINGS) - declared):
+        parameters = {loss: inspect.signature(LOSSES[loss]).parameters for loss in LOSSES}
+        takers = {loss: mine[name] for loss, mine in parameters.items() if name in mine}
+        kind = next(iter(takers.values())).annotation
+        text = ", ".join(f"{loss}: default {taken.default}" for loss, taken in takers.items())
+        flags[name] = kind if kind in (int, float, str) else float, text
     return flags
 
 
 # A loss of your own may take a number of its own: its flag comes from its signature.
-TrainConfig = extended(TrainConfig, flags_of_settings(flags_of(TrainConfig).keys()))
+TrainConfig = extended(TrainConfig, flags_of_settings(set(flags_of(TrainConfig))), "objective")
 
 
 # --- Algorithm 1 ---------------------------------------------------------------------------------
@@ -529,11 +532,11 @@ def final_report(run: RunFolder, evaluation: Evaluation, policy: Transformer) ->
     name = "best.pt"
     if weights.step == 0:
         name = "ckpt.pt"
-        print0(
-            "\nnothing got better: best.pt is the model you started from; ckpt.pt is the last one"
-        )
-    sample_it = f"python sample.py --checkpoint={run.path(name)}"
-    print0(f"\n{config.out_dir}: best.pt, ckpt.pt, model.bin, curves.png; `{sample_it}`")
+        same = "best.pt and model.bin are the model you started from; ckpt.pt is the last one"
+        print0(f"\nnothing got better: {same}")
+    files = [file for file in RESULTS_OF_A_RUN if os.path.isfile(run.path(file))]
+    there = ", ".join([*files, "curves.png"] if config.curves else files)
+    print0(f"\n{config.out_dir}: {there}; `python sample.py --checkpoint={run.path(name)}`")
 
 
 def main(argv: list[str]) -> None:
@@ -545,7 +548,9 @@ def main(argv: list[str]) -> None:
     config = replace(config, device=device, dtype=dtype)
     with one_reason():  # of several processes, one says why they end
         config.check()
-        print0(fast.enable_fast_matmul(device, dtype))
+        machine = fast.enable_fast_matmul(device, dtype)
+        if config.plan is None:
+            print0(machine)
         if not config.data:
             config = build_demo(config, train)  # its reference model is trained by this very loop
         if config is not None:  # None: SIGTERM while the demo was built

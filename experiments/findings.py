@@ -193,7 +193,8 @@ def compared_up_to(runs: Study) -> dict[str, str]:
     found = {}
     for name, both in e1_pairs(runs).items():
         counts = runs.reached(*both)
-        nats = max(x for x, count in zip(BUDGETS, counts, strict=True) if count == counts[0])
+        seeds = len(set(both[0]) & set(both[1]))
+        nats = max(x for x, count in zip(BUDGETS, counts, strict=True) if count == seeds)
         found[name] = f"{nats:g} nat{'' if nats == 1 else 's'}"
     return found
 
@@ -205,7 +206,8 @@ def e1_answer(runs: Study) -> str:
     by_verdict: dict[str, list[str]] = {}
     for name, verdict in everywhere.items():
         by_verdict.setdefault(verdict, []).append(f"{name} (up to {up_to[name]})")
-    order = sorted(by_verdict, key=["depends on the reading", "not decided"].__contains__)
+    undecided = ("depends on the reading", "not decided")
+    order = sorted(by_verdict, key=lambda verdict: verdict in undecided)
     listed = "; ".join(f"{verdict}: {', '.join(by_verdict[verdict])}" for verdict in order)
     return f"**Of {len(everywhere)} contrasts at equal KL, in every reading:** {listed}."
 
@@ -227,7 +229,7 @@ def e1(runs: Study) -> str:
 
 
 def margin(runs: Study) -> str:
-    """Return what the margin is of what there is to gain."""
+    """Return the margin as a share of dpo's gain."""
     gains = [known(runs.at(row, x) for row in runs.runs("dpo", E1_SEEDS).values()) for x in BUDGETS]
     means = [float(np.mean(values)) - 50 for values in gains]
     shares = 100 * MARGIN / np.mean(means), 100 * MARGIN / means[0]
@@ -241,9 +243,9 @@ def readings(runs: Study) -> str:
     cells: dict[str, list[str]] = {}
     for contrasts_there in found.values():
         for c in contrasts_there:
-            cells.setdefault(c.name, []).append(f"{c.verdict} ({shown_p(c.p_margin)})")
+            cells.setdefault(c.name, []).append(f"{c.verdict} ({c.p_margin:.4f})")
     everywhere = in_every_reading(runs)
-    head = ["shown (p of 3)", *found, "in every reading"]
+    head = ["verdict (p of a difference of 3)", *found, "in every reading"]
     lines = table(head, [[name, *mine, everywhere[name]] for name, mine in cells.items()])
     needed = f"'No difference' needs a p below {LEVEL / 2:g}. Seed 0 chose the learning rates."
     return f"The same in other readings. {needed}\n\n{lines}"

@@ -42,13 +42,15 @@ def model_card(name: str, config: dict, step: int, evaluation: dict, sha256: str
         lines.append(f"- a second judge: {evaluation['second_win_rate']:.1%}")
     if "kl" in evaluation:
         error = evaluation.get("kl_error", 0.0)
-        lines.append(f"- KL to it: {evaluation['kl']:.2f} ± {error:.2f} nats a story")
+        rounding = evaluation.get("kl_rounding")
+        alone = f" (bfloat16 alone shows {rounding:.2f})" if rounding is not None else ""
+        lines.append(f"- KL to it: {evaluation['kl']:.2f} ± {error:.2f} nats a story{alone}")
     lines.append(f"- SHA-256 of model.safetensors: {sha256}")
     if config.get("loss"):
         if step == 0:
-            nothing = "These are the weights that the run began with: no evaluation was better."
-            lines += ["", nothing]
-        if evaluation:
-            lines += ["", "This evaluation chose the checkpoint; on fresh stories expect less."]
+            lines += ["", "These are the weights that the run began with."]
+        elif evaluation:
+            chose = "If this is the best checkpoint of its run, the evaluation chose it"
+            lines += ["", f"{chose}: on fresh stories expect less."]
         lines += ["", CITATION]
     return "\n".join(lines) + "\n"

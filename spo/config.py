@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import functools
 import math
 import os
 import signal
@@ -59,9 +60,12 @@ def non_default(config, config_class=None) -> dict[str, object]:
     return {f.name: values[f.name] for f in fields if values[f.name] != f.default}
 
 
-def extended(config_class, flags: dict[str, tuple[type, str]]):
-    """Return a dataclass of flags with more of them: {name: (kind, help)}, None by default."""
-    fields = [(name, kind | None, flag(None, text)) for name, (kind, text) in flags.items()]
+def extended(config_class, flags: dict[str, tuple[type, str]], heading: str):
+    """Add flags to a dataclass: {name: (kind, help)}, None by default, under a heading."""
+    fields = [
+        (name, kind | None, flag(None, text, heading=heading))
+        for name, (kind, text) in flags.items()
+    ]
     made = dataclasses.make_dataclass(config_class.__name__, fields, bases=(config_class,))
     made.__module__ = config_class.__module__
     return made
@@ -280,10 +284,10 @@ def terminate(*_) -> None:
 def main_program(main: Callable) -> None:
     """Call main(argv); what the user caused is one line on stderr, and an exit code.
 
-    So are Ctrl-C and SIGTERM. Of several processes none listens to SIGTERM here: while one waits
-    for the others, it could not answer. SPO_DEBUG=1 shows the traceback instead. A character that
-    the terminal or the pipe cannot show is printed as its number: files are UTF-8, whatever the
-    terminal is.
+    Ctrl-C and SIGTERM end with one line, too. With several processes SIGTERM keeps its default,
+    since one that waits for the others could not answer. SPO_DEBUG=1 shows the traceback instead.
+    A character that the terminal or the pipe cannot show is printed as its number: files are UTF-8,
+    whatever the terminal is.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # what tests put there may not be a text file
@@ -291,6 +295,9 @@ def main_program(main: Callable) -> None:
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     if alone and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, terminate)
+        if hasattr(os, "register_at_fork"):  # a worker of a pool would take it for a job's result
+            default = functools.partial(signal.signal, signal.SIGTERM, signal.SIG_DFL)
+            os.register_at_fork(after_in_child=default)
     try:
         main(sys.argv[1:])
     except (ValueError, OSError) as error:

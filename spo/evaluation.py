@@ -396,7 +396,7 @@ def report(
     print0("what that judge does not see")
     for name, verdict in verdicts.items():
         print0(f"  {name:<8} {verdict.besides}")
-    if verdicts["best"].rate >= 0:
+    if verdicts["best"].rate >= 0 and policies["best"][1] > 0:  # at step 0 it is the baseline
         print0(claim(verdicts["best"].win_rate, evaluation.whose))
     if judge.note:
         print0(judge.note)

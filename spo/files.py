@@ -22,7 +22,7 @@ except ImportError:  # Windows has none: two runs in one folder are not noticed 
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 # What a folder's model, tokens and tokenizer are in; a README beside them is no input.
-MODEL_FILES = (".json", ".safetensors", ".bin", ".pth", ".pt", ".model")
+MODEL_FILES = (".json", ".safetensors", ".bin", ".pth", ".pt", ".model", ".jinja")
 
 # --- writing -------------------------------------------------------------------------------------
 
@@ -65,6 +65,20 @@ def atomic_write(path: str, size: int = 0, checked: bool = False) -> Iterator[IO
     with atomic_path(path, size, checked) as temporary, open(temporary, "wb") as f:
         yield f
         f.flush()
+
+
+def link(source: str, path: str) -> None:
+    """Give a file a second name, in the place of what has it; or copy it, where that cannot be."""
+    temporary = f"{path}.tmp{os.getpid()}"
+    remove(temporary)
+    try:
+        os.link(source, temporary)
+    except OSError:
+        with named_errors(path, os.path.getsize(source), temporary):
+            shutil.copyfile(source, temporary)
+            flush(temporary)
+    os.replace(temporary, path)
+    remove(temporary)  # it is still there if both were one file already
 
 
 def remove(*paths: str) -> None:

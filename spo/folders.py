@@ -267,7 +267,9 @@ class HuggingFaceFolder:
             more = read_json_object(generation).get("eos_token_id")
             ids += token_ids_or_none(generation, more, self.args)
         default = None if "eos_token_id" in config else 2  # null says that there is none
-        ids = ids or token_ids_or_none(self.path, self._eos_of_tokenizer() or default, self.args)
+        if not ids:
+            named = self._eos_of_tokenizer()
+            ids = token_ids_or_none(self.path, default if named is None else named, self.args)
         if not ids:
             raise ValueError(f"{self.path}: config.json has no eos_token_id, which ends a response")
         return tuple(dict.fromkeys(ids))  # each once, in their order

@@ -141,7 +141,7 @@ def kl_from_hidden(
     """
     scored = mask[:, 1:]
     reference_rows = rounded_up(reference.hidden[:, :-1][scored].detach())  # (S, D)
-    reference_classifier = ready(reference.classifier.detach())
+    reference_classifier = widened(reference.classifier.detach())
     entropies: list[Tensor] = []
 
     def kl(logits: Tensor, rows: slice, with_gradient: bool) -> Tensor:
@@ -196,7 +196,8 @@ class ValuePerToken(torch.autograd.Function):
         with_gradient = recording and any(ctx.needs_input_grad)
         values = [hidden.new_empty(0, dtype=wide(hidden))]
         ctx.gradients = []
-        size, factor = rows_per_block(hidden, classifier), ready(classifier)
+        size = rows_per_block(hidden, classifier)
+        factor = widened(classifier)
         for start in range(0, len(hidden), size):
             rows = slice(start, start + size)
             logits = logits_of(hidden[rows], factor)
@@ -249,13 +250,13 @@ def rows_per_block(hidden: Tensor, classifier: Tensor) -> int:
     return max(1, numbers // len(classifier) // ROWS_ROUNDED_TO) * ROWS_ROUNDED_TO
 
 
-def ready(classifier: Tensor) -> Tensor:
+def widened(classifier: Tensor) -> Tensor:
     """Return the classifier as logits_of multiplies with it: on a GPU as it is, else float32."""
     return classifier if classifier.is_cuda else classifier.to(wide(classifier))
 
 
 def logits_of(hidden: Tensor, classifier: Tensor) -> Tensor:
-    """hidden (R, D), a block at most; a `ready` classifier (V, D) -> logits (R, V).
+    """hidden (R, D), a block at most; a `widened` classifier (V, D) -> logits (R, V).
 
     They are never rounded to bfloat16. A logit of 20 would be off by up to 0.06, and the KL of two
     models that differ by less would be noise.

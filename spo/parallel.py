@@ -15,6 +15,7 @@ import os
 import sys
 import time
 import types
+import warnings
 from collections.abc import Callable, Iterator
 
 import torch
@@ -53,8 +54,8 @@ def pick_device(given: str) -> str:
     except (RuntimeError, AssertionError, NotImplementedError):
         message = f"--device={given or name}: not available on this machine; use --device=cpu"
         gpus = torch.cuda.device_count()
-        if gpus:
-            message += f", or fewer processes: it has {gpus}, and {name} was asked for"
+        if name.startswith("cuda") and gpus:
+            message += f"; its GPUs are cuda:0 to cuda:{gpus - 1}, one for each process"
         raise ValueError(message) from None
     if name.startswith("cuda"):
         torch.cuda.set_device(name)  # streams and graphs are made on the current device
@@ -299,6 +300,8 @@ def shard(model: Transformer, dtype: str = "float32") -> None:
     # Inputs are not cast: the rotary tables would lose their precision.
     low = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     precision = {"mp_policy": low} if dtype == "bfloat16" else {}
+    # torch fears that a layer's output is changed in place; no output is, anywhere here.
+    warnings.filterwarnings("ignore", message=".*FSDP2-wrapped module.*returned a view tensor")
     # Without a mesh a run on the CPU of a machine with a GPU would be sharded over the GPU.
     mesh = init_device_mesh("cuda" if dist.get_backend() == "nccl" else "cpu", (world_size(),))
     for layer in model.layers:
@@ -333,14 +336,15 @@ def computes_in_bfloat16(model: Transformer) -> bool:
 def moved_by_rounding(model: Transformer, seed: int) -> Iterator[None]:
     """Move the weights of a model for a while, so that about a quarter round to another bfloat16.
 
-    A weight moves by at most half the distance between two bfloat16 numbers. Published weights are
-    such numbers themselves: they would all round back, so they are first put anywhere within the
-    interval that rounds to them.
+    A weight moves by up to half the distance between two bfloat16 numbers. One that is such a
+    number itself, as published weights are, would always round back: it moves by up to the whole
+    distance. A weight of 0 stays.
     """
     generator = torch.Generator(model.device).manual_seed(seed)
     before = []
     for weight in model.parameters():
-        mine, rows = local(weight).detach(), rows_of(weight, rank(), world_size())
+        mine = local(weight).detach()
+        rows = rows_of(weight, rank(), world_size())
         before.append((mine, mine.to("cpu", copy=True)))
         draw = functools.partial(
             torch.rand, weight.shape, generator=generator, device=generator.device
@@ -348,6 +352,7 @@ def moved_by_rounding(model: Transformer, seed: int) -> Iterator[None]:
         steps = draw()[rows] - 0.5
         spread = draw()[rows] - 0.5
         steps += spread * (mine == mine.bfloat16())
+        steps[mine == 0] = 0.0
         # frexp: |weight| is in [2^(exponent - 1), 2^exponent), where numbers of 8 bits lie
         # 2^(exponent - 8) apart.
         mine += torch.ldexp(steps, torch.frexp(mine).exponent - 8)
@@ -420,12 +425,12 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def rows_of(tensor: Tensor, rank: int, size: int) -> slice:
-    """Return which rows of a tensor are those of a process, of `size`: as FSDP2 deals them out."""
+def rows_of(tensor: Tensor, process: int, size: int) -> slice:
+    """Return the rows of a tensor that FSDP2 gives to a process, out of `size`."""
     mine = len(local(tensor))
     if mine == len(tensor):  # it is not sharded
         return slice(0, mine)
-    start = min(rank * math.ceil(len(tensor) / size), len(tensor))
+    start = min(process * math.ceil(len(tensor) / size), len(tensor))
     return slice(start, start + mine)
 
 

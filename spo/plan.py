@@ -19,7 +19,7 @@ from spo.generate import stories_at_a_time
 from spo.groups import Batch, EncodedGroup, padded_width, split_groups
 
 GIB = 2**30
-MOST_KEPT = 2 * GIB  # bytes of the graphs of a step's micro-batches that are held at once
+MOST_KEPT = 2 * GIB  # bytes of the graphs of a step's micro-batches held at once, on a CPU
 GROUPS_LOOKED_AT = 1000  # for the longest of a dataset
 ALWAYS = ("weights", "AdamW's moments", "reference", "reference's states of the samples")
 PHASES = {
@@ -30,6 +30,7 @@ PHASES = {
         "activations",
         "gradient of the logits",
         "classifier for the KL",
+        "classifiers in float32",
     ),
     "generation and evaluation": (
         *ALWAYS,
@@ -115,18 +116,21 @@ def saved_by_layer(args: ModelArgs, sequences: int, length: int, width: int, on_
 def can_keep(model: Transformer, batches: list[Batch]) -> bool:
     """Tell whether the graphs of all batches may be held at once: those of one process, if small.
 
-    Sharded layers are gathered for each pass and its backward, one after the other.
+    Small is a quarter of the memory, and on a CPU 2 GiB at most. Sharded layers are gathered for
+    each pass and its backward, one after the other.
     """
     if parallel.world_size() > 1:
         return False
     args, on_cpu = model.args, model.device.type == "cpu"
+    low = parallel.computes_in_bfloat16(model)
+    width = 2 if low else model.tok_embeddings.weight.itemsize
     bytes_kept = 0
     for batch in batches:
         rows, length = batch.tokens.shape
-        saved = saved_by_layer(args, rows, length, model.tok_embeddings.weight.itemsize, on_cpu)
+        saved = saved_by_layer(args, rows, length, width, on_cpu)
         bytes_kept += saved * args.n_layers + 4 * int(batch.mask.sum()) * args.vocab_size
     there, _ = available(model.device.type, 1)
-    return bytes_kept <= min(MOST_KEPT, there / 4)
+    return bytes_kept <= (min(MOST_KEPT, there / 4) if on_cpu else there / 4)
 
 
 def memory(args: ModelArgs, tied: bool, load: Load) -> dict[str, int]:
@@ -170,6 +174,8 @@ def memory(args: ModelArgs, tied: bool, load: Load) -> dict[str, int]:
         kinds["whole reference to judge"] = width * numbers if load.eval_stories else 0
     if on_cpu and width == 2 and load.reference:  # on a GPU they are kept in the CPU's memory
         kinds["weights kept while rounding is measured"] = 4 * share
+    if on_cpu and width == 2:  # of the policy, and for the KL of the reference
+        kinds["classifiers in float32"] = 4 * classifier * (2 if load.online else 1)
     if on_cpu:
         kinds["weights laid out to generate"] = width * numbers
     return kinds

@@ -161,12 +161,14 @@ def kl_of_rounding(
     mine = groups[parallel.share(len(groups))]
     with parallel.alone():  # nothing is sharded below, so the others may have other batches
         batches = micro_batches(mine, None, reference) if mine else []
+    # Not taken from the gathered weights below, which are other ones the second time.
+    classifier = head.full_classifier(reference, torch.bfloat16)
     with parallel.unsharded(reference):
-        states = [head.reference_states(reference, batch) for batch in batches]
+        hidden = [head.hidden_states(reference, batch) for batch in batches]
     total = torch.zeros((), dtype=torch.float64)
     with parallel.moved_by_rounding(reference, seed), parallel.unsharded(reference):
-        for batch, state in zip(batches, states, strict=True):
-            kl, _ = head.token_kl(reference, batch, state)
+        for batch, states in zip(batches, hidden, strict=True):
+            kl, _ = head.token_kl(reference, batch, head.ReferenceStates(states, classifier))
             total += kl.double().sum().cpu()
     return float(parallel.all_reduce_sum(total)) / len(groups)
 

@@ -7,6 +7,7 @@ ever replaced, and no two runs mix.
 import contextlib
 import dataclasses
 import glob
+import hashlib
 import json
 import os
 import shutil
@@ -26,6 +27,7 @@ from spo.files import (
     append,
     flush,
     inputs_sha256,
+    link,
     lock,
     named_errors,
     read_json_object,
@@ -46,10 +48,11 @@ from spo.state import (
     states_in,
     tensors_of,
 )
+from spo.templates import read_template
 from spo.tokenizer import Tokenizer, copy_tokenizer
 
 SECONDS_FOR_A_DYING_RUN = 30  # a resumed or restarted run may overlap the one it continues
-LARGEST_IN_FLOAT32 = 2e9  # bytes of a checkpoint; a larger one is of the run's dtype
+MOST_BYTES_IN_FLOAT32 = 2e9  # of a checkpoint; a larger one is of the run's dtype
 NATS_OF_DIVERGENCE = 300  # that a response's log-prob falls in a run that forgets how to write
 RUN_OF = {"run_of": "spo_train.py"}  # what run.json says of a folder that is ours
 FILES_OF_A_RUN = (
@@ -83,10 +86,12 @@ def identity(config, tokenizer: Tokenizer) -> dict:
     declared = flags_of(config).items()
     paths = {name: values[name] for name, flag in declared if flag.path}
     read = {name: path for name, path in paths.items() if os.path.exists(path)}
-    return {
-        "flags": {k: values[k] for k, flag in declared if not (flag.free or flag.path)},
-        "inputs": {name: inputs_sha256(path) for name, path in read.items()},
-    }
+    inputs = {name: inputs_sha256(path) for name, path in read.items()}
+    template, _ = read_template(tokenizer.path)
+    if template:  # messages are read by it
+        inputs["tokenizer"] += f" {hashlib.sha256(template.encode()).hexdigest()}"
+    flags = {k: values[k] for k, flag in declared if not (flag.free or flag.path)}
+    return {"flags": flags, "inputs": inputs}
 
 
 def is_inside(path: str, folder: str) -> bool:
@@ -236,8 +241,7 @@ class RunFolder:
 
         ValueError, naming the flag, if not.
         """
-        began = description_of_run(self.config.out_dir) is not None
-        if self.config.resume == "newest" and began and not states_in(self.path("state")):
+        if self.config.resume == "newest" and self._ended_before_its_first_state():
             print(f"{self.config.out_dir}: the run ended before its first state; it begins anew")
             return None
         path = find_state(self.path("state"), self.config.resume)
@@ -245,11 +249,7 @@ class RunFolder:
             return None
         metadata = read_metadata(path)
         former = metadata["identity"]
-        for name, value in self.identity["flags"].items():
-            before = former["flags"].get(name)
-            if before != value and name != "max_iters":  # a run may be extended, and be closed
-                mend = "resume it with the same flags, or start anew in another --out_dir"
-                raise ValueError(f"--{name}={value}: {path} is of a run with {before}; {mend}")
+        self._refuse_other_flags(former["flags"], path)
         inputs, former_inputs = self.identity["inputs"], former.get("inputs", {})
         for name in {**inputs, **former_inputs}:
             if former_inputs.get(name) != inputs.get(name):
@@ -261,6 +261,28 @@ class RunFolder:
             mend = f"give {step} to end it there, with its final table, or more to continue"
             raise ValueError(f"--max_iters={self.max_iters}: {path} is of step {step}; {mend}")
         return path
+
+    def _ended_before_its_first_state(self) -> bool:
+        """Tell whether a run of these flags ended here before it had a state to keep.
+
+        A run that got further, whose states somebody has removed, is not begun anew.
+        """
+        if description_of_run(self.config.out_dir) is None or states_in(self.path("state")):
+            return False
+        latest = self.path("ckpt.pt")
+        if os.path.isfile(latest) and checkpoint.open_weights(latest).step > 0:
+            return False
+        if os.path.isfile(flags := self.path("config.json")):
+            self._refuse_other_flags(read_json_object(flags), flags)
+        return True
+
+    def _refuse_other_flags(self, former: dict, where: str) -> None:
+        """ValueError, naming the flag, if a run had others. It may be extended, and be closed."""
+        for name, value in self.identity["flags"].items():
+            before = former.get(name)
+            if before != value and name != "max_iters":
+                mend = "resume it with the same flags, or start anew in another --out_dir"
+                raise ValueError(f"--{name}={value}: {where} is of a run with {before}; {mend}")
 
     def start(self, policy: Transformer, optimizer: torch.optim.Optimizer, weights) -> None:
         """Load the state, if there is one. Collective. weights: where the policy came from."""
@@ -335,9 +357,11 @@ class RunFolder:
     def _interrupt(self, *_) -> None:
         step, hints = self.saved_step, []
         resume = "" if self.config.resume == "auto" else " with --resume"
-        if os.path.isdir(self.path("state", f"step_{step:08d}")):
+        if step == 0:
+            hints.append(f"the same command{resume} begins anew: there is no state yet")
+        elif os.path.isdir(self.path("state", f"step_{step:08d}")):
             hints.append(f"the same command{resume} continues at step {step}")
-            if self.config.judged and step > 0:
+            if self.config.judged:
                 hints[0] += f", and with --resume --max_iters={step} ends there with its table"
         if os.path.isfile(self.path("best.pt")):
             start = "" if self.best_step else ", the model you started from"
@@ -408,7 +432,7 @@ class RunFolder:
         if self.config.save_dtype:
             return self.config.save_dtype
         numbers = sum(weight.numel() for weight in self.policy.parameters())
-        return "float32" if 4 * numbers <= LARGEST_IN_FLOAT32 else self.config.dtype
+        return "float32" if 4 * numbers <= MOST_BYTES_IN_FLOAT32 else self.config.dtype
 
     def say_what_is_lost(self, step: int) -> None:
         """Say how much of what was learned a checkpoint in bfloat16 has lost. Collective.
@@ -419,8 +443,8 @@ class RunFolder:
         if dtype == "float32" or self.weights is None or step == 0:
             return
         kept = checkpoint.movement_kept(self.policy, self.weights, dtype)
-        lost = f"of the weights that moved {kept:.1%} differ from their start in ckpt.pt"
-        self.say(f"step {step}: {lost}, which is {dtype}; --save_dtype=float32 keeps all")
+        changes = f"ckpt.pt is {dtype} and keeps {kept:.1%} of the weights' changes"
+        self.say(f"step {step}: {changes}; --save_dtype=float32 keeps all")
 
     def save_checkpoint(self, name: str, model: Transformer, step: int, **more) -> None:
         """Write a .pt into the folder; more: as in checkpoint.save_pt."""
@@ -434,16 +458,18 @@ class RunFolder:
 
         save_llama2c  writes model.bin, of a path and a model
         """
-        self.save_checkpoint("ckpt.pt", model, step)
-        if self.config.keep_checkpoints:
-            self.save_checkpoint(f"step_{step:06d}.pt", model, step)
+        more: dict = {}
         if verdict is not None:
+            numbers = {k.removeprefix("eval/"): v for k, v in verdict.logged("eval").items()}
+            more = {"win_rate": verdict.rate, "evaluation": numbers}
             write_jsonl(self.path("stories", f"step_{step:06d}.jsonl"), verdict.stories)
-            if improved:
-                numbers = {k.removeprefix("eval/"): v for k, v in verdict.logged("eval").items()}
-                more = {"win_rate": verdict.rate, "evaluation": numbers}
-                self.save_checkpoint("best.pt", model, step, **more)
-                self.best_step = step
+        self.save_checkpoint("ckpt.pt", model, step, **more)
+        # What is of the same step is the same file: a large model is written once.
+        if self.config.keep_checkpoints:
+            link(self.path("ckpt.pt"), self.path(f"step_{step:06d}.pt"))
+        if verdict is not None and improved:
+            link(self.path("ckpt.pt"), self.path("best.pt"))
+            self.best_step = step
         if improved:
             try:
                 save_llama2c(self.path("model.bin"), model)

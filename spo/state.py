@@ -1,10 +1,11 @@
 """The states of a run on disk: what --resume continues from.
 
 A state is a folder: each process writes its rows of every weight and moment into a safetensors file
-of its own, one tensor at a time, and any number of processes can read them. Beside these files
-stand state.json and the SHA-256 of each. Nothing in a state can run code.
+of its own, one tensor at a time, and any number of processes can read them. state.json and the
+SHA-256 of each file stand beside them. Nothing in a state can run code.
 """
 
+import functools
 import glob
 import hashlib
 import json
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from model import Transformer
 from spo import parallel
-from spo.files import file_sha256, flush, named_errors
+from spo.files import file_sha256, flush, named_errors, write_text
 
 STATES_KEPT = 2
 
@@ -52,43 +53,46 @@ def save_state(folder: str, step: int, tensors: dict[str, Tensor], metadata: dic
     path = os.path.join(folder, f"step_{step:08d}")
     temporary = f"{path}.tmp"
     part = f"part-{parallel.rank() + 1:05d}-of-{parallel.world_size():05d}.safetensors"
-    size = sum(parallel.local(tensor).nbytes for tensor in tensors.values())
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+    named = functools.partial(named_errors, path, size, temporary)
 
     def begin() -> None:
-        shutil.rmtree(temporary, ignore_errors=True)
-        os.makedirs(temporary)
+        with named():
+            shutil.rmtree(temporary, ignore_errors=True)
+            os.makedirs(temporary)
 
     def write_part() -> tuple[str, str] | OSError:
         try:
-            with named_errors(path, size, temporary):
+            with named():
                 return part, write_tensors(os.path.join(temporary, part), tensors)
         except OSError as error:
             return error
 
     def finish() -> None:
-        with open(os.path.join(temporary, "state.json"), "w", encoding="utf-8") as f:
-            json.dump(metadata | {"step": step}, f)
-        hashes = dict(parts) | {"state.json": file_sha256(os.path.join(temporary, "state.json"))}
-        with open(os.path.join(temporary, "SHA256SUMS"), "w", encoding="utf-8") as f:
-            f.writelines(f"{digest}  {name}\n" for name, digest in hashes.items())
-        for name in ("state.json", "SHA256SUMS", "."):
-            flush(os.path.join(temporary, name))
-        shutil.rmtree(path, ignore_errors=True)
-        os.rename(temporary, path)
-        flush(folder)
-        for old in states_in(folder)[:-STATES_KEPT]:
-            shutil.rmtree(old)
+        with named():
+            write_text(os.path.join(temporary, "state.json"), json.dumps(metadata | {"step": step}))
+            hashes = dict(parts)
+            hashes["state.json"] = file_sha256(os.path.join(temporary, "state.json"))
+            sums = "".join(f"{digest}  {name}\n" for name, digest in hashes.items())
+            write_text(os.path.join(temporary, "SHA256SUMS"), sums)
+            flush(temporary)
+            shutil.rmtree(path, ignore_errors=True)
+            os.rename(temporary, path)
+            flush(folder)
+            for old in states_in(folder)[:-STATES_KEPT]:
+                shutil.rmtree(old)
 
     try:
-        with named_errors(path, size, temporary):
-            parallel.on_rank_0(begin)
-            parts = parallel.all_gather(write_part())
-            for failed in parts:
-                if isinstance(failed, OSError):
-                    raise failed
-            parallel.on_rank_0(finish)
+        parallel.on_rank_0(begin)
+        parts = parallel.all_gather(write_part())
+        for failed in parts:
+            if isinstance(failed, OSError):
+                raise failed
+        parallel.on_rank_0(finish)
     except OSError:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if parallel.rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
@@ -98,7 +102,8 @@ def write_tensors(path: str, tensors: dict[str, Tensor]) -> str:
     One tensor is copied at a time, and none that lies on the CPU: safetensors' own save_file would
     hold a copy of everything that is on a GPU.
     """
-    header, end = {}, 0
+    header: dict = {}
+    end = 0
     for name, tensor in tensors.items():
         local = parallel.local(tensor)
         dtype = {torch.float32: "F32", torch.float64: "F64"}[local.dtype]
@@ -162,7 +167,7 @@ def damage(path: str) -> str | None:
             expected = dict(reversed(line.rstrip("\n").split("  ", 1)) for line in f)
     except (OSError, ValueError):
         return "damaged: its SHA256SUMS cannot be read"
-    if not any(name.startswith("part-") for name in expected):
+    if any(name.startswith("shard-") for name in expected):
         return "written by an earlier version, which kept states in another format"
     if "state.json" not in expected or set(expected) | {"SHA256SUMS"} != set(os.listdir(path)):
         return "damaged: its files are not those of SHA256SUMS"

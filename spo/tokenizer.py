@@ -19,7 +19,8 @@ ROUNDED_TO = (64, 128)  # a larger number of them, if they fill the vocabulary u
 
 
 # What belongs to a tokenizer of any kind: how messages are written, and which tokens are special.
-BESIDE_A_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+CHAT_TEMPLATE = "chat_template.jinja"
+BESIDE_A_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", CHAT_TEMPLATE)
 
 
 class Llama3:
@@ -231,10 +232,10 @@ def say_that_bytes_are_dropped(path: str, count: int) -> None:
 def files_of_tokenizer(
     tokenizer: Tokenizer, folder: str, beside: bool = True
 ) -> dict[str, bytes | None]:
-    """Return {name: content} of the files of a tokenizer that a folder is to have; None: of none.
+    """Return what to write beside a model: {name: content}, None for what the tokenizer lacks.
 
-    beside  those that say how messages are written, too
-    ValueError if a file of another model's tokenizer is there already.
+    beside  the files that say how messages are written, too
+    ValueError if a file of another tokenizer is there already.
     """
     name = "tokenizer.json" if tokenizer.kind == "json" else "tokenizer.model"
     sources = {name: tokenizer.path}
@@ -243,16 +244,20 @@ def files_of_tokenizer(
     contents = {out: read_bytes(source) for out, source in sources.items()}
     for out, content in contents.items():
         path = os.path.join(folder, out)
-        if read_bytes(path) not in (None, content):
-            mend = "choose another folder, or remove it"
-            raise ValueError(f"{path} belongs to the tokenizer of another model; {mend}")
+        there = read_bytes(path)
+        if content is None and b"chat_template" not in (there or b"") and out != CHAT_TEMPLATE:
+            continue  # it changes nothing of how messages are read
+        if there not in (None, content):
+            other = "is of another tokenizer" if content else "would be read as this model's"
+            raise ValueError(f"{path} {other}; choose another folder, or remove it")
     return contents
 
 
 def copy_tokenizer(tokenizer: Tokenizer, folder: str, beside: bool = True) -> None:
     """Write tokenizer.model and, for run.c, tokenizer.bin into a folder; or tokenizer.json.
 
-    The arguments and errors are those of files_of_tokenizer.
+    With it go its SHA-256 and the files that say how messages are written. The arguments and
+    errors are those of files_of_tokenizer.
     """
     contents = files_of_tokenizer(tokenizer, folder, beside)
     if tokenizer.kind == "sentencepiece":  # run.c reads no other

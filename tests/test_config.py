@@ -65,7 +65,7 @@ import sys
 import spo, losses, torch
 
 @losses.objective(data="pair")
-def hinge(policy_logps, *, delta: float = 1.0, power: int = 1):
+def hinge(policy_logps, *, delta: float = 1, power: int = 1):  # a float whose default is whole
     return torch.relu(delta - (policy_logps[:, 0] - policy_logps[:, 1])) ** power
 
 import spo_train
@@ -84,10 +84,10 @@ def test_a_loss_of_ones_own_brings_its_flags(workshop, tokenizer, tmp_path):
         environment = os.environ | ONE_THREAD | {"PYTHONPATH": ROOT}
         return subprocess.run(words, capture_output=True, text=True, env=environment)
 
-    done = run("--loss=hinge", "--delta=400")
-    assert done.returncode == 0 and "hinge(delta 400.0, power 1)" in done.stdout, done.stderr
-    first = log_of("out")[0]  # no margin is as wide: the loss is 400 minus the mean margin
-    assert first["loss"] == pytest.approx(400 - first["margin"], rel=1e-5)
+    done = run("--loss=hinge", "--delta=400.5")
+    assert done.returncode == 0 and "hinge(delta 400.5, power 1)" in done.stdout, done.stderr
+    first = log_of("out")[0]  # no margin is as wide: the loss is delta minus the mean margin
+    assert first["loss"] == pytest.approx(400.5 - first["margin"], rel=1e-5)
     refused = run("--loss=dpo", "--delta=1").stderr  # the other losses do not take it
     assert "--delta: dpo with regularizer none does not take it" in refused
-    assert "hinge: default 1.0" in run("--help").stdout
+    assert "hinge: default 1\n" in run("--help").stdout

@@ -137,6 +137,9 @@ def test_a_terminator_that_a_file_names_comes_before_the_default(tmp_path):
     del config["eos_token_id"]
     (folder / "config.json").write_text(json.dumps(config))
     assert checkpoint.load(str(folder)).eos_ids == (2,)
+    first = {"eos_token": "<end>", "added_tokens_decoder": {"0": {"content": "<end>"}}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(first))
+    assert checkpoint.load(str(folder)).eos_ids == (0,)
     by_name = {"eos_token": {"content": "<end>"}}
     (folder / "tokenizer_config.json").write_text(json.dumps(by_name))
     (folder / "tokenizer.json").write_text('{"added_tokens": [{"id": 7, "content": "<end>"}]}')

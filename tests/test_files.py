@@ -12,6 +12,7 @@ import alpaca_data
 import export
 import sample
 import tinystories_data as data
+from spo import files
 from spo.checkpoint import load, save_pt
 from spo.files import atomic_write, write_jsonl
 
@@ -103,3 +104,22 @@ def test_a_file_gets_its_name_only_when_it_is_on_the_disk(tmp_path, monkeypatch)
     monkeypatch.setattr(os, "replace", lambda *a: calls.append("replace") or replace(*a))
     write_jsonl(str(tmp_path / "a.jsonl"), [{"a": 1}])
     assert calls == ["fsync", "replace"]
+
+
+@pytest.mark.parametrize("can_link", [True, False])
+def test_a_file_with_two_names_keeps_both_when_one_is_replaced(tmp_path, monkeypatch, can_link):
+    """As best.pt and ckpt.pt of one step do, also where a disk has no links."""
+
+    def no_links(*_):
+        raise OSError(95, "Operation not supported")
+
+    if not can_link:
+        monkeypatch.setattr(os, "link", no_links)
+    ckpt, best = str(tmp_path / "ckpt.pt"), str(tmp_path / "best.pt")
+    for content in ("first", "second"):
+        files.write_text(ckpt, content)
+        files.link(ckpt, best)
+        files.link(ckpt, best)  # once more
+        assert os.path.samefile(ckpt, best) is can_link
+    files.write_text(ckpt, "third")
+    assert open(best).read() == "second" and sorted(os.listdir(tmp_path)) == ["best.pt", "ckpt.pt"]

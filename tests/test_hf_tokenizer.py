@@ -132,8 +132,8 @@ def card_of(config: dict, step: int) -> str:
     return model_card("m", config, step, {}, "0")
 
 
-def test_a_card_of_step_0_says_that_nothing_was_better():
-    said = "the weights that the run began with: no evaluation was better"
+def test_a_card_of_step_0_says_that_nothing_was_learned():
+    said = "These are the weights that the run began with."
     assert said in card_of({"loss": "dpo"}, 0) and said not in card_of({"loss": "dpo"}, 8)
     assert said not in card_of({}, 0)  # of no run of ours
 

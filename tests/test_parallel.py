@@ -1,5 +1,6 @@
 """Several processes equal one; a run that was killed equals one that was not."""
 
+import contextlib
 import copy
 import json
 import os
@@ -21,6 +22,7 @@ from helpers import (
     assert_same_runs,
     command,
     log_of,
+    random_groups,
     run,
     tiny,
     weights_of,
@@ -28,8 +30,10 @@ from helpers import (
 )
 from safetensors import safe_open
 
-from losses import LOSSES, REGULARIZERS
+from losses import LOSSES, REGULARIZERS, token_kl
 from spo import checkpoint, parallel, state
+from spo.groups import make_batch
+from spo.reference import kl_of_rounding
 
 
 @pytest.fixture
@@ -104,6 +108,7 @@ def test_every_objective_has_one_gradient_whatever_the_layout(which):
     ]
     done = subprocess.run(words, capture_output=True, text=True, env=os.environ | ONE_THREAD)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "returned a view" not in done.stderr  # torch's warning, of each process
     errors = json.loads(done.stdout.splitlines()[-1])
     cases = len(LOSSES) + len(REGULARIZERS)
     assert len(errors) == (2 * 3 * cases if which else cases) + 2
@@ -150,15 +155,48 @@ def test_moved_by_rounding_moves_a_quarter_of_the_weights_and_puts_them_back():
         model = tiny(dim=64, hidden_dim=96)
         if published:
             model.load_state_dict({n: w.bfloat16().float() for n, w in model.state_dict().items()})
+        with torch.no_grad():
+            model.tok_embeddings.weight[0] = 0.0  # as of a token that is padding
         before = copy.deepcopy(model.state_dict())
         with parallel.moved_by_rounding(model, seed=7):
             moved = copy.deepcopy(model.state_dict())
         weight, other = before["tok_embeddings.weight"], moved["tok_embeddings.weight"]
         neighbours = (weight.bfloat16() != other.bfloat16()).float().mean()
         assert 0.2 < neighbours < 0.3, published
+        assert torch.equal(other[0], weight[0])
         half_a_unit = torch.exp2(torch.floor(torch.log2(weight.abs())) - 8)
         assert ((other - weight).abs() <= (2 if published else 1) * half_a_unit * 1.0001).all()
         assert all(torch.equal(w, model.state_dict()[name]) for name, w in before.items())
+
+
+def test_what_rounding_shows_includes_the_classifier(monkeypatch):
+    """The gathered weights of a sharded model are one memory, whatever is gathered into it."""
+
+    @contextlib.contextmanager
+    def only_the_classifier_moves(model, seed):
+        weight = parallel.local(model.output.weight).detach()
+        weight *= 1.25
+        yield
+        weight /= 1.25
+
+    monkeypatch.setattr(parallel, "moved_by_rounding", only_the_classifier_moves)
+    parallel.start("cpu", "bfloat16")
+    try:
+        model, groups = tiny(tied=False), random_groups(4, 1)
+        plain = tiny(tied=False).to(torch.bfloat16)
+        parallel.shard(model, "bfloat16")
+        found = kl_of_rounding(model, groups, 0)
+        del model
+    finally:
+        parallel.end()
+    expected = 0.0
+    with torch.no_grad():
+        for group in groups:
+            batch = make_batch([group])
+            logits = plain.hidden(batch.tokens).float() @ plain.output.weight.float().t()
+            moved = plain.hidden(batch.tokens).float() @ (1.25 * plain.output.weight.float()).t()
+            expected += float(token_kl(moved, logits, batch.mask).sum()) / len(groups)
+    assert found == pytest.approx(expected, rel=0.05) and found > 0.1
 
 
 @pytest.mark.parametrize("stories", [pytest.param(0, marks=pytest.mark.slow), 4])
@@ -197,7 +235,7 @@ def test_what_a_bfloat16_run_learned_is_in_its_checkpoints(flags):
     assert all(torch.equal(saved[name], weight) for name, weight in learned.items())
     assert not torch.equal(saved["norm.weight"], start["norm.weight"])
     printed = run(1, flags("dpo_rank", "low", *more, "--save_dtype=bfloat16"))
-    share = re.search(r"step 4: of the weights that moved (.*)% differ from their start", printed)
+    share = re.search(r"step 4: ckpt.pt is bfloat16 and keeps (.*)% of the weights' ch", printed)
     assert float(share[1]) < 5
 
 
@@ -387,20 +425,42 @@ def test_a_new_run_leaves_no_state_of_the_former(workshop):
     assert [os.path.basename(p) for p in state.states_in("out/state")] == ["step_00000002"]
 
 
-def test_a_run_that_ended_before_its_first_state_begins_anew_and_says_so(workshop, capsys):
+def test_a_run_that_ended_before_its_first_state_begins_anew_and_says_so(
+    workshop, capsys, monkeypatch
+):
     """At step 0 nothing is kept: its state would be as large as the run, and hold no work."""
-    workshop("dpo_rank", "--max_iters=4")
-    unbroken = weights_of("out")
-    for path in state.states_in("out/state"):
-        shutil.rmtree(path)
+    workshop("dpo_rank", "--max_iters=4", "--out_dir=unbroken")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        killed.setattr("spo_train.optimizer_step", interrupted)
+        workshop("dpo_rank", "--max_iters=4")
+    assert state.states_in("out/state") == [] and os.path.isfile("out/ckpt.pt")
     capsys.readouterr()
     workshop("dpo_rank", "--max_iters=4", "--resume")
     printed = capsys.readouterr().out
     assert "out: the run ended before its first state; it begins anew" in printed
-    assert all(torch.equal(weight, weights_of("out")[name]) for name, weight in unbroken.items())
+    assert_same_runs("unbroken", "out")
     os.makedirs("empty")
     with pytest.raises(ValueError, match="there is no state of a run in empty/state"):
         workshop("dpo_rank", "--resume", "--out_dir=empty")
+
+
+def test_a_run_that_got_further_is_never_begun_anew(workshop):
+    """Somebody removed its states to make room. And a run of other flags is another run."""
+    workshop("dpo_rank", "--max_iters=4")
+    weights = weights_of("out")
+    shutil.rmtree("out/state")
+    with pytest.raises(ValueError, match="--resume: there is no state of a run in out/state"):
+        workshop("dpo_rank", "--max_iters=8", "--resume")
+    assert all(torch.equal(weight, weights_of("out")[name]) for name, weight in weights.items())
+    workshop("dpo_rank", "--max_iters=1", "--eval_interval=4", "--eval_stories=0")
+    os.remove("out/ckpt.pt")
+    shutil.rmtree("out/state")
+    with pytest.raises(ValueError, match="--learning_rate=0.1: out/config.json is of a run with 0"):
+        workshop("dpo_rank", "--max_iters=1", "--resume", "--learning_rate=0.1")
 
 
 def test_a_state_of_an_earlier_version_is_refused_in_words(workshop):

@@ -3,13 +3,14 @@
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 from helpers import ROOT, tiny
 
 from model import KVCache, ModelArgs, Transformer
-from spo import fast
+from spo import fast, plan
 from spo.plan import GIB, Load, memory, saved_by_layer
 
 LLAMA2 = ModelArgs(
@@ -103,6 +104,22 @@ def test_the_shards_of_a_7b_are_what_the_plan_says():
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout) == memory(LLAMA2, False, load(processes=4))["weights"]
+
+
+def test_a_gpu_keeps_the_graphs_of_a_step_that_fit_into_a_quarter_of_it(monkeypatch):
+    """110M, 32 groups of 4 stories of 200 tokens, 14.8 GiB in bfloat16: mu takes no pass more."""
+    args = ModelArgs(dim=768, n_layers=12, n_heads=12, vocab_size=32000, hidden_dim=2048)
+    tokens, mask = torch.empty(32, 208, device="meta"), torch.ones(32, 208).bool()
+    batches = [types.SimpleNamespace(tokens=tokens, mask=mask)] * 4
+    device = types.SimpleNamespace(type="cuda")
+    weight = types.SimpleNamespace(itemsize=4)  # the shard's; the layers compute in 2 bytes
+    model = types.SimpleNamespace(args=args, device=device, low_precision=True)
+    model.tok_embeddings = types.SimpleNamespace(weight=weight)
+    answers = {}
+    for gib in (141, 80, 40):
+        monkeypatch.setattr(plan, "available", lambda *_, gib=gib: (gib * GIB, "a GPU"))
+        answers[gib] = plan.can_keep(model, batches)
+    assert answers == {141: True, 80: True, 40: False}
 
 
 def test_the_flag_prints_and_trains_nothing(workshop, tmp_path, capsys):

@@ -518,6 +518,35 @@ def test_sigterm_before_the_loop_ends_a_run_in_one_line(workshop, tokenizer):
     assert not os.path.exists("out")
 
 
+POOL = """
+import concurrent.futures, multiprocessing, os, signal, time
+from spo.config import main_program
+
+def main(_):
+    context = multiprocessing.get_context("fork")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        pid = pool.submit(os.getpid).result()
+        pool.submit(time.sleep, 600)
+        time.sleep(0.2)
+        os.kill(pid, signal.SIGTERM)
+        os.waitpid(pid, 0)
+        print("its worker ended")
+        os._exit(0)
+
+import sys
+sys.argv = ["x"]
+main_program(main)
+"""
+
+
+def test_a_pools_worker_ends_at_sigterm_and_does_not_take_it_for_a_result():
+    environment = os.environ | {"PYTHONPATH": ROOT, "PYTHONUNBUFFERED": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", POOL], capture_output=True, text=True, env=environment
+    )
+    assert done.stdout == "its worker ended\n", done.stderr
+
+
 def test_a_learning_rate_beyond_float32_is_one_line(workshop):
     with pytest.raises(ValueError, match=r"--learning_rate=1e\+39: must be finite, .* most 1e\+30"):
         workshop("dpo_rank", "--learning_rate=1e39")
@@ -590,6 +619,6 @@ def test_messages_without_a_prompt_are_no_stories_either(workshop, tokenizer, tm
 def test_a_best_checkpoint_of_step_0_is_said_to_be_that(workshop, capsys):
     workshop("dpo_rank", "--learning_rate=0")
     printed = capsys.readouterr().out
-    assert "best (step 0)" in printed
-    assert "nothing got better: best.pt is the model you started from; ckpt.pt is the" in printed
+    assert "best (step 0)" in printed and "wins" not in printed  # it is compared with itself
+    assert "nothing got better: best.pt and model.bin are the model you started from" in printed
     assert "`python sample.py --checkpoint=out/ckpt.pt`" in printed

@@ -244,9 +244,26 @@ def test_a_template_of_another_model_is_not_mixed_in(tmp_path, monkeypatch, toke
     shutil.copy(tokenizer.path, tmp_path / "base/tokenizer.model")
     (tmp_path / "both").mkdir()
     export.main(["both/chat.pt", "--hf=chat"])
-    with pytest.raises(ValueError, match="both/.* belongs to the tokenizer of another model"):
+    with pytest.raises(ValueError, match="both/chat_template.jinja would be read as this model's"):
         export.main(["both/base.pt", "--hf=base"])
     assert not (tmp_path / "both/base.pt").exists()
+    export.main(["plain", "--hf=base", "--version=-1"])  # writes a tokenizer_config.json of ours
+    export.main(["plain/base.pt", "--hf=base"])
+
+
+def test_a_template_that_has_changed_is_another_run(tmp_path, monkeypatch, tokenizer):
+    monkeypatch.chdir(tmp_path)
+    sentencepiece_folder(tmp_path / "m", tokenizer, alone=True)
+    write(tmp_path / "d.jsonl", *[{"prompt": [ASKS], "chosen": SAYS, "rejected": OTHER}] * 4)
+    tokens = "--tokenizer=m/tokenizer.model"
+    export.main(["start.pt", "--hf=m"])
+    flags = ["--loss=dpo", "--init_from=start.pt", "--data=d.jsonl", tokens, "--eval_stories=0"]
+    flags += ["--max_iters=1", "--batch_size=4"]
+    spo_train.main(flags)
+    spo_train.main([*flags, "--resume"])
+    (tmp_path / "m/chat_template.jinja").write_text(ZEPHYR.replace("|>", "!>"))
+    with pytest.raises(ValueError, match="--tokenizer=.*: has changed since the run began"):
+        spo_train.main([*flags, "--resume"])
 
 
 @pytest.mark.slow
