@@ -21,7 +21,7 @@ from helpers import ROOT
 import judge
 import tinystories_data as data
 from judge import ApiJudge, JudgeFlags, rank_in_both_orders
-from spo.answer import read_answer
+from spo.answer import Answer, read_answer
 from spo.chat import BudgetSpent, Stopped, as_done
 from spo.journal import Journal
 
@@ -283,6 +283,19 @@ def test_retry_after_holds_everybody(flags):
         started = time.monotonic()
         rankings(api, flags(api), make_groups(4))
         assert time.monotonic() - started > 0.9
+
+
+def test_a_hold_is_never_shortened_by_what_is_answered_meanwhile(flags):
+    with FakeApi(score=quality) as api:
+        chat = ApiJudge(flags(api)).chat
+    chat.hold("100", Answer(429))
+    until = chat.hold_until
+    assert until - time.monotonic() == pytest.approx(100, abs=20)
+    for later in ("", "1", "soon"):
+        chat.hold(later, Answer(503))
+        assert chat.hold_until == until
+    with pytest.raises(Stopped, match="it asks to wait 2 h 0 min"):
+        chat.hold("7200", Answer(429))
 
 
 def test_dribbled_bytes_do_not_extend_the_deadline(flags):
@@ -554,6 +567,22 @@ def test_a_reply_that_echoes_the_key_is_kept_without_it_however_it_is_spelled(fl
 
 
 # --- threads -------------------------------------------------------------------------------------
+
+
+def test_the_key_is_cut_out_in_whole_in_part_and_in_other_spellings(flags, monkeypatch):
+    """As it is, as in an address, as in a Basic header, and its first eight characters."""
+    key = "sk-live+0123/456789=abcdef"
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with FakeApi(score=quality) as api:
+        chat = ApiJudge(flags(api)).chat
+    basic = base64.b64encode(key.encode()).decode()
+    for spelled in (key, urllib.parse.quote(key, safe=""), basic, key[:8] + "..."):
+        said = chat.redact(f"no such key: {spelled}, sorry")
+        assert "[key]" in said and "sk-live" not in said and basic[:12] not in said
+    chat.journal.file.close()
+    monkeypatch.setenv("OPENAI_API_KEY", "none")  # what servers without keys are given
+    with FakeApi(score=quality) as api:
+        assert ApiJudge(flags(api)).chat.redact("none of these") == "none of these"
 
 
 def test_as_done_gives_every_result_and_raises_the_first_error():
