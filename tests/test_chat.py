@@ -285,6 +285,18 @@ def test_retry_after_holds_everybody(flags):
         assert time.monotonic() - started > 0.9
 
 
+def test_a_request_says_what_the_flags_say(flags):
+    with FakeApi(score=quality) as api:
+        more = {"judge_token_field": "max_completion_tokens", "judge_max_tokens": 123}
+        more |= {"judge_temperature": None, "judge_extra": '{"enable_thinking": false}'}
+        close(rankings(api, flags(api, **more), make_groups(1))[0])
+        close(rankings(api, flags(api, judge_temperature=0.5), make_groups(2)[1:])[0])
+        first, *_, last = api.bodies
+    assert first["max_completion_tokens"] == 123 and first["enable_thinking"] is False
+    assert not {"max_tokens", "temperature"} & first.keys()
+    assert last["temperature"] == 0.5 and last["max_tokens"] == 2048 and last["model"] == "fake"
+
+
 def test_a_hold_is_never_shortened_by_what_is_answered_meanwhile(flags):
     with FakeApi(score=quality) as api:
         chat = ApiJudge(flags(api)).chat

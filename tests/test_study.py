@@ -135,6 +135,15 @@ def test_a_run_ends_with_an_evaluation_and_one_that_diverges_says_so(world):
     assert row["checkpoints"][0]["step"] == 0
 
 
+@pytest.mark.parametrize("to_the_end,steps", [(False, [0]), (True, [0, 1, 2])])
+def test_a_run_ends_past_the_largest_kl_unless_it_goes_to_the_end(
+    world, monkeypatch, to_the_end, steps
+):
+    monkeypatch.setattr(study_run, "MOST_NATS", -1.0)
+    row = study_run.train(world, Run("dpo", 0, 1e-4, steps=2, to_the_end=to_the_end))
+    assert [point["step"] for point in row["checkpoints"]] == steps
+
+
 def test_all_objectives_see_the_same_groups_and_the_reference_read_them_right(world):
     lines = {
         loss: [group.line for step in range(2) for group in world.batch(Run(loss, 3, 1e-4), step)]
