@@ -179,6 +179,13 @@ def test_equal_scores_are_half_a_win():
     assert [preference(*both) for both in ((2, 1), (1, 2), (1, 1), (0, 0))] == [1, 0, 0.5, 0.5]
 
 
+def test_selecting_and_reporting_win_against_other_stories_of_a_file(tokenizer, tmp_path):
+    path = write(tmp_path / "b.jsonl", *({"text": f"Story {i}."} for i in range(12)))
+    ruler = evaluation(tokenizer, tiny(vocab_size=512), baseline=path)
+    select, report = (ruler.sets[which].baseline for which in ("select", "report"))
+    assert (len(select), len(report)) == (4, 8) and not set(select) & set(report)
+
+
 def test_the_pool_is_neither_a_training_story_nor_the_policys(tokenizer):
     """All are of one model: only the random streams keep them apart."""
     model = tiny(vocab_size=512)

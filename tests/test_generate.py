@@ -44,9 +44,19 @@ def test_a_sequence_ends_with_its_terminator_and_never_holds_it_before():
 
 def test_a_terminator_in_a_prompt_ends_nothing():
     """Prompts of unlike lengths are read side by side: the longer one's tokens are not drawn."""
-    rows = generate(tiny(), [[1], [1, 3, 3, 5]] * 4, 12, temperature=0, stop_ids=[3])
-    alone = generate(tiny(), [[1, 3, 3, 5]], 12, temperature=0, stop_ids=[3])
-    assert rows[1::2] == alone * 4 and len(alone[0]) > 1
+    rows = generate(tiny(), [[1], [1, 3, 3, 5]] * 4, 12, temperature=0, stop_ids=range(64))
+    assert [len(row) for row in rows] == [1] * 8  # whatever is drawn first ends it
+    alone = generate(tiny(), [[1, 3, 3, 5]], 1, temperature=0)
+    assert rows[1::2] == alone * 4
+
+
+def test_a_prompt_as_long_as_the_context_leaves_no_room(tokenizer, capsys):
+    prompts = ["the owl sang", "the"]
+    lengths = [len(tokenizer.encode(prompt, bos=True)) for prompt in prompts]
+    for more, fitting in ((0, [1]), (1, [0, 1])):
+        model = tiny(vocab_size=512, max_seq_len=lengths[0] + more)
+        assert generation.prompts_that_fit(prompts, ["a", "b"], tokenizer, model) == fitting
+    assert "a: a prompt of" in capsys.readouterr().err
 
 
 def test_a_character_that_the_limit_cuts_is_left_out_of_the_text(tokenizer):
