@@ -128,7 +128,9 @@ class TrainConfig(JudgeFlags):
     )
     keep_checkpoints: bool = flag(False, "keep every evaluation's weights, as step_N.pt", free=True)
     log_interval: int = flag(5, "steps between log lines", least=1, free=True)
-    device: str = flag("", "cpu, cuda, cuda:1, mps; default: cuda", free=True, heading="system")
+    device: str = flag(
+        "", "cpu, cuda, cuda:1, mps; default: cuda, else cpu", free=True, heading="system"
+    )
     dtype: str = flag("", "of the layers; default: bfloat16 on a GPU that has it", choices=DTYPES)
     activation_checkpointing: bool = flag(False, "recompute activations: less memory", free=True)
     compile: bool = flag(False, "torch.compile the layers: a slow start, then faster if narrow")
@@ -167,6 +169,8 @@ class TrainConfig(JudgeFlags):
         for name in ["batch_size", "kl_batch_size"][: 1 + objective.online]:
             parallel.refuse_uneven(name, getattr(self, name))
         refuse_if(self.gpu_gib and self.plan is None, "--gpu_gib: goes with --plan")
+        no_data = "--plan: needs --data and --init_from, what to plan for"
+        refuse_if(self.plan is not None and not self.data, no_data)
         asked = self.judge not in ("", "offline", "none") and self.eval_stories == 0
         refuse_if(
             asked, f"--judge={self.judge}: nothing is judged with --eval_stories=0; leave it out"
@@ -185,9 +189,11 @@ class TrainConfig(JudgeFlags):
         why = "with --eval_stories=0 or --init_from=scratch; leave it out"
         if self.judge == "none":
             judging += ["eval_stories"] if self.eval_stories else []
-            why = "with --judge=none, the default for data with prompts; name one, or leave it out"
+            why = (
+                "with --judge=none, the default for data with prompts; name a judge or leave it out"
+            )
         for name in ("baseline", "stop_kl", "eval_pool", *judging):
-            refuse_if(name in given, f"--{name}: nothing is judged {why}")
+            refuse_if(name in given, f"--{name}: nothing is judged, nor evaluated, {why}")
 
     def with_judge(self, are_stories: bool) -> "TrainConfig":
         """Return the config with the judge that --judge="" stands for; print it if that is none.
@@ -199,9 +205,9 @@ class TrainConfig(JudgeFlags):
         config = replace(self, judge="offline" if are_stories else "none")
         config._refuse_what_no_judge_reads()
         if not are_stories:
-            stories = "the offline judge knows only stories, and these data have prompts"
-            asks = "--judge=MODEL asks a model, --judge=offline the formula all the same"
-            print0(f"nothing is judged, and there will be no best.pt: {stories}; {asks}")
+            why = "these data have prompts, and the offline judge is a formula for stories"
+            mend = "to judge answers give --judge=MODEL (an API), or --judge=offline all the same"
+            print0(f"nothing is judged, and there will be no best.pt: {why}; {mend}")
         return config
 
     @property

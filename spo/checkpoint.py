@@ -82,6 +82,9 @@ def open_weights(path: str, flags=None):
 
 def _open_other(path: str):
     if os.path.isdir(path):
+        if os.path.isfile(os.path.join(path, "run.json")):
+            names = [name for name in ("best.pt", "ckpt.pt") if os.path.isfile(f"{path}/{name}")]
+            raise ValueError(f"{path}: is the folder of a run; name {' or '.join(names)} in it")
         if os.path.isfile(os.path.join(path, "config.json")):
             return HuggingFaceFolder(path)
         neither = "neither Meta's folder (params.json) nor Hugging Face's (config.json)"

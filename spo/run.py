@@ -121,7 +121,7 @@ def description_of_run(folder: str) -> str | None:
     steps = 0
     with contextlib.suppress(ValueError, KeyError, TypeError):  # no log yet, or one that a kill cut
         for _, entry in read_jsonl(os.path.join(folder, "log.jsonl")):
-            steps = max(steps, entry["step"])
+            steps = max(steps, entry["step"] + ("loss" in entry))  # a step that was taken
     return f"{began}, {steps} steps"
 
 
@@ -241,8 +241,12 @@ class RunFolder:
 
         ValueError, naming the flag, if not.
         """
-        if self.config.resume == "newest" and self._ended_before_its_first_state():
-            print(f"{self.config.out_dir}: the run ended before its first state; it begins anew")
+        out = self.config.out_dir
+        if description_of_run(out) is not None and not states_in(self.path("state")):
+            if self._had_a_state():
+                lost = "its states are gone, and starting anew would replace its ckpt.pt"
+                raise ValueError(f"--resume: {out}: {lost}; name another --out_dir to keep it")
+            print(f"{out}: the run ended before its first state; it begins anew")
             return None
         path = find_state(self.path("state"), self.config.resume)
         if path is None:
@@ -262,19 +266,19 @@ class RunFolder:
             raise ValueError(f"--max_iters={self.max_iters}: {path} is of step {step}; {mend}")
         return path
 
-    def _ended_before_its_first_state(self) -> bool:
-        """Tell whether a run of these flags ended here before it had a state to keep.
+    def _had_a_state(self) -> bool:
+        """Tell whether the run here, which has no state, got so far that it had one.
 
-        A run that got further, whose states somebody has removed, is not begun anew.
+        The first one is written after the ckpt.pt of the first evaluation. ValueError if the run is
+        one of other flags.
         """
-        if description_of_run(self.config.out_dir) is None or states_in(self.path("state")):
-            return False
         latest = self.path("ckpt.pt")
-        if os.path.isfile(latest) and checkpoint.open_weights(latest).step > 0:
-            return False
+        step = checkpoint.open_weights(latest).step if os.path.isfile(latest) else 0
+        if step > self.config.eval_interval or (step > 0 and not os.path.isdir(self.path("state"))):
+            return True
         if os.path.isfile(flags := self.path("config.json")):
             self._refuse_other_flags(read_json_object(flags), flags)
-        return True
+        return False
 
     def _refuse_other_flags(self, former: dict, where: str) -> None:
         """ValueError, naming the flag, if a run had others. It may be extended, and be closed."""
@@ -507,6 +511,8 @@ class RunFolder:
             self._lock.close()
         if not self.config.judged and not self.stopped and self.config.report:
             steps = counted(self.max_iters, "step")
+            latest = self.path("ckpt.pt")
             unjudged = "nothing was judged, so there is no best.pt"
-            parallel.print0(f"{self.path('ckpt.pt')}: the model after {steps}; {unjudged}")
+            tell = f"`python sample.py --checkpoint={latest}`"
+            parallel.print0(f"{latest}: the model after {steps}; {unjudged}; {tell}")
         return not self.stopped

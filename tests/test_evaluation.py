@@ -423,7 +423,9 @@ def test_stop_kl_ends_a_run_with_its_table(workshop, capsys):
 
 
 def test_stop_kl_needs_evaluations(workshop):
-    with pytest.raises(ValueError, match="--stop_kl: nothing is judged with --eval_stories=0"):
+    with pytest.raises(
+        ValueError, match="--stop_kl: nothing is judged, nor evaluated, with --eval_stories=0"
+    ):
         workshop("dpo_rank", "--stop_kl=1", "--eval_stories=0")
 
 

@@ -453,8 +453,9 @@ def test_a_run_that_got_further_is_never_begun_anew(workshop):
     workshop("dpo_rank", "--max_iters=4")
     weights = weights_of("out")
     shutil.rmtree("out/state")
-    with pytest.raises(ValueError, match="--resume: there is no state of a run in out/state"):
-        workshop("dpo_rank", "--max_iters=8", "--resume")
+    for resume in ("--resume", "--resume=auto"):
+        with pytest.raises(ValueError, match="--resume: out: its states are gone, and starting an"):
+            workshop("dpo_rank", "--max_iters=8", resume)
     assert all(torch.equal(weight, weights_of("out")[name]) for name, weight in weights.items())
     workshop("dpo_rank", "--max_iters=1", "--eval_interval=4", "--eval_stories=0")
     os.remove("out/ckpt.pt")

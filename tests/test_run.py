@@ -529,7 +529,10 @@ def main(_):
         pool.submit(time.sleep, 600)
         time.sleep(0.2)
         os.kill(pid, signal.SIGTERM)
-        os.waitpid(pid, 0)
+        try:
+            os.waitpid(pid, 0)
+        except ChildProcessError:  # the pool was faster
+            pass
         print("its worker ended")
         os._exit(0)
 
@@ -585,12 +588,15 @@ def test_data_with_prompts_are_judged_only_if_somebody_is_asked(
     flags = [*NO_JUDGE, f"--tokenizer={tokenizer.path}", "--data=asked.jsonl"]
     spo_train.main(["--loss=dpo", *flags])
     printed = capsys.readouterr().out
-    assert "nothing is judged, and there will be no best.pt: the offline judge knows" in printed
+    assert "nothing is judged, and there will be no best.pt: these data have prompts" in printed
     assert "look at the win-rates" not in printed and "win-rate over" not in printed
     last = printed.strip().splitlines()[-1]
-    assert (
-        last == "out/ckpt.pt: the model after 4 steps; nothing was judged, so there is no best.pt"
-    )
+    latest = "out/ckpt.pt: the model after 4 steps; nothing was judged, so there is no best.pt"
+    assert last == f"{latest}; `python sample.py --checkpoint=out/ckpt.pt`"
+    with pytest.raises(ValueError, match="^out: is the folder of a run; name ckpt.pt in it"):
+        sample.main(["--checkpoint=out"])
+    with pytest.raises(ValueError, match="--plan: needs --data and --init_from"):
+        spo_train.main(["--plan=4", "--gpu_gib=80"])
     assert os.path.isfile("out/ckpt.pt") and os.path.isfile("out/model.bin")
     assert not os.path.exists("out/best.pt") and os.listdir("out/stories") == []
     with pytest.raises(
@@ -600,7 +606,7 @@ def test_data_with_prompts_are_judged_only_if_somebody_is_asked(
     for flag in ("--stop_kl=1", "--eval_pool=8", "--eval_stories=4", "--baseline=pair.jsonl"):
         name = flag.split("=")[0]
         with pytest.raises(
-            ValueError, match=f"^{name}: nothing is judged with --judge=none, the d"
+            ValueError, match=f"^{name}: nothing is judged, nor evaluated, with --judge=none"
         ):
             spo_train.main(["--loss=dpo", *flags, flag, "--out_dir=other"])
     assert not os.path.exists("other")

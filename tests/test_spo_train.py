@@ -705,7 +705,7 @@ def test_a_model_is_trained_from_scratch_on_text(workshop):
         (
             "spo_rank",
             ["--baseline=ranked.jsonl", "--eval_stories=0"],
-            "--baseline: nothing is judged with",
+            "--baseline: nothing is judged, nor evaluated, with",
         ),
         ("spo_rank", ["--batch_size=0"], "--batch_size=0: must be 1 or more"),
         ("spo_rank", ["--seed=-1"], "--seed=-1: must be 0 or more"),
