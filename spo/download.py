@@ -171,6 +171,22 @@ def announced_sha256(response: requests.Response) -> str:
     return ""
 
 
+def extract(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: str) -> None:
+    """Extract a file or a folder. TarError for one that would lie outside.
+
+    Python before 3.11.4 has no filter that refuses it.
+    """
+    if hasattr(tarfile, "data_filter"):
+        tar.extract(member, folder, filter="data")
+        return
+    root = os.path.realpath(folder)
+    member.name = member.name.lstrip("/")  # as the filter does
+    target = os.path.realpath(os.path.join(root, member.name))
+    if os.path.commonpath([root, target]) != root:
+        raise tarfile.TarError(f"{member.name!r} would be extracted outside")
+    tar.extract(member, folder)
+
+
 def unpack(archive: str, folder: str, max_bytes: int) -> None:
     """A .tar(.gz) of files and folders -> folder, whole or not at all.
 
@@ -193,7 +209,7 @@ def unpack(archive: str, folder: str, max_bytes: int) -> None:
                     raise ValueError(
                         f"{archive}: unpacks to more than {max_bytes:,} bytes; nothing was unpacked"
                     )
-                tar.extract(member, temporary, filter="data")  # refuses what would lie outside
+                extract(tar, member, temporary)
         os.replace(temporary, folder)
     except (tarfile.TarError, EOFError, zlib.error) as error:
         raise ValueError(f"{archive}: damaged or unsafe ({error}); nothing was unpacked") from None
