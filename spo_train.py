@@ -219,12 +219,13 @@ class TrainConfig(JudgeFlags):
 def flags_of_settings(declared: set[str]) -> dict[str, tuple[type, str]]:
     """Return {name: (kind, help)} of the settings that losses take and that have no flag yet."""
     flags = {}
+    parameters = {loss: inspect.signature(LOSSES[loss]).parameters for loss in LOSSES}
     for name in sorted(set(SETTINGS) - declared):
-        parameters = {loss: inspect.signature(LOSSES[loss]).parameters for loss in LOSSES}
         takers = {loss: mine[name] for loss, mine in parameters.items() if name in mine}
         kind = next(iter(takers.values())).annotation
         text = ", ".join(f"{loss}: default {taken.default}" for loss, taken in takers.items())
-        flags[name] = kind if kind in (int, float, str) else float, text
+        plain = kind if kind in (int, float, str) else float
+        flags[name] = (plain, text)
     return flags
 
 

@@ -5,6 +5,7 @@
 What is between two comments of the form `<!-- E1 -->` and `<!-- end -->` is written by this script.
 """
 
+import functools
 import os
 import re
 import sys
@@ -18,8 +19,10 @@ sys.path.insert(0, ROOT)
 import study
 from matched_kl import BUDGETS, LEVEL, MARGIN, Contrast, bootstrap, contrasts, spread
 from study_reading import (
+    DEPENDS,
     EQUAL_RATE,
     Study,
+    by_verdict,
     contrast_table,
     decided,
     known,
@@ -166,6 +169,7 @@ def e1_contrasts(runs: Study, what: str = "win_rate", without: int | None = None
     return contrasts(found)
 
 
+@functools.cache
 def e1_readings(runs: Study) -> dict[str, list[Contrast]]:
     """Return the contrasts in every reading of the runs: as claims.md says, and three others."""
     return {
@@ -182,10 +186,7 @@ def in_every_reading(runs: Study) -> dict[str, str]:
     for found in e1_readings(runs).values():
         for contrast in found:
             verdicts.setdefault(contrast.name, set()).add(contrast.verdict)
-    return {
-        name: given.pop() if len(given) == 1 else "depends on the reading"
-        for name, given in verdicts.items()
-    }
+    return {name: given.pop() if len(given) == 1 else DEPENDS for name, given in verdicts.items()}
 
 
 def compared_up_to(runs: Study) -> dict[str, str]:
@@ -203,13 +204,8 @@ def e1_answer(runs: Study) -> str:
     everywhere = in_every_reading(runs)
     needs(everywhere)
     up_to = compared_up_to(runs)
-    by_verdict: dict[str, list[str]] = {}
-    for name, verdict in everywhere.items():
-        by_verdict.setdefault(verdict, []).append(f"{name} (up to {up_to[name]})")
-    undecided = ("depends on the reading", "not decided")
-    order = sorted(by_verdict, key=lambda verdict: verdict in undecided)
-    listed = "; ".join(f"{verdict}: {', '.join(by_verdict[verdict])}" for verdict in order)
-    return f"**Of {len(everywhere)} contrasts at equal KL, in every reading:** {listed}."
+    named = {f"{name} (up to {up_to[name]})": verdict for name, verdict in everywhere.items()}
+    return f"**Of {len(named)} contrasts at equal KL, in every reading:** {by_verdict(named)}."
 
 
 def e1(runs: Study) -> str:
@@ -232,9 +228,9 @@ def margin(runs: Study) -> str:
     """Return the margin as a share of dpo's gain."""
     gains = [known(runs.at(row, x) for row in runs.runs("dpo", E1_SEEDS).values()) for x in BUDGETS]
     means = [float(np.mean(values)) - 50 for values in gains]
-    shares = 100 * MARGIN / np.mean(means), 100 * MARGIN / means[0]
-    of = "{:.0f}% of what dpo gains over 50% on average, and {:.0f}% at 0.5 nats".format(*shares)
-    return f"The margin of {MARGIN:g} points is {of}."
+    average = f"{100 * MARGIN / np.mean(means):.0f}% of what dpo gains over 50% on average"
+    first = f"{100 * MARGIN / means[0]:.0f}% at 0.5 nats"
+    return f"The margin of {MARGIN:g} points is {average}, and {first}."
 
 
 def readings(runs: Study) -> str:
@@ -578,7 +574,8 @@ def summary(runs: Study) -> str:
     found = e1_contrasts(runs)
     needs(found)
     seeds = " or ".join(sorted({str(contrast.seeds) for contrast in found}))
-    everywhere, up_to = in_every_reading(runs), compared_up_to(runs)
+    everywhere = in_every_reading(runs)
+    up_to = compared_up_to(runs)
     head = [f"at equal KL, {seeds} seeds", "points of win-rate [95%]", "all seeds up to"]
     rows = [[c.name, str(c), up_to[c.name], everywhere[c.name]] for c in found]
     return table([*head, "shown in every reading"], rows)

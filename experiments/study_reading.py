@@ -23,6 +23,8 @@ from matched_kl import (
 from study_run import Run
 
 EQUAL_RATE = 54.0  # percent, which all settings reach: entropy and diversity at equal score
+DEPENDS = "depends on the reading"
+UNDECIDED = (DEPENDS, "not decided")
 
 
 class Study:
@@ -41,7 +43,8 @@ class Study:
     def reading(self, budgets: Sequence[float] = BUDGETS, straight: bool = False) -> "Study":
         """Return the same runs, read another way."""
         other = copy.copy(self)
-        other.budgets, other.straight = budgets, straight
+        other.budgets = budgets
+        other.straight = straight
         return other
 
     def runs(self, loss: str, seeds: Iterable[int] = range(64), **spec) -> dict[int, dict]:
@@ -147,10 +150,14 @@ def shown_p(p: float) -> str:
     return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def decided(found: Sequence[Contrast]) -> str:
+def by_verdict(verdicts: dict[str, str]) -> str:
     """Return what each verdict was given to: "no difference: a, b; not decided: c"."""
-    by_verdict: dict[str, list[str]] = {}
-    for contrast in found:
-        by_verdict.setdefault(contrast.verdict, []).append(contrast.name)
-    order = sorted(by_verdict, key=lambda verdict: (verdict == "not decided", verdict))
-    return "; ".join(f"{verdict}: {', '.join(by_verdict[verdict])}" for verdict in order)
+    names: dict[str, list[str]] = {}
+    for name, verdict in verdicts.items():
+        names.setdefault(verdict, []).append(name)
+    order = sorted(names, key=lambda verdict: (verdict in UNDECIDED, verdict))
+    return "; ".join(f"{verdict}: {', '.join(names[verdict])}" for verdict in order)
+
+
+def decided(found: Sequence[Contrast]) -> str:
+    return by_verdict({contrast.name: contrast.verdict for contrast in found})

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import regex
 
 from spo.files import read_json_object
+from spo.templates import read_template
 
 Stage = Callable[[list[str]], list[str]]
 
@@ -131,15 +132,14 @@ class JsonTokenizer:
         config: dict = {}
         if os.path.isfile(os.path.join(folder, "tokenizer_config.json")):
             config = read_json_object(os.path.join(folder, "tokenizer_config.json"))
-        names = {name: config.get(f"{name}_token") for name in ("bos", "eos")}
-        names = {k: v["content"] if isinstance(v, dict) else v for k, v in names.items()}
+        _, tokens = read_template(self.path)
         before = [part for step in steps_of(processor) for part in self._before_text(step)]
         self._refuse(len(before) > 1 and before, "a post_processor that puts before a text")
         self.adds_bos = bool(before) or bool(config.get("add_bos_token"))
-        bos = before[0] if before else names["bos"]
+        bos = before[0] if before else tokens.get("bos_token")
         self._refuse(self.adds_bos and bos not in self.special and repr(bos), "the BOS")
         self.bos = self.special.get(bos, -1)
-        self.eos = self.special.get(names["eos"], -1)
+        self.eos = self.special.get(tokens.get("eos_token"), -1)
 
     def _before_text(self, step: dict) -> list[str]:
         """Return the special tokens that a step of the post-processor puts before a text."""

@@ -195,10 +195,11 @@ def movement_kept(model: Transformer, source, dtype: str) -> float:
         rows = parallel.rows_of(weight, parallel.rank(), parallel.world_size())
         now = parallel.local(weight)
         before = source.rows(name, rows).to(now)
-        kept = (now.to(low) != before.to(low)) & (now != before)
-        counts += torch.stack([(now != before).sum(), kept.sum()]).cpu()
-    moved, kept = parallel.all_reduce_sum(counts).tolist()
-    return kept / moved if moved else 1.0
+        moved = now != before
+        kept = moved & (now.to(low) != before.to(low))
+        counts += torch.stack([moved.sum(), kept.sum()]).cpu()
+    all_moved, all_kept = parallel.all_reduce_sum(counts).tolist()
+    return all_kept / all_moved if all_moved else 1.0
 
 
 def is_tied(weights: dict[str, Tensor]) -> bool:

@@ -175,7 +175,8 @@ def parse(config_class, argv: list[str], prog: str, description: str = ""):
     owners = [vars(owner).get("__annotations__", {}) for owner in config_class.__mro__]
     order = list(dict.fromkeys(name for names in owners for name in names))
     fields = sorted(dataclasses.fields(config_class), key=lambda field: order.index(field.name))
-    section, sections = parser, {}
+    section = parser
+    sections = {}
     for field in fields:
         heading = field.metadata["flag"].heading
         if heading:

@@ -25,7 +25,7 @@ from spo.generate import (
     story_records,
     tile_evenly,
 )
-from spo.groups import EncodedGroup, micro_batches
+from spo.groups import EncodedGroup, own_micro_batches
 from spo.parallel import print0
 from spo.records import read_groups
 from spo.reference import kl_of_rounding
@@ -275,11 +275,8 @@ class Evaluation:
         """Return, over the stories of all processes, the KL per story and its standard error, the
         entropy per token, and the log-prob per token under the reference.
         """
-        mine = samples[parallel.share(len(samples))]
         totals = torch.zeros(4, dtype=torch.float64)
-        with parallel.alone():  # nothing is sharded here, so the others may have other batches
-            batches = micro_batches(mine, None, policy) if mine else []
-        for batch in batches:
+        for batch in own_micro_batches(samples, policy):
             reference = head.reference_states(self.reference, batch)
             kl, entropy = (x.double() for x in head.token_kl(policy, batch, reference))
             logps = head.logps_of_states(reference, batch).double()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from model import ModelArgs
 from spo.files import check_sha256, read_json_object
+from spo.templates import read_template
 from spo.weights import check_shapes, check_tensor, make_args, shapes_of, token_ids
 
 LLAMA3_1 = {  # what every model of Llama 3.1 and 3.2 has, but for its factor
@@ -280,8 +281,7 @@ class HuggingFaceFolder:
         if not os.path.isfile(path):
             return None
         config = read_json_object(path)
-        eos = config.get("eos_token")
-        eos = eos.get("content") if isinstance(eos, dict) else eos
+        eos = read_template(path)[1].get("eos_token")
         try:
             added = [t | {"id": int(i)} for i, t in config.get("added_tokens_decoder", {}).items()]
             if os.path.isfile(other := os.path.join(self.path, "tokenizer.json")):

@@ -194,7 +194,8 @@ def load_dataset(
     groups = require(read_groups(path, template, bad), need, path, loss, bad)
     for line in [*filter(None, [bad.report]), *remarks(path, groups)]:
         parallel.print0(line)
-    if any(group.is_chat for group in groups):
+    are_messages = any(group.is_chat for group in groups)
+    if are_messages:
         writer = template or Llama2Format()
         parallel.print0(f"{path}: messages are written by {writer.name}")
     if template is not None and template.asks_for_the_date:
@@ -208,7 +209,7 @@ def load_dataset(
         raise ValueError(f"{path}: none of its {len(groups)} groups can be used: {reasons}")
     used = {group.line for group in encoded}
     prompts = sorted({group.prompt for group in groups if group.line in used})
-    return encoded, prompts, prompts == [""] and not any(group.is_chat for group in groups)
+    return encoded, prompts, prompts == [""] and not are_messages
 
 
 # --- micro-batches -------------------------------------------------------------------------------
@@ -236,6 +237,13 @@ def micro_batches(
     for start, end in itertools.pairwise(ends):
         batches.append(make_batch(groups[start:end], widths[end - 1], model.device))
     return batches
+
+
+def own_micro_batches(groups: Sequence[EncodedGroup], model: Transformer) -> list[Batch]:
+    """Cut this process's share of the groups, which may be empty. Nothing may be sharded here."""
+    mine = groups[parallel.share(len(groups))]
+    with parallel.alone():  # the others may make another number of batches
+        return micro_batches(mine, None, model) if mine else []
 
 
 def split_groups(tokens: list[int], size: int | None, dim: int, device_type: str) -> list[int]:

@@ -14,7 +14,7 @@ import torch
 from model import Transformer
 from spo import head, parallel
 from spo.files import atomic_write, inputs_sha256
-from spo.groups import Batch, EncodedGroup, micro_batches
+from spo.groups import Batch, EncodedGroup, micro_batches, own_micro_batches
 from spo.progress import progress
 
 
@@ -158,9 +158,7 @@ def kl_of_rounding(
     """
     if not parallel.computes_in_bfloat16(reference):
         return None
-    mine = groups[parallel.share(len(groups))]
-    with parallel.alone():  # nothing is sharded below, so the others may have other batches
-        batches = micro_batches(mine, None, reference) if mine else []
+    batches = own_micro_batches(groups, reference)
     # Not taken from the gathered weights below, which are other ones the second time.
     classifier = head.full_classifier(reference, torch.bfloat16)
     with parallel.unsharded(reference):

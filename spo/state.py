@@ -54,7 +54,6 @@ def save_state(folder: str, step: int, tensors: dict[str, Tensor], metadata: dic
     temporary = f"{path}.tmp"
     part = f"part-{parallel.rank() + 1:05d}-of-{parallel.world_size():05d}.safetensors"
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-
     named = functools.partial(named_errors, path, size, temporary)
 
     def begin() -> None:

@@ -41,7 +41,7 @@ def read_template(tokenizer_path: str) -> tuple[str | None, dict[str, str]]:
     tokens = {}
     for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
         value = config.get(name)
-        tokens[name] = value["content"] if isinstance(value, dict) else value
+        tokens[name] = value.get("content") if isinstance(value, dict) else value
     return source, {name: token for name, token in tokens.items() if isinstance(token, str)}
 
 
